@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-scale deformable attention as run-time-compiled CUDA and CPU kernels: no build step.
+
+Importing this package imports neither torch, CuPy nor Numba; each is loaded when a name or an array
+needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cupy_msda.api import MSDeformAttnGradients, ms_deform_attn, ms_deform_attn_backward
+    from cupy_msda.compile import KernelCompileError
+    from cupy_msda.modules import MSDeformAttn
+    from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KernelCompileError": "cupy_msda.compile",
+    "MSDeformAttn": "cupy_msda.modules",
+    "MSDeformAttnFunction": "cupy_msda.torch",
+    "MSDeformAttnGradients": "cupy_msda.api",
+    "ms_deform_attn": "cupy_msda.api",
+    "ms_deform_attn_backward": "cupy_msda.api",
+    "ms_deform_attn_core_pytorch": "cupy_msda.torch",
+}
+
+__all__ = [
+    "KernelCompileError",
+    "MSDeformAttn",
+    "MSDeformAttnFunction",
+    "MSDeformAttnGradients",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_core_pytorch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The array functions: validate, then dispatch on the type and place of the arrays."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from cupy_msda import host
+from cupy_msda.contract import check, check_grad_output, library, on_host
+
+
+class MSDeformAttnGradients(NamedTuple):
+    """Gradients of the three differentiable inputs, each with the shape and dtype of its input."""
+
+    value: Any
+    sampling_locations: Any
+    attention_weights: Any
+
+
+def ms_deform_attn(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+) -> Any:
+    """Multi-scale deformable attention: weighted bilinear samples of a feature pyramid.
+
+    CUDA arrays run the CUDA kernels on the current stream without synchronising; host arrays run
+    the Numba kernels where Numba is installed, else the reference. torch tensors are differentiable.
+
+    Parameters
+    ----------
+    value : array, shape (N, S, M, D), float16, bfloat16, float32 or float64
+        The levels of the pyramid one after another, each row-major; M heads of D channels.
+    spatial_shapes : sequence of (H, W) pairs or integer array, shape (L, 2)
+        Pixels per level. An array may be on the host or on the device of `value`. The host never
+        reads it from the device of `value`: a level that does not fit S then gives NaN in every
+        output that it touches or, with the environment variable CUPY_MSDA_CHECK=1, a ValueError at
+        the price of a synchronisation.
+    level_start_index : sequence of ints or integer array, shape (L,), or None
+        Where each level starts among the S positions; None: one after another. Levels may overlap
+        or leave gaps.
+    sampling_locations : array, shape (N, Lq, M, L, P, 2), float32 or the dtype of `value`
+        (x, y) as fractions of the level: (0, 0) top-left, (1, 1) bottom-right corner. Points
+        outside read zero.
+    attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
+        Used as given: not normalised here.
+
+    Returns
+    -------
+    array of the same library, shape (N, Lq, M*D), dtype of `value`
+        Accumulated in float32 (float64 for float64).
+
+    Raises
+    ------
+    TypeError
+        A dtype or an array type violates the contract.
+    ValueError
+        A shape, level size or device violates the contract.
+    KernelCompileError
+        The CUDA compiler refused a kernel.
+    ModuleNotFoundError
+        The arrays are on a CUDA device and CuPy is not installed.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if library(value) == "torch":
+        from cupy_msda import torch as torch_backend
+
+        return torch_backend.ms_deform_attn(*inputs)
+    problem, table = check(*inputs)
+    if not on_host(value):
+        from cupy_msda import launch
+
+        return _like(value, launch.forward_arrays(problem, table, value, *inputs[3:]))
+    return _like(value, host.forward(problem, table, value, *inputs[3:]))
+
+
+def ms_deform_attn_backward(
+    grad_output: Any,
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+) -> MSDeformAttnGradients:
+    """Gradients of `ms_deform_attn` by value, sampling_locations and attention_weights.
+
+    Parameters
+    ----------
+    grad_output : array, shape (N, Lq, M*D), dtype of `value`
+        Gradient of a scalar with respect to the output.
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        As `ms_deform_attn` takes them.
+
+    Returns
+    -------
+    MSDeformAttnGradients
+        Three arrays of the same library, each with the shape and dtype of the input it belongs to.
+        The gradient of `value` is accumulated in float32 (float64 for float64). A point outside its
+        level has zero gradients.
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+        As `ms_deform_attn`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if library(value) == "torch":
+        from cupy_msda import torch as torch_backend
+
+        return MSDeformAttnGradients(*torch_backend.ms_deform_attn_backward(grad_output, *inputs))
+    problem, table = check(*inputs)
+    check_grad_output(problem, grad_output, value)
+    arrays = (grad_output, value, sampling_locations, attention_weights)
+    if not on_host(value):
+        from cupy_msda import launch
+
+        gradients = launch.backward_arrays(problem, table, *arrays)
+    else:
+        gradients = host.backward(problem, table, *arrays)
+    return MSDeformAttnGradients(*(_like(value, gradient) for gradient in gradients))
+
+
+def _like(array: Any, result: Any) -> Any:
+    """The result as an array of the caller's library and dtype."""
+    xp = array_namespace(array)
+    if library(result) != library(array):
+        result = xp.from_dlpack(result)
+    with np.errstate(over="ignore"):  # float16 overflows to infinity everywhere, NumPy alone warns
+        return xp.astype(result, array.dtype, copy=False)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find, assemble, compile and cache one instantiation of the .cu sources."""
+
+from __future__ import annotations
+
+import re
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OPTIONS = ("-std=c++17",)
+
+_INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
+
+
+class Kernel(NamedTuple):
+    """One instantiation: the source file and the C++ name expression, template arguments included."""
+
+    file: str
+    name: str
+
+
+class KernelCompileError(RuntimeError):
+    """The CUDA compiler refused a kernel, or could not be loaded.
+
+    The message names the kernel with its template arguments, the architecture and the options, and ends with the
+    compiler's log.
+    """
+
+
+def kernel_dir() -> Path:
+    """The folder of the .cu and .cuh files: in the installed package, else beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if (folder / "forward.cu").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"the kernel sources of cupy_msda must be in {package / 'kernels'} or {package.parent / 'kernels'}, "
+        "and neither holds forward.cu: reinstall cupy-msda"
+    )
+
+
+@cache
+def assemble(file: str) -> str:
+    """`file` with its includes written out, each part under its own name for the compiler's messages.
+
+    One string, because CuPy's disk cache is keyed by the source it is given and does not look into headers.
+    """
+    return _expand(file, set())
+
+
+def _expand(file: str, seen: set[str]) -> str:
+    """The text of `file`, its includes expanded where they stand, each file once."""
+    seen.add(file)
+    text = (kernel_dir() / file).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
+
+    def included(match: re.Match[str]) -> str:
+        name = match[1]
+        inner = "" if name in seen else _expand(name, seen)
+        line = text.count("\n", 0, match.end()) + 2
+        return f'{inner}\n#line {line} "kernels/{file}"'
+
+    return f'#line 1 "kernels/{file}"\n{_INCLUDE.sub(included, text)}'
+
+
+_functions: dict[tuple[Kernel, int], Any] = {}
+_lock = threading.Lock()
+
+
+def load(kernel: Kernel, device: int) -> Any:
+    """The compiled function for CuPy's current device, which must be `device`; compiled once per process."""
+    function = _functions.get((kernel, device))
+    if function is None:
+        with _lock:
+            function = _functions.get((kernel, device))
+            if function is None:
+                function = _functions[kernel, device] = _compile(kernel)
+    return function
+
+
+def _compile(kernel: Kernel) -> Any:
+    """Compile for CuPy's current device, or find it in CuPy's disk cache."""
+    import cupy
+
+    try:
+        module = cupy.RawModule(
+            code=assemble(kernel.file), options=OPTIONS, name_expressions=(kernel.name,)
+        )
+        return module.get_function(kernel.name)
+    except Exception as error:
+        arch = cupy.cuda.Device().compute_capability
+        raise KernelCompileError(
+            f"{kernel.name} from kernels/{kernel.file} must compile for sm_{arch} with options "
+            f"{' '.join(OPTIONS)}, and did not:\n{error}"
+        ) from error

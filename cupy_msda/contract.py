@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The input contract: what every backend may rely on, and the only place that raises input errors.
+
+A check reads shapes, dtypes and devices, never the contents of an array on a device, so it costs
+no synchronisation.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from reprlib import repr as short_repr
+from typing import Any, NamedTuple
+
+import numpy as np
+
+VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+INT32_MAX = 2**31 - 1
+_ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
+# The namespace has the from_dlpack by which results become arrays of the caller's library.
+_OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
+# DLPack's device codes: the host's memory, plain and pinned, and CUDA's, plain and managed.
+_DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
+
+
+class Level(NamedTuple):
+    """One feature level: H, W and where it starts among the S positions."""
+
+    height: int
+    width: int
+    start: int
+
+
+class LevelTable(NamedTuple):
+    """What is known of the levels, on the host (ints) or only on a device (integer arrays).
+
+    `sizes` is None when (H, W) are only in `device_sizes`; `starts` is None when they are only in
+    `device_starts` or, with both None, when the kernel derives them from `device_sizes`.
+    """
+
+    sizes: tuple[tuple[int, int], ...] | None
+    starts: tuple[int, ...] | None
+    device_sizes: Any = None
+    device_starts: Any = None
+
+    @property
+    def levels(self) -> tuple[Level, ...] | None:
+        """The whole table, or None while a part of it is only on a device."""
+        if self.sizes is None or self.starts is None:
+            return None
+        return tuple(Level(h, w, s) for (h, w), s in zip(self.sizes, self.starts, strict=True))
+
+
+class Problem(NamedTuple):
+    """Sizes and dtypes of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
+
+    batch: int
+    spatial_size: int
+    num_heads: int
+    head_dim: int
+    num_queries: int
+    num_levels: int
+    num_points: int
+    value_dtype: str
+    location_dtype: str
+    weight_dtype: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no point can contribute anything, so that all results are zero or have no elements."""
+        return 0 in self[:7]
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(N, Lq, M*D)."""
+        return self.batch, self.num_queries, self.num_heads * self.head_dim
+
+
+def library(array: object) -> str:
+    """The top-level module of an array's type: "numpy", "torch", "cupy", ..."""
+    for base in type(array).__mro__:
+        name = base.__module__.partition(".")[0]
+        if name in ("numpy", "torch", "cupy"):
+            return name
+    return type(array).__module__.partition(".")[0]
+
+
+def dtype_name(array: Any) -> str:
+    """The dtype without its library's prefix: "float32" for torch's and NumPy's alike."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def place(array: Any) -> str:
+    """Where the data lies, in torch's words for every library: "cpu", "cuda:0", "meta", ..."""
+    device = _device(array)
+    if not isinstance(device, tuple):
+        return str(device)
+    kind = _DLPACK_DEVICES.get(int(device[0]), f"DLPack device {int(device[0])}")
+    return kind if kind == "cpu" else f"{kind}:{device[1]}"
+
+
+def on_host(array: Any) -> bool:
+    """Whether the host can read the array without copying it from a device."""
+    return place(array) == "cpu"
+
+
+def _device(array: Any) -> Any:
+    """torch's device, or the pair by which DLPack names one: quicker to compare than their names."""
+    return array.device if library(array) == "torch" else tuple(array.__dlpack_device__())
+
+
+def check(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+) -> tuple[Problem, LevelTable]:
+    """Check the inputs; raise TypeError or ValueError naming argument, contract and fact."""
+    _check_array("value", value)
+    dtype = dtype_name(value)
+    if dtype not in VALUE_DTYPES:
+        raise TypeError(f"value must have dtype {', '.join(VALUE_DTYPES)}, got {dtype}")
+    where = place(value)
+    if not where.startswith(("cpu", "cuda", "meta")):
+        raise ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
+    dtypes = [dtype]
+    for name, array in (
+        ("sampling_locations", sampling_locations),
+        ("attention_weights", attention_weights),
+    ):
+        _check_beside(name, array, value)
+        got = dtype_name(array)
+        if got not in ("float32", dtype):
+            or_that = "" if dtype == "float32" else f" or that of value, {dtype}"
+            raise TypeError(f"{name} must have dtype float32{or_that}, got {got}")
+        dtypes.append(got)
+
+    n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
+    _, lq, _, levels, p, _ = _check_shape(
+        "sampling_locations",
+        sampling_locations,
+        "(N, Lq, M, L, P, 2)",
+        (n, None, m, None, None, 2),
+        ("value", value),
+    )
+    _check_shape(
+        "attention_weights",
+        attention_weights,
+        "(N, Lq, M, L, P)",
+        (n, lq, m, levels, p),
+        ("sampling_locations", sampling_locations),
+    )
+    table = _level_table(spatial_shapes, level_start_index, value, sampling_locations)
+    return Problem(n, s, m, d, lq, levels, p, *dtypes), table
+
+
+def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
+    """Check the gradient of the output against the inputs that `check` accepted."""
+    _check_beside("grad_output", grad_output, value)
+    got = dtype_name(grad_output)
+    if got != problem.value_dtype:
+        raise TypeError(
+            f"grad_output must have the dtype of value, {problem.value_dtype}, got {got}"
+        )
+    _check_shape("grad_output", grad_output, "(N, Lq, M*D)", problem.output_shape)
+
+
+def check_module(
+    d_model: int,
+    num_levels: int,
+    query: Any,
+    reference_points: Any,
+    input_flatten: Any,
+    input_padding_mask: Any,
+) -> None:
+    """Check what `MSDeformAttn` takes beyond the inputs of the operator that it ends in."""
+    channels = f"C = {d_model}"
+    n, lq, _ = _check_shape("query", query, f"(N, Lq, {channels})", (None, None, d_model))
+    _, s, _ = _check_shape(
+        "input_flatten",
+        input_flatten,
+        f"(N, S, {channels})",
+        (n, None, d_model),
+        ("query", query),
+    )
+    shape = tuple(reference_points.shape)
+    if not (
+        len(shape) == 4
+        and shape[:2] == (n, lq)
+        and shape[2] in (1, num_levels)
+        and shape[3] in (2, 4)
+    ):
+        raise ValueError(
+            "reference_points must have shape (N, Lq, L or 1, 2 or 4) = "
+            f"({n}, {lq}, {num_levels} or 1, 2 or 4) since query has shape {tuple(query.shape)}, "
+            f"got {shape}"
+        )
+    if input_padding_mask is None:
+        return
+    if dtype_name(input_padding_mask) != "bool":
+        raise TypeError(
+            "input_padding_mask must have dtype bool, True for padding, "
+            f"got {dtype_name(input_padding_mask)}"
+        )
+    _check_shape(
+        "input_padding_mask",
+        input_padding_mask,
+        "(N, S)",
+        (n, s),
+        ("input_flatten", input_flatten),
+    )
+
+
+def _check_array(name: str, array: Any) -> str:
+    """It must be an array that kernels can read and whose library can take their results."""
+    lib = library(array)
+    if lib == "torch" and hasattr(array, "layout"):
+        # A nested tensor has no shape to ask for.
+        if array.is_nested or str(array.layout) != "torch.strided":
+            got = "a nested tensor" if array.is_nested else array.layout
+            raise TypeError(f"{name} must be a dense tensor, got {got}")
+        return lib
+    for needed in _ARRAY_ATTRIBUTES if lib in ("cupy", "numpy") else _OTHER_ARRAY_ATTRIBUTES:
+        if not hasattr(array, needed):
+            raise TypeError(
+                f"{name} must be a torch, CuPy or NumPy array or one with "
+                f"{', '.join(_OTHER_ARRAY_ATTRIBUTES)}, got {type(array).__name__}"
+            )
+    if lib == "numpy" and hasattr(array, "mask"):
+        raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
+    return lib
+
+
+def _check_beside(name: str, array: Any, value: Any) -> None:
+    """It must be an array of the library of `value`, on the same device."""
+    got, expected = _check_array(name, array), library(value)
+    if got != expected:
+        raise TypeError(
+            f"{name} must be an array of the library of value, {expected}, got one of {got}"
+        )
+    if _device(array) != _device(value):
+        raise ValueError(
+            f"{name} must be on the device of value, {place(value)}, got {place(array)}"
+        )
+
+
+def _check_shape(
+    name: str,
+    array: Any,
+    letters: str,
+    expected: Sequence[int | None],
+    source: tuple[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """The shape, if it has the expected sizes (None: any); `source` is where they come from."""
+    shape = tuple(array.shape)
+    if len(shape) != len(expected) or any(
+        want is not None and got != want for got, want in zip(shape, expected, strict=True)
+    ):
+        sizes = ", ".join("any" if want is None else str(want) for want in expected)
+        comma = "," if len(expected) == 1 else ""
+        wanted = "" if set(expected) == {None} else f" = ({sizes}{comma})"
+        since = f" since {source[0]} has shape {tuple(source[1].shape)}" if source else ""
+        raise ValueError(f"{name} must have shape {letters}{wanted}{since}, got {shape}")
+    if shape and max(shape) > INT32_MAX:
+        raise ValueError(f"{name} must have sizes below 2**31, got shape {shape}")
+    return shape
+
+
+def _level_table(
+    spatial_shapes: Any, level_start_index: Any, value: Any, sampling_locations: Any
+) -> LevelTable:
+    """Read the level table where the host can, keep the device arrays where it cannot."""
+    sizes = _integers("spatial_shapes", spatial_shapes, "(L, 2)", value, sampling_locations)
+    starts: tuple[int, ...] | None = None
+    if level_start_index is not None:
+        starts = _integers(
+            "level_start_index", level_start_index, "(L,)", value, sampling_locations
+        )
+    elif sizes is not None:
+        starts = tuple(accumulate((h * w for h, w in sizes), initial=0))[:-1]
+    _check_levels(sizes, starts, value.shape[1])
+    return LevelTable(
+        sizes,
+        starts,
+        spatial_shapes if sizes is None else None,
+        level_start_index if starts is None else None,
+    )
+
+
+def _integers(
+    name: str, given: Any, letters: str, value: Any, sampling_locations: Any
+) -> tuple[Any, ...] | None:
+    """An int or a pair of ints for each level; None if only a device holds them."""
+    num_levels = sampling_locations.shape[3]
+    pairs = letters == "(L, 2)"
+    if all(hasattr(given, need) for need in ("dtype", "__dlpack__", "__dlpack_device__")):
+        if not dtype_name(given).startswith(("int", "uint")):
+            raise TypeError(
+                f"{name} must have an integer dtype in native byte order, got {dtype_name(given)}"
+            )
+        expected = (num_levels, 2) if pairs else (num_levels,)
+        _check_shape(name, given, letters, expected, ("sampling_locations", sampling_locations))
+        if _unread(name, given, value):
+            return None
+        given = given.tolist() if hasattr(given, "tolist") else np.from_dlpack(given).tolist()
+    try:
+        rows = tuple(_pair(row) if pairs else operator.index(row) for row in given)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a sequence of {'(H, W) pairs' if pairs else 'integers'} or an integer "
+            f"array of shape {letters}, got {short_repr(given)}"
+        ) from error
+    if len(rows) != num_levels:
+        raise ValueError(
+            f"{name} must have one entry for each of the L = {num_levels} levels of "
+            f"sampling_locations, got {len(rows)}"
+        )
+    return rows
+
+
+def _pair(row: Any) -> tuple[int, int]:
+    """(H, W) as ints."""
+    sizes = tuple(map(operator.index, row))
+    try:
+        height, width = sizes
+    except ValueError as error:
+        raise ValueError(f"spatial_shapes must hold (H, W) pairs, got {short_repr(row)}") from error
+    return height, width
+
+
+def _unread(name: str, given: Any, value: Any) -> bool:
+    """Whether the host leaves an array on a device unread, so as not to wait for the device."""
+    where = place(given)
+    if where == "cpu" or (place(value) == "cpu" and where != "meta"):
+        return False
+    _check_beside(name, given, value)
+    return where == "meta" or os.environ.get("CUPY_MSDA_CHECK") != "1"
+
+
+def _check_levels(
+    sizes: Sequence[tuple[int, int]] | None, starts: Sequence[int] | None, spatial_size: int
+) -> None:
+    """Every level must lie inside the S positions of value, as far as the host knows."""
+    for level in range(len(sizes or starts or ())):
+        start = 0 if starts is None else starts[level]
+        if not 0 <= start <= spatial_size:
+            raise ValueError(
+                f"level_start_index must be from 0 to S = {spatial_size}, got {start} "
+                f"for level {level}"
+            )
+        height, width = (0, 0) if sizes is None else sizes[level]
+        if min(height, width) < 0 or max(height, width) > INT32_MAX:
+            raise ValueError(
+                "spatial_shapes must have H and W from 0 to 2**31 - 1, "
+                f"got (H, W) = {height, width} for level {level}"
+            )
+        if start + height * width > spatial_size:
+            at = "" if starts is None else f" starting at {start}"
+            raise ValueError(
+                "spatial_shapes and level_start_index must keep every level inside the "
+                f"S = {spatial_size} positions of value, got (H, W) = {height, width}{at} "
+                f"for level {level}"
+            )

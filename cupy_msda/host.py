@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host arrays: the Numba kernels where Numba is installed, else the reference."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from cupy_msda import reference
+from cupy_msda.contract import LevelTable, Problem, dtype_name
+
+
+@cache
+def backend() -> ModuleType:
+    """`cupy_msda.cpu` if Numba is installed, else `cupy_msda.reference`.
+
+    A Numba that is installed and broken raises its own error.
+    """
+    if find_spec("numba") is None:
+        return reference
+    from cupy_msda import cpu
+
+    return cpu
+
+
+def forward(problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any) -> Any:
+    """The output of the operator on host arrays of any library, as a NumPy array.
+
+    It is in float32, or in float64 for float64 values: for the caller to round.
+    """
+    arrays = [_readable(problem, array) for array in (value, locations, weights)]
+    with np.errstate(all="ignore"):  # of infinities and overflow, only NumPy would warn
+        return backend().forward(arrays[0], table.levels, *arrays[1:])
+
+
+def backward(
+    problem: Problem, table: LevelTable, grad_output: Any, value: Any, locations: Any, weights: Any
+) -> tuple[Any, Any, Any]:
+    """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
+    arrays = [_readable(problem, array) for array in (grad_output, value, locations, weights)]
+    grad, value, *points = arrays
+    with np.errstate(all="ignore"):
+        gradients: tuple[Any, Any, Any] = backend().backward(grad, value, table.levels, *points)
+    return gradients
+
+
+def _readable(problem: Problem, array: Any) -> Any:
+    """A C-contiguous, aligned NumPy array in the dtype to compute in: a copy only where needed."""
+    if not isinstance(array, np.ndarray):
+        if dtype_name(array) == "bfloat16":  # NumPy reads none, so its own library widens it
+            xp = array_namespace(array)
+            array = xp.astype(array, xp.float32)
+        array = np.from_dlpack(array)
+    wide = np.float64 if problem.value_dtype == "float64" else np.float32
+    array = np.ascontiguousarray(array, wide)
+    return array if array.flags.aligned else array.copy()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The extension module of Deformable-DETR, `MultiScaleDeformableAttention`, without its build.
+
+Deformable-DETR and its many forks run ``import MultiScaleDeformableAttention as MSDA`` and call the
+two functions below. Call `install` before that import; their code then runs without an edit::
+
+    from cupy_msda.integrations import deformable_detr
+
+    deformable_detr.install()
+    import models.ops.functions  # the fork's own autograd Function
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from cupy_msda import torch as _torch
+
+MODULE_NAME = "MultiScaleDeformableAttention"
+
+
+def install() -> ModuleType:
+    """Let ``import MultiScaleDeformableAttention`` find this module from now on.
+
+    A compiled extension of that name that is installed but not imported yet stays unused. Calling
+    this again changes nothing.
+
+    Returns
+    -------
+    module
+        This module, which that import now gives.
+
+    Raises
+    ------
+    ImportError
+        Another module of that name has been imported: code that holds it would go on using it.
+
+    References
+    ----------
+    https://github.com/fundamentalvision/Deformable-DETR, `models/ops`.
+    """
+    own = sys.modules[__name__]
+    found = sys.modules.setdefault(MODULE_NAME, own)
+    if found is not own:
+        where = getattr(found, "__file__", None) or repr(found)
+        raise ImportError(
+            f"{MODULE_NAME} must not be imported before install() is called, and was, from {where}",
+            name=MODULE_NAME,
+        )
+    return own
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    im2col_step: Any,
+) -> Tensor:
+    """`cupy_msda.ms_deform_attn` with the extension's argument names.
+
+    Parameters
+    ----------
+    value : Tensor, shape (N, S, M, D)
+    spatial_shapes : integer Tensor, shape (L, 2), (H, W) in pixels
+    level_start_index : integer Tensor, shape (L,)
+    sampling_loc : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
+    attn_weight : Tensor, shape (N, Lq, M, L, P)
+    im2col_step : int
+        No effect: batches are never split.
+
+    Returns
+    -------
+    Tensor, shape (N, Lq, M*D)
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+        As `cupy_msda.ms_deform_attn`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    del im2col_step
+    return _torch.ms_deform_attn(
+        value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+    )
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    grad_output: Tensor,
+    im2col_step: Any,
+) -> list[Tensor]:
+    """`cupy_msda.ms_deform_attn_backward` with the extension's argument names and order.
+
+    Parameters
+    ----------
+    value, spatial_shapes, level_start_index, sampling_loc, attn_weight, im2col_step
+        As `ms_deform_attn_forward` takes them.
+    grad_output : Tensor, shape (N, Lq, M*D), dtype of `value`
+
+    Returns
+    -------
+    list of three Tensors
+        Gradients of value, sampling_loc and attn_weight, with their shapes and dtypes.
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+        As `cupy_msda.ms_deform_attn`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    del im2col_step
+    return list(
+        _torch.ms_deform_attn_backward(
+            grad_output, value, spatial_shapes, level_start_index, sampling_loc, attn_weight
+        )
+    )

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs a problem, on what grid and with what arguments. The inputs have been checked by the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_msda.compile import Kernel, load
+from cupy_msda.contract import LevelTable, Problem
+
+BLOCK = 256
+WARP = 32
+MAX_GRID_YZ = 65535
+ALIGNMENT = 16  # bytes: the widest load
+# As in levels.cuh.
+MAX_LEVELS_BY_VALUE = 16
+DERIVED_START = -1
+PARAMS = np.dtype(
+    [
+        ("batch", "i4"),
+        ("spatial_size", "i4"),
+        ("num_heads", "i4"),
+        ("head_dim", "i4"),
+        ("num_queries", "i4"),
+        ("num_levels", "i4"),
+        ("num_points", "i4"),
+        ("levels", "i4", (MAX_LEVELS_BY_VALUE, 3)),
+    ]
+)
+
+_CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
+_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
+_WARPS_PER_MULTIPROCESSOR = 16
+
+
+class Plan(NamedTuple):
+    """One launch: the kernel, its grid and block, and its by-value argument."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    params: np.ndarray
+
+
+@lru_cache(maxsize=1024)
+def plan_forward(problem: Problem, table: LevelTable, multiprocessors: int = 1) -> Plan:
+    """Choose the forward kernel; `table` holds host facts only."""
+    vector = 16 // _SIZE[problem.value_dtype]
+    if not _specialised(problem, vector):
+        return _plan(problem, table, "generic.cu", "msda_forward_generic", (), BLOCK // WARP)
+    group = problem.head_dim // vector
+    split = _split(problem, group, WARP // group, multiprocessors)
+    arguments = (*_shape_arguments(problem), split)
+    return _plan(
+        problem, table, "forward.cu", "msda_forward", arguments, BLOCK // (group * split)
+    )
+
+
+@lru_cache(maxsize=1024)
+def plan_backward(
+    problem: Problem,
+    table: LevelTable,
+    multiprocessors: int = 1,
+    needs_value: bool = True,
+    needs_points: bool = True,
+) -> Plan:
+    """Choose the backward kernel for the gradients that are needed; `table` holds host facts only."""
+    if not _specialised(problem, 4):
+        return _plan(problem, table, "generic.cu", "msda_backward_generic", (), BLOCK // WARP)
+    group = problem.head_dim // 4
+    points = problem.num_levels * problem.num_points
+    # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
+    split = _split(problem, group, min(WARP // group, max(1, points // group)), multiprocessors)
+    arguments = (
+        *_shape_arguments(problem), split, str(needs_value).lower(), str(needs_points).lower()
+    )  # fmt: skip
+    return _plan(
+        problem, table, "backward.cu", "msda_backward", arguments, BLOCK // (group * split)
+    )
+
+
+def _specialised(problem: Problem, vector: int) -> bool:
+    """Whether forward.cu and backward.cu cover the problem (their headers say what they need)."""
+    group, rest = divmod(problem.head_dim, vector)
+    pixel_bytes = problem.num_heads * problem.head_dim * _SIZE[problem.value_dtype]
+    return (
+        problem.value_dtype != "float64"
+        and rest == 0
+        and problem.head_dim % 8 == 0
+        and group <= WARP
+        and group & (group - 1) == 0
+        and problem.num_levels <= MAX_LEVELS_BY_VALUE
+        and problem.spatial_size < 2**22
+        and problem.spatial_size * pixel_bytes < 2**31
+    )
+
+
+def _shape_arguments(problem: Problem) -> tuple[int, ...]:
+    """The shape among the template arguments: M, D, L, P."""
+    return problem.num_heads, problem.head_dim, problem.num_levels, problem.num_points
+
+
+def _split(problem: Problem, group: int, most: int, multiprocessors: int) -> int:
+    """Into how many equal parts to split the points of a row so that the launch fills the device."""
+    rows = problem.batch * problem.num_queries * problem.num_heads
+    points = problem.num_levels * problem.num_points
+    wanted = multiprocessors * _WARPS_PER_MULTIPROCESSOR
+    split = 1
+    while (
+        rows * split * group < wanted * WARP and split * 2 <= most and points % (split * 2) == 0
+    ):
+        split *= 2
+    return split
+
+
+def _plan(
+    problem: Problem,
+    table: LevelTable,
+    file: str,
+    name: str,
+    arguments: tuple[object, ...],
+    queries_per_block: int,
+) -> Plan:
+    """Put the plan together: x covers the queries, y and z the (image, head) pairs."""
+    types = (problem.value_dtype, problem.location_dtype, problem.weight_dtype)
+    template = ", ".join([*(_CPP[t] for t in types), *map(str, arguments)])
+    image_heads = problem.batch * problem.num_heads
+    grid_z = -(-image_heads // MAX_GRID_YZ)
+    grid = (-(-problem.num_queries // queries_per_block), -(-image_heads // grid_z), grid_z)
+    return Plan(Kernel(file, f"{name}<{template}>"), grid, (BLOCK, 1, 1), _params(problem, table))
+
+
+def _params(problem: Problem, table: LevelTable) -> np.ndarray:
+    """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
+    params = np.zeros((), PARAMS)
+    for field in PARAMS.names[:-1]:  # type: ignore[index]
+        params[field] = getattr(problem, field)
+    levels = params["levels"]
+    levels[:, 2] = DERIVED_START
+    if problem.num_levels <= MAX_LEVELS_BY_VALUE:
+        if table.sizes is not None and table.sizes:
+            levels[: problem.num_levels, :2] = table.sizes
+        if table.starts is not None:
+            levels[: problem.num_levels, 2] = table.starts
+    return params
+
+
+def require_cupy() -> Any:
+    """CuPy, or an error that says what to install."""
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "value is on a CUDA device, where the kernels run through CuPy, and CuPy is not installed: "
+            'pip install "cupy-msda[cuda12x]" or, for a driver and torch of CUDA 13, "cupy-msda[cuda13x]"',
+            name="cupy",
+        ) from error
+    return cupy
+
+
+@contextmanager
+def on_stream(device: int, stream: int) -> Iterator[None]:
+    """Make `device` and the stream at this address CuPy's current ones."""
+    cupy = require_cupy()
+    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_External(stream)):
+        yield
+
+
+class _External:
+    """A stream of another library, as the protocol that CuPy reads."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Protocol version and address."""
+        return 0, self._pointer
+
+
+def forward_arrays(
+    problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any
+) -> Any:
+    """The operator on CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
+    cupy = require_cupy()
+    with _device_of(value):
+        arrays = [_aligned(array) for array in (value, locations, weights)]
+        output = cupy.zeros(problem.output_shape, arrays[0].dtype)
+        if not problem.is_empty:
+            forward(problem, _aligned_table(table), *arrays, output)
+    return output
+
+
+def backward_arrays(
+    problem: Problem, table: LevelTable, grad_output: Any, value: Any, locations: Any, weights: Any
+) -> tuple[Any, Any, Any]:
+    """The three gradients on CUDA arrays of any library but torch, as CuPy arrays."""
+    cupy = require_cupy()
+    with _device_of(value):
+        grad, *arrays = [_aligned(array) for array in (grad_output, value, locations, weights)]
+        accumulator = cupy.float64 if problem.value_dtype == "float64" else cupy.float32
+        gradients = [cupy.zeros(value.shape, accumulator), *map(cupy.zeros_like, arrays[1:])]
+        if not problem.is_empty:
+            backward(problem, _aligned_table(table), grad, *arrays, *gradients)
+        return gradients[0].astype(arrays[0].dtype, copy=False), gradients[1], gradients[2]
+
+
+def forward(
+    problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any, output: Any
+) -> None:
+    """Launch the forward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned."""
+    device, multiprocessors = _current_device()
+    plan = plan_forward(problem, _host_part(table), multiprocessors)
+    _launch(plan, device, (value, locations, weights, output), table)
+
+
+def backward(
+    problem: Problem,
+    table: LevelTable,
+    grad_output: Any,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    grad_value: Any,
+    grad_locations: Any,
+    grad_weights: Any,
+) -> None:
+    """Launch the backward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned.
+
+    `grad_value` is a zeroed float32 (float64 for float64) accumulator; it may be None, and so may the other two.
+    """
+    device, multiprocessors = _current_device()
+    needs = grad_value is not None, grad_locations is not None
+    plan = plan_backward(problem, _host_part(table), multiprocessors, *needs)
+    arrays = (grad_output, value, locations, weights, grad_value, grad_locations, grad_weights)
+    _launch(plan, device, arrays, table)
+
+
+def _launch(plan: Plan, device: int, arrays: tuple[Any, ...], table: LevelTable) -> None:
+    """Append the level table and the parameters to the arrays and launch."""
+    pointers = [_as_cupy(array) for array in (*arrays, *_device_part(table))]
+    load(plan.kernel, device)(plan.grid, plan.block, (*pointers, plan.params))
+
+
+def _host_part(table: LevelTable) -> LevelTable:
+    """The table without its device arrays, as a key of the plan."""
+    return LevelTable(table.sizes, table.starts)
+
+
+def _device_part(table: LevelTable) -> tuple[Any, Any]:
+    """The int64 arrays of sizes and starts that the kernel reads instead of its parameters, None where it need not."""
+    sizes, starts = table.device_sizes, table.device_starts
+    if max(len(table.sizes or ()), len(table.starts or ())) > MAX_LEVELS_BY_VALUE:
+        cupy = require_cupy()
+        # Stream-ordered copies: freed memory is reused only behind this launch.
+        sizes = cupy.asarray(table.sizes, cupy.int64) if table.sizes is not None else sizes
+        starts = cupy.asarray(table.starts, cupy.int64) if table.starts is not None else starts
+    return sizes, starts
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    """How many multiprocessors a device has."""
+    return int(require_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+def _current_device() -> tuple[int, int]:
+    """CuPy's current device and its number of multiprocessors."""
+    device = int(require_cupy().cuda.runtime.getDevice())
+    return device, _multiprocessors(device)
+
+
+def _device_of(array: Any) -> Any:
+    """A context that makes the device of a DLPack exporter CuPy's current one."""
+    return require_cupy().cuda.Device(array.__dlpack_device__()[1])
+
+
+def _aligned(array: Any, dtype: Any = None) -> Any:
+    """A C-contiguous CuPy array on a 16-byte boundary; the array's own memory where it is one."""
+    array = require_cupy().ascontiguousarray(_as_cupy(array), dtype)
+    return array if array.data.ptr % ALIGNMENT == 0 else array.copy()
+
+
+def _aligned_table(table: LevelTable) -> LevelTable:
+    """The table with its device arrays as the kernels read them: contiguous int64."""
+    sizes, starts = (
+        None if array is None else _aligned(array, "int64")
+        for array in (table.device_sizes, table.device_starts)
+    )
+    return table._replace(device_sizes=sizes, device_starts=starts)
+
+
+def _as_cupy(array: Any) -> Any:
+    """A CuPy view of any DLPack exporter; a null pointer for None."""
+    if array is None:
+        return np.intp(0)
+    cupy = require_cupy()
+    return array if isinstance(array, cupy.ndarray) else cupy.from_dlpack(array)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention module of Deformable-DETR, with its parameters, so that checkpoints load unchanged."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cupy_msda.contract import check, check_module
+from cupy_msda.torch import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Multi-scale deformable attention with its four projections.
+
+    Every query predicts, for each head, level and point, an offset from its reference point and a
+    weight; the weights of a head are normalised over levels and points together.
+
+    Parameters
+    ----------
+    d_model : int
+        Channels C of queries and features, a multiple of `n_heads`.
+    n_levels : int
+        Feature levels L.
+    n_heads : int
+        Heads M, of D = C / M channels each; any D works.
+    n_points : int
+        Sampling points P for each query, head and level.
+
+    Raises
+    ------
+    ValueError
+        A size is below 1, or `d_model` is not a multiple of `n_heads`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+
+    def __init__(
+        self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
+    ) -> None:
+        """Make the projections and initialise them."""
+        super().__init__()
+        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if d_model % n_heads:
+            raise ValueError(
+                f"d_model must be a multiple of n_heads, got d_model {d_model} with n_heads {n_heads}"
+            )
+        self.d_model = d_model
+        self.n_levels = n_levels
+        self.n_heads = n_heads
+        self.n_points = n_points
+        samples = n_heads * n_levels * n_points
+        self.sampling_offsets = nn.Linear(d_model, samples * 2)  # M, L, P, (x, y)
+        self.attention_weights = nn.Linear(d_model, samples)  # M, L, P
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as Deformable-DETR does: each head looks one way, its points at growing distances."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # M, 2: on a unit square
+        distance = torch.arange(1, self.n_points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * distance[:, None]  # M, 1, P, 2
+        with torch.no_grad():
+            bias = offsets.expand(-1, self.n_levels, -1, -1).reshape(-1)
+            self.sampling_offsets.bias.copy_(bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def extra_repr(self) -> str:
+        """The sizes, as printed by ``print(module)``."""
+        return (
+            f"d_model={self.d_model}, n_levels={self.n_levels}, "
+            f"n_heads={self.n_heads}, n_points={self.n_points}"
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Any,
+        input_level_start_index: Any,
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from each query to the features around its reference points.
+
+        Nothing here waits for the device. Sampling locations are computed in float32 or wider, also
+        under autocast: a half-precision coordinate is a good part of a pixel off.
+
+        Parameters
+        ----------
+        query : Tensor, shape (N, Lq, C)
+        reference_points : Tensor, shape (N, Lq, L or 1, 2 or 4)
+            Fractions of the padded input, (0, 0) top-left and (1, 1) bottom-right: (x, y), from
+            which offsets count in pixels of the level, or boxes (x, y, w, h), from whose centre
+            P units of offset reach half the box. One level stands for all.
+        input_flatten : Tensor, shape (N, S, C)
+            The levels one after another, each row-major.
+        input_spatial_shapes : sequence of (H, W) or integer tensor, shape (L, 2), in pixels
+        input_level_start_index : sequence of ints or integer tensor, shape (L,), or None
+        input_padding_mask : bool Tensor, shape (N, S), or None
+            True marks padding, whose values are zeroed after the value projection.
+
+        Returns
+        -------
+        Tensor, shape (N, Lq, C)
+
+        Raises
+        ------
+        TypeError
+            The mask is not boolean, or a dtype violates the contract of `ms_deform_attn`.
+        ValueError
+            A shape, level size or device does not fit.
+
+        References
+        ----------
+        Zhu et al., "Deformable DETR", arXiv:2010.04159.
+        """
+        check_module(
+            self.d_model,
+            self.n_levels,
+            query,
+            reference_points,
+            input_flatten,
+            input_padding_mask,
+        )
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        value = value.unflatten(-1, (self.n_heads, -1))  # N, S, M, D
+        samples = (self.n_heads, self.n_levels, self.n_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
+        weights = weights.softmax(-1).unflatten(-1, samples[1:])  # N, Lq, M, L, P
+        wide = torch.promote_types(value.dtype, torch.float32)
+        reference = reference_points.to(wide)[:, :, None, :, None]  # N, Lq, 1, L or 1, 1, 2 or 4
+        offsets = offsets.to(wide)  # N, Lq, M, L, P, 2
+        if reference.shape[-1] == 2:
+            try:
+                pixels = _widths_and_heights(input_spatial_shapes, offsets)
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                # Says what is wrong with the levels.
+                check(value, input_spatial_shapes, input_level_start_index, offsets, weights)
+                raise
+            locations = reference + offsets / pixels
+        else:
+            centres, sizes = reference[..., :2], reference[..., 2:]
+            locations = centres + offsets / self.n_points * sizes * 0.5
+        output = ms_deform_attn(
+            value, input_spatial_shapes, input_level_start_index, locations, weights
+        )
+        projected: Tensor = self.output_proj(output)
+        return projected
+
+
+def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
+    """(W, H) of each level, shape (L, 1, 2), for offsets of shape (N, Lq, M, L, P, 2)."""
+    shape = (offsets.shape[3], 1, 2)
+    if isinstance(spatial_shapes, Tensor) and spatial_shapes.device == offsets.device:
+        return spatial_shapes.flip(-1).to(offsets.dtype).view(shape)
+    pairs = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
+    # Filled in on the device number by number: a copy from the host would wait for the device.
+    sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]
+    return torch.stack(sizes).view(shape)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator in array-API calls: the oracle of every backend, the CPU path where Numba is absent.
+
+Works on NumPy, CuPy and torch arrays; under torch `forward` is differentiable to any order, in
+reverse and forward mode. It computes in the dtype of `value`, or in float32 where that is narrower,
+so float64 inputs give the exact side of a comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from array_api_compat import array_namespace, device
+
+from cupy_msda.contract import Level
+
+
+class _Corner(NamedTuple):
+    """One corner of the cells that the points of a level fall into, shape (N, Lq, M, P)."""
+
+    rows: Any  # index into value viewed as (N*S*M, D), 0 where the corner counts for nothing
+    valid: Any
+    right: bool
+    bottom: bool
+
+
+class _Cells(NamedTuple):
+    """The points of one level, shape (N, Lq, M, P)."""
+
+    x_fraction: Any  # from the cell's left edge, in [0, 1)
+    y_fraction: Any
+    weight: Any  # the attention weight, zero for a point that does not count
+    inside: Any
+    corners: tuple[_Corner, ...]
+
+
+def forward(
+    value: Any, levels: Sequence[Level], sampling_locations: Any, attention_weights: Any
+) -> Any:
+    """Multi-scale deformable attention, one gather per level and corner.
+
+    Parameters
+    ----------
+    value : array, shape (N, S, M, D)
+    levels : sequence of (H, W, start)
+    sampling_locations : array, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
+    attention_weights : array, shape (N, Lq, M, L, P)
+
+    Returns
+    -------
+    array, shape (N, Lq, M*D), dtype of `value`
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    xp = array_namespace(value)
+    n, s, m, d = value.shape
+    lq, p = sampling_locations.shape[1], sampling_locations.shape[4]
+    flat = xp.reshape(value, (n * s * m, d))
+    wide = _wide(xp, value)
+    output = xp.zeros((n, lq, m, d), dtype=wide, device=device(value))
+    if 0 not in (*flat.shape, lq, p):
+        for index, level in enumerate(levels):
+            cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
+            sampled = 0
+            for corner in cells.corners:
+                sampled = sampled + _share(cells, corner)[..., None] * _gather(xp, flat, corner)
+            output = output + xp.sum(cells.weight[..., None] * sampled, axis=3)
+    return xp.astype(xp.reshape(output, (n, lq, m * d)), value.dtype)
+
+
+def backward(
+    grad_output: Any,
+    value: Any,
+    levels: Sequence[Level],
+    sampling_locations: Any,
+    attention_weights: Any,
+) -> tuple[Any, Any, Any]:
+    """Gradients of `forward` by value, sampling_locations and attention_weights, written out.
+
+    Parameters
+    ----------
+    grad_output : array, shape (N, Lq, M*D)
+    value, levels, sampling_locations, attention_weights
+        As `forward` takes them.
+
+    Returns
+    -------
+    tuple of three arrays
+        Each with the shape and dtype of what it belongs to.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    xp = array_namespace(value)
+    n, s, m, d = value.shape
+    lq, p = sampling_locations.shape[1], sampling_locations.shape[4]
+    flat = xp.reshape(value, (n * s * m, d))
+    if 0 in (*flat.shape, lq, p, len(levels)):
+        return tuple(map(xp.zeros_like, (value, sampling_locations, attention_weights)))
+    wide = _wide(xp, value)
+    grad = xp.astype(xp.reshape(grad_output, (n, lq, m, 1, d)), wide)
+    grad_flat = xp.zeros(flat.shape, dtype=wide, device=device(value))
+    grad_locations, grad_weights = [], []
+    for index, level in enumerate(levels):
+        cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
+        by_weight, by_x, by_y = 0, 0, 0
+        for corner in cells.corners:
+            share = _share(cells, corner)
+            dot = xp.sum(grad * _gather(xp, flat, corner), axis=-1)
+            by_weight = by_weight + share * dot
+            by_x = by_x + (1 if corner.right else -1) * _along_y(cells, corner) * dot
+            by_y = by_y + (1 if corner.bottom else -1) * _along_x(cells, corner) * dot
+            addends = _masked(xp, corner.valid[..., None], (cells.weight * share)[..., None] * grad)
+            grad_flat = _add_rows(xp, grad_flat, corner.rows, addends)
+        by_location = (level.width * cells.weight * by_x, level.height * cells.weight * by_y)
+        grad_locations.append(
+            xp.stack([_masked(xp, cells.inside, g) for g in by_location], axis=-1)
+        )
+        grad_weights.append(_masked(xp, cells.inside, by_weight))
+    return (
+        xp.astype(xp.reshape(grad_flat, value.shape), value.dtype),
+        xp.astype(xp.stack(grad_locations, axis=3), sampling_locations.dtype),
+        xp.astype(xp.stack(grad_weights, axis=3), attention_weights.dtype),
+    )
+
+
+def _wide(xp: Any, value: Any) -> Any:
+    """The dtype to compute in: that of value, or float32 where it is narrower."""
+    return xp.result_type(value.dtype, xp.float32)
+
+
+def _masked(xp: Any, mask: Any, array: Any) -> Any:
+    """`array` where the mask holds, elsewhere exact zero with a zero gradient, even for NaN."""
+    return xp.where(mask, array, xp.zeros_like(array))
+
+
+def _cells(xp: Any, value: Any, level: Level, locations: Any, weights: Any, index: int) -> _Cells:
+    """Locate the points of one level in its pixel grid."""
+    height, width, start = level
+    wide = _wide(xp, value)
+    x = xp.astype(locations[:, :, :, index, :, 0], wide) * width - 0.5
+    y = xp.astype(locations[:, :, :, index, :, 1], wide) * height - 0.5
+    inside = (x > -1) & (y > -1) & (x < width) & (y < height)
+    x, y = _masked(xp, inside, x), _masked(xp, inside, y)
+    left, top = xp.floor(x), xp.floor(y)
+    column, row = xp.astype(left, xp.int64), xp.astype(top, xp.int64)
+
+    n, s, m = value.shape[:3]
+    on = device(value)
+    image = xp.reshape(xp.arange(n, dtype=xp.int64, device=on), (n, 1, 1, 1))
+    head = xp.reshape(xp.arange(m, dtype=xp.int64, device=on), (1, 1, m, 1))
+    corners = []
+    for bottom in (False, True):
+        for right in (False, True):
+            cx, cy = column + int(right), row + int(bottom)
+            valid = inside & (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
+            rows = (image * s + start + cy * width + cx) * m + head
+            corners.append(_Corner(_masked(xp, valid, rows), valid, right, bottom))
+    weight = _masked(xp, inside, xp.astype(weights[:, :, :, index], wide))
+    return _Cells(x - left, y - top, weight, inside, tuple(corners))
+
+
+def _along_x(cells: _Cells, corner: _Corner) -> Any:
+    """The horizontal interpolation weight of a corner."""
+    return cells.x_fraction if corner.right else 1 - cells.x_fraction
+
+
+def _along_y(cells: _Cells, corner: _Corner) -> Any:
+    """The vertical interpolation weight of a corner."""
+    return cells.y_fraction if corner.bottom else 1 - cells.y_fraction
+
+
+def _share(cells: _Cells, corner: _Corner) -> Any:
+    """The bilinear weight of a corner."""
+    return _along_y(cells, corner) * _along_x(cells, corner)
+
+
+def _gather(xp: Any, flat: Any, corner: _Corner) -> Any:
+    """The corner's D-vectors, shape (N, Lq, M, P, D), zero where the corner counts for nothing."""
+    rows = xp.take(flat, xp.reshape(corner.rows, (-1,)), axis=0)
+    rows = xp.reshape(rows, (*corner.rows.shape, flat.shape[1]))
+    return _masked(xp, corner.valid[..., None], xp.astype(rows, _wide(xp, flat)))
+
+
+def _add_rows(xp: Any, target: Any, rows: Any, addends: Any) -> Any:
+    """Add each (..., D) row of `addends` to the row of `target` named in `rows`, repeats too."""
+    rows = xp.reshape(rows, (-1,))
+    addends = xp.reshape(addends, (-1, target.shape[1]))
+    if hasattr(target, "index_add"):  # torch
+        return target.index_add(0, rows, addends)
+    # The array API has no scatter-add; NumPy and CuPy share this one.
+    xp.add.at(target, rows, addends)
+    return target

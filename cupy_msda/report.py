@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed, which backend would run and why, and a check of each backend against the reference."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import cupy_msda
+from cupy_msda import api, compile, contract, host, reference
+
+EPSILON = float(np.finfo(np.float32).eps)
+
+
+def environment() -> Iterator[tuple[str, str]]:
+    """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array."""
+    sources = compile.kernel_dir()
+    cache_dir = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    cached = [file for file in cache_dir.rglob("*") if file.is_file()]
+    megabytes = sum(file.stat().st_size for file in cached) / 1e6
+    yield "cupy-msda", f"{cupy_msda.__version__} in {Path(__file__).parent}"
+    yield "kernel sources", f"{sources} ({len(list(sources.glob('*.cu*')))} files)"
+    yield "kernel cache", f"{cache_dir} ({len(cached)} files, {megabytes:.1f} MB)"
+    yield (
+        "python",
+        f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors",
+    )
+    for name in ("numpy", "array-api-compat", "numba"):
+        yield name, _version(name)
+    yield "torch", _torch_version()
+    yield "cupy", _cupy_version()
+    yield "nvrtc", _nvrtc_version()
+    yield from _devices()
+    yield "", ""
+    yield "host arrays", host_backend()
+    for label, obstacle in (("torch on CUDA", torch_obstacle()), ("CuPy arrays", cupy_obstacle())):
+        yield label, "CUDA kernels" if obstacle is None else f"cannot run: {obstacle}"
+
+
+@cache
+def cupy_obstacle() -> str | None:
+    """Why CuPy arrays cannot run the CUDA kernels, with what mends it; None if they can."""
+    if find_spec("cupy") is None:
+        return f"CuPy is not installed: {_cupy_command()}"
+    try:
+        import cupy
+
+        devices = cupy.cuda.runtime.getDeviceCount()
+        if devices == 0:
+            return "the driver offers no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        text = _first_line(error)
+        if "nvrtc" in text.lower():
+            return f"the compiler NVRTC does not load ({text}): {_cupy_command()}"
+        if "cudaError" in text:
+            return f"no usable NVIDIA driver or device ({text}): install the driver, or use host arrays"
+        return f"CuPy is installed and does not work ({text}): {_cupy_command()}"
+    return None
+
+
+@cache
+def torch_obstacle() -> str | None:
+    """Why CUDA tensors of torch cannot run the CUDA kernels, with what mends it; None if they can."""
+    if find_spec("torch") is None:
+        return 'torch is not installed: pip install "cupy-msda[torch]"'
+    import torch
+
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a CPU build: pip install --force-reinstall torch from an index of CUDA "
+            "builds (https://pytorch.org/get-started)"
+        )
+    if not torch.cuda.is_available():
+        return (
+            f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no usable device: install an NVIDIA driver "
+            "that is new enough, or a torch build for an older CUDA (https://pytorch.org/get-started)"
+        )
+    return cupy_obstacle()
+
+
+def _cupy_command() -> str:
+    """The pip command for the CuPy that fits torch's CUDA."""
+    return f'pip install "cupy-msda[{_extra()}]"'
+
+
+def _extra() -> str:
+    """The extra whose CuPy fits torch's CUDA; that of CUDA 12 where torch does not say."""
+    if find_spec("torch") is not None:
+        import torch
+
+        if (torch.version.cuda or "12").startswith("13"):
+            return "cuda13x"
+    return "cuda12x"
+
+
+def host_backend() -> str:
+    """Which backend runs NumPy arrays and CPU tensors, or why none does."""
+    try:
+        backend = host.backend()
+    except ImportError as error:
+        return f"cannot run: Numba is installed and does not import ({_first_line(error)})"
+    if backend is reference:
+        return 'the reference, slow, since Numba is not installed: pip install "cupy-msda[cpu]"'
+    return "Numba kernels"
+
+
+def _version(distribution: str) -> str:
+    """The installed version of a distribution."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _torch_version() -> str:
+    """torch's version and what it was built for."""
+    if find_spec("torch") is None:
+        return "not installed"
+    import torch
+
+    build = "CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
+    return f"{torch.__version__} ({build})"
+
+
+def _cupy_version() -> str:
+    """CuPy's version, the distribution that provides it, and whether that fits torch."""
+    if find_spec("cupy") is None:
+        return "not installed"
+    names = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+    found = [f"{name} {version(name)}" for name in names if _version(name) != "not installed"]
+    text = " and ".join(found) or "installed, from no distribution known here"
+    if len(found) > 1:
+        text += " (uninstall all and install one: they overwrite each other)"
+    elif found and find_spec("torch") is not None:
+        import torch
+
+        cuda = torch.version.cuda
+        if cuda is not None and f"cuda{cuda.partition('.')[0]}x" not in text and "-" in text:
+            text += f" (torch is built for CUDA {cuda}: {_cupy_command()} fits it)"
+    return text
+
+
+def _nvrtc_version() -> str:
+    """The version of the compiler that CuPy loads."""
+    if find_spec("cupy") is None:
+        return "none without CuPy"
+    try:
+        import cupy
+
+        return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+    except Exception as error:
+        return f"does not load ({_first_line(error)}): {_cupy_command()}"
+
+
+def _devices() -> Iterator[tuple[str, str]]:
+    """The driver and its devices, as nvidia-smi names them."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        yield "driver", "none: nvidia-smi is not on PATH"
+        return
+    query = "--query-gpu=driver_version,index,name,compute_cap,memory.total"
+    answer = subprocess.run(
+        [command, query, "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        yield "driver", f"nvidia-smi failed: {(answer.stdout + answer.stderr).strip()}"
+        return
+    rows = [line.split(", ") for line in answer.stdout.splitlines()]
+    yield "driver", rows[0][0] if rows else "no device"
+    for _, index, *facts in rows:
+        yield f"device {index}", ", ".join(facts)
+
+
+def _first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class _Case(NamedTuple):
+    """A problem in float32 NumPy arrays, with a gradient of its output."""
+
+    grad_output: Any
+    value: Any
+    locations: Any
+    weights: Any
+
+
+_SHAPES = ((6, 8), (3, 4))
+
+
+def self_check() -> Iterator[tuple[str, bool, str]]:
+    """Run each backend at hand on a small problem, forward and backward: backend, whether it passed, figures.
+
+    The budget of each result is twice the error of the reference in float32 plus one rounding of its largest entry, all
+    against the reference in float64.
+    """
+    case = _small_problem()
+    exact = _reference([array.astype(np.float64) for array in case])
+    budgets = [budget(mine, best) for mine, best in zip(_reference(case), exact, strict=True)]
+    for name, run in _backends():
+        try:
+            results = run(case)
+        except Exception as failure:
+            yield name, False, f"{type(failure).__name__}: {failure}"
+            continue
+        errors = [error(result, best) for result, best in zip(results, exact, strict=True)]
+        passed = all(e <= b for e, b in zip(errors, budgets, strict=True))
+        labels = ("output", "grad value", "grad locations", "grad weights")
+        figures = [
+            f"{n} {e:.0e} (of {b:.0e})" for n, e, b in zip(labels, errors, budgets, strict=True)
+        ]
+        yield name, passed, ", ".join(figures)
+
+
+def error(result: Any, exact: Any) -> float:
+    """The largest absolute difference; infinite where the result is not finite."""
+    difference = np.abs(np.asarray(result, np.float64) - exact)
+    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+def budget(plain: Any, exact: Any) -> float:
+    """What a float32 result may be off: twice the error of a plain float32 formulation and one rounding of the largest."""
+    return 2 * (error(plain, exact) + EPSILON * float(np.abs(exact).max()))
+
+
+def _small_problem() -> _Case:
+    """Two images, two levels, points inside and outside."""
+    rng = np.random.default_rng(0)
+    n, m, d, lq, p = 2, 2, 16, 9, 4
+    spatial_size = sum(h * w for h, w in _SHAPES)
+    points = (n, lq, m, len(_SHAPES), p)
+    arrays = (
+        rng.standard_normal((n, lq, m * d)),
+        rng.standard_normal((n, spatial_size, m, d)),
+        rng.uniform(-0.1, 1.1, (*points, 2)),
+        rng.uniform(0, 1, points),
+    )
+    return _Case(*(array.astype(np.float32) for array in arrays))
+
+
+def _reference(case: Any) -> tuple[Any, ...]:
+    """Output and gradients from the reference, in the dtype of the case."""
+    grad_output, value, locations, weights = case
+    table = contract.check(value, _SHAPES, None, locations, weights)[1]
+    levels = table.levels or ()
+    output = reference.forward(value, levels, locations, weights)
+    return output, *reference.backward(grad_output, value, levels, locations, weights)
+
+
+def _backends() -> Iterator[tuple[str, Callable[[_Case], tuple[Any, ...]]]]:
+    """The backends at hand: a name, and a function from a case to output and gradients in NumPy arrays."""
+    yield "NumPy arrays", _run_numpy
+    if find_spec("torch") is not None:
+        yield "torch on the CPU", lambda case: _run_torch(case, "cpu")
+        if torch_obstacle() is None:
+            yield "torch on CUDA", lambda case: _run_torch(case, "cuda")
+    if cupy_obstacle() is None:
+        yield "CuPy arrays", _run_cupy
+
+
+def _run_arrays(case: Any) -> tuple[Any, ...]:
+    """The array functions."""
+    grad_output, value, *points = case
+    output = api.ms_deform_attn(value, _SHAPES, None, *points)
+    return output, *api.ms_deform_attn_backward(grad_output, value, _SHAPES, None, *points)
+
+
+def _run_numpy(case: _Case) -> tuple[Any, ...]:
+    """NumPy in, NumPy out."""
+    return _run_arrays(case)
+
+
+def _run_cupy(case: _Case) -> tuple[Any, ...]:
+    """The array functions on CuPy's current device."""
+    import cupy
+
+    return tuple(map(cupy.asnumpy, _run_arrays(tuple(map(cupy.asarray, case)))))
+
+
+def _run_torch(case: _Case, device: str) -> tuple[Any, ...]:
+    """Through autograd."""
+    import torch
+
+    grad_output, *inputs = (torch.from_numpy(array).to(device) for array in case)
+    value, locations, weights = leaves = [array.requires_grad_() for array in inputs]
+    output = api.ms_deform_attn(value, _SHAPES, None, locations, weights)
+    gradients = torch.autograd.grad(output, leaves, grad_output)
+    return tuple(result.detach().cpu().numpy() for result in (output, *gradients))

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// One sampling point: where it lies, what its four corners weigh, and the gradients of both.
+// Corners are numbered top-left, top-right, bottom-left, bottom-right; corner i counts where bit i of `corners` is set.
+#pragma once
+
+#include "levels.cuh"
+
+constexpr unsigned ALL_CORNERS = 15u;
+
+template <typename Real>
+struct Cell {
+  int column, row;   // of the top-left corner; -1 where the point lies left of or above the first pixel
+  Real right, down;  // fractions of the way to the right and lower corners
+  unsigned corners;  // 0: the point contributes nothing
+};
+
+template <typename Real>
+struct Four {
+  Real at[4];
+};
+
+// x = index + fraction. SMALL: |x| < 2^22, and two additions replace the slow conversions: next to 1.5 * 2^23 a float
+// has no fraction bits left, so adding it rounded down leaves floor(x) in the low bits.
+template <bool SMALL>
+__device__ __forceinline__ void split(float x, int& index, float& fraction) {
+  if constexpr (SMALL) {
+    const float shifted = __fadd_rd(x, 12582912.0f);
+    index = __float_as_int(shifted) - 0x4b400000;
+    fraction = x - (shifted - 12582912.0f);
+  } else {
+    const float whole = floorf(x);
+    index = static_cast<int>(whole);
+    fraction = x - whole;
+  }
+}
+template <bool SMALL>
+__device__ __forceinline__ void split(double x, int& index, double& fraction) {
+  const double whole = floor(x);
+  index = static_cast<int>(whole);
+  fraction = x - whole;
+}
+
+// Pixel coordinates are x = loc_x * W - 0.5, y = loc_y * H - 0.5. The comparisons are false for NaN and infinity.
+template <bool SMALL, typename Real>
+__device__ __forceinline__ Cell<Real> locate(Real loc_x, Real loc_y, const Level& level) {
+  const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
+  const Real half = static_cast<Real>(0.5), one = static_cast<Real>(1);
+  Real x = loc_x * width - half, y = loc_y * height - half;
+  const bool inside = x > -one && y > -one && x < width && y < height;
+  x = inside ? x : 0;
+  y = inside ? y : 0;
+  Cell<Real> cell;
+  split<SMALL>(x, cell.column, cell.right);
+  split<SMALL>(y, cell.row, cell.down);
+  const unsigned columns = (cell.column >= 0 ? 5u : 0u) | (cell.column + 1 < level.width ? 10u : 0u);
+  const unsigned rows = (cell.row >= 0 ? 3u : 0u) | (cell.row + 1 < level.height ? 12u : 0u);
+  cell.corners = inside ? columns & rows : 0u;
+  return cell;
+}
+
+// The share of each corner in the output: attention weight times bilinear weight.
+template <typename Real>
+__device__ __forceinline__ Four<Real> corner_shares(const Cell<Real>& cell, Real weight) {
+  const Real lower = weight * cell.down, upper = weight - lower;
+  const Real upper_right = upper * cell.right, lower_right = lower * cell.right;
+  return {upper - upper_right, upper_right, lower - lower_right, lower_right};
+}
+
+template <typename Real>
+struct PointGradient {
+  Real x, y, weight;
+};
+
+// dot[i] is the sum over D of grad_output times corner i; the gradient of corner i itself is its share * grad_output.
+template <typename Real>
+__device__ __forceinline__ PointGradient<Real> point_gradient(const Cell<Real>& cell, Real weight,
+                                                              const Level& level,
+                                                              const Four<Real>& dot) {
+  if (cell.corners == 0u) return {0, 0, 0};
+  const Real upper = dot.at[0] + cell.right * (dot.at[1] - dot.at[0]);
+  const Real lower = dot.at[2] + cell.right * (dot.at[3] - dot.at[2]);
+  const Real across_upper = dot.at[1] - dot.at[0], across_lower = dot.at[3] - dot.at[2];
+  const Real across = across_upper + cell.down * (across_lower - across_upper);
+  return {static_cast<Real>(level.width) * weight * across,
+          static_cast<Real>(level.height) * weight * (lower - upper),
+          upper + cell.down * (lower - upper)};
+}

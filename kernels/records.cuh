@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the specialised kernels compute once per point and read once per group.
+//
+// A group of G lanes owns a row (n, q, m) or, with SPLIT, one of SPLIT equal parts of its K = L*P points; each lane of
+// the group owns D / G channels. Points are taken in stages of G: every lane computes the record of one point, writes it
+// to its own slot of a shared array, and then the whole group walks through its G slots. A slot belongs to one warp, so
+// __syncwarp is all the ordering there is.
+#pragma once
+
+#include "bilinear.cuh"
+#include "scalar.cuh"
+
+constexpr int BLOCK = 256;
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+struct Slots {
+  float4 shares[BLOCK];  // of the four corners
+  int2 places[BLOCK];    // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
+};
+
+// Which rows a group works on. Blocks run over queries first, then heads, then images: neighbours in time share a head.
+template <int M, int G, int SPLIT>
+struct Row {
+  int image, head, query;
+  int part;    // of the row's points
+  int member;  // lane within the group
+  bool active;
+
+  static constexpr int QUERIES = BLOCK / (G * SPLIT);  // per block
+
+  __device__ explicit Row(const Params& p) {
+    const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
+    const int group = threadIdx.x / G;
+    image = image_head / M;
+    head = image_head % M;
+    part = group % SPLIT;
+    member = threadIdx.x % G;
+    query = blockIdx.x * QUERIES + group / SPLIT;
+    active = query < p.num_queries && image < p.batch;
+  }
+
+  // Index of the row among N * Lq * M.
+  __device__ long long index(const Params& p) const {
+    return (static_cast<long long>(image) * p.num_queries + query) * M + head;
+  }
+
+  // Index of the row's first element of position 0 in an array of shape (N, S, M, D).
+  template <int D>
+  __device__ long long base(const Params& p) const {
+    return (static_cast<long long>(image) * p.spatial_size * M + head) * D;
+  }
+};
+
+// A point as the lane that computed it keeps it, for the gradients.
+struct Point {
+  Cell<float> cell;
+  Level level;
+  float weight;
+};
+
+// PIXEL: bytes between neighbouring pixels of one head.
+template <int PIXEL, typename Location, typename Weight>
+__device__ __forceinline__ Point make_record(Slots& slots, const Location* location,
+                                             const Weight* weight, const Level& level) {
+  float at[2];
+  load(at, location);
+  Point point = {locate<true>(at[0], at[1], level), level, widen(*weight)};
+  if (point.cell.corners == 0u) point.weight = 0.0f;
+  if (level.start < 0) point.weight = __int_as_float(0x7fc00000);
+  const Four<float> share = corner_shares(point.cell, point.weight);
+  const int pixel = level.start + point.cell.row * level.width + point.cell.column;
+  slots.shares[threadIdx.x] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
+  slots.places[threadIdx.x] =
+      make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  return point;
+}
+
+// A slot that contributes nothing.
+__device__ __forceinline__ Point empty_record(Slots& slots) {
+  slots.shares[threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  slots.places[threadIdx.x] = make_int2(0, 0);
+  return {{0, 0, 0.0f, 0.0f, 0u}, {0, 0, 0}, 0.0f};
+}
+
+// Where corner i of a record lies. WIDER: the array's elements are so many times as wide as those the record was made for.
+// INTERIOR records have all corner bits set, so taking those off folds into the load's immediate offset.
+template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
+__device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
+  const int corner_bits = static_cast<int>(ALL_CORNERS);
+  const int top_left = INTERIOR ? place.x - corner_bits : place.x & ~corner_bits;
+  Bytes* row = base + static_cast<long long>(top_left) * WIDER;
+  if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
+  return corner & 1 ? row + PIXEL * WIDER : row;
+}

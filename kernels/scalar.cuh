@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+// Storage types and how they are loaded, widened, rounded and added to memory. No CUDA toolkit header is needed:
+// 16-bit floats are plain bits here, converted by PTX on a device and by integer arithmetic elsewhere.
+#pragma once
+
+#if defined(__CUDA_ARCH__)
+#define MSDA_PTX 1
+#else
+#define MSDA_PTX 0
+#endif
+
+struct half_t {
+  unsigned short bits;
+};
+struct bfloat16_t {
+  unsigned short bits;
+};
+
+// The type that a value is computed in, and that its gradient is accumulated in.
+template <typename T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bfloat16_t x) {
+  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+__device__ __forceinline__ float widen(half_t x) {
+#if MSDA_PTX
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  const unsigned sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);
+  // 2^112 moves the exponent's bias; the product is exact, subnormals included.
+  const float y = __uint_as_float(magnitude << 13) * __uint_as_float(0x77800000u);
+  return __uint_as_float(sign | __float_as_uint(y));
+#endif
+}
+
+// Round to nearest, ties to even. The first argument only names the type.
+__device__ __forceinline__ float narrow(float, float x) { return x; }
+__device__ __forceinline__ double narrow(double, double x) { return x; }
+__device__ __forceinline__ bfloat16_t narrow(bfloat16_t, float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (x != x) return {static_cast<unsigned short>(bits >> 16 | 0x40u)};
+  return {static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+__device__ __forceinline__ half_t narrow(half_t, float x) {
+#if MSDA_PTX
+  half_t y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
+  const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u;
+  const unsigned magnitude = bits & 0x7fffffffu;
+  unsigned out;
+  if (magnitude > 0x7f800000u) {
+    out = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    out = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {
+    out = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else {  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    out = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+  }
+  return {static_cast<unsigned short>(sign | out)};
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow_to(typename Compute<T>::type x) {
+  return narrow(T{}, x);
+}
+
+// What one memory instruction of BYTES bytes moves.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// COUNT elements by one memory instruction, from data that no thread of the launch writes.
+template <typename T, int COUNT>
+__device__ __forceinline__ void load(float (&to)[COUNT], const T* from) {
+  using Bits = typename Word<sizeof(T) * COUNT>::type;
+  union {
+    Bits bits;
+    T at[COUNT];
+  } word;
+  word.bits = __ldg(reinterpret_cast<const Bits*>(from));
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) to[i] = widen(word.at[i]);
+}
+
+template <typename T, int COUNT>
+__device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
+  using Bits = typename Word<sizeof(T) * COUNT>::type;
+  union {
+    Bits bits;
+    T at[COUNT];
+  } word;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) word.at[i] = narrow_to<T>(from[i]);
+  *reinterpret_cast<Bits*>(to) = word.bits;
+}
+
+// Add four neighbouring floats to memory, 16-byte aligned. No kernel reads what it adds, hence no memory clobber:
+// loads may move across.
+__device__ __forceinline__ void reduce_add(float* to, float a, float b, float c, float d) {
+#if MSDA_PTX && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
+               "f"(d));
+#else
+  atomicAdd(to, a);
+  atomicAdd(to + 1, b);
+  atomicAdd(to + 2, c);
+  atomicAdd(to + 3, d);
+#endif
+}

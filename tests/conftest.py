@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For all tests: when those marked `gpu` are skipped, and seeds."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+
+
+def why_no_gpu() -> str | None:
+    """Why tests of the CUDA kernels cannot run here, or None where they can."""
+    try:
+        import cupy
+        import torch
+    except ModuleNotFoundError as error:
+        return f"needs torch and CuPy: {error}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch and CuPy warn of drivers that they cannot use
+        if not torch.cuda.is_available():
+            return "needs a CUDA device and a torch built for it"
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            return f"needs a CUDA device that CuPy can use: {error}"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    reason = why_no_gpu()
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """torch's default generator starts at the same place in every test; NumPy's is never used."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

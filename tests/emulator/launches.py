@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the planned launches of the operator on the emulator, on torch CPU tensors of any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cupy_msda import launch
+from cupy_msda.compile import assemble
+from cupy_msda.contract import LevelTable, Problem, check
+from tests.emulator.emulator import Emulated
+
+
+@dataclass
+class Inputs:
+    """One problem with random data; `spread` is how far beyond the picture locations reach."""
+
+    batch: int
+    levels: Sequence[tuple[int, int]]
+    heads: int
+    head_dim: int
+    queries: int
+    points: int
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3
+    spread: float = 0.2
+    seed: int = 0
+    value: torch.Tensor = field(init=False)
+    locations: torch.Tensor = field(init=False)
+    weights: torch.Tensor = field(init=False)
+    grad_output: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        random = torch.Generator().manual_seed(self.seed)
+        n, m, d, lq = self.batch, self.heads, self.head_dim, self.queries
+        points = (n, lq, m, len(self.levels), self.points)
+        size = sum(h * w for h, w in self.levels)
+        value = torch.randn((n, size, m, d), generator=random, dtype=torch.float64)
+        locations = torch.rand((*points, 2), generator=random, dtype=torch.float64)
+        locations = locations * (1 + 2 * self.spread) - self.spread
+        weights = torch.rand(points, generator=random, dtype=torch.float64)
+        grad_output = torch.randn((n, lq, m * d), generator=random, dtype=torch.float64)
+        self.value = value.to(self.dtypes[0])
+        self.locations = locations.to(self.dtypes[1])
+        self.weights = weights.to(self.dtypes[2])
+        self.grad_output = grad_output.to(self.dtypes[0])
+
+    @property
+    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the reference takes beside the levels."""
+        return self.value, self.locations, self.weights
+
+    def checked(self) -> tuple[Problem, LevelTable]:
+        """The problem and its level table, through the contract."""
+        return check(self.value, self.levels, None, self.locations, self.weights)
+
+
+def memory(tensor: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
+    """The tensor's memory as a NumPy array; 16-bit floats as their bits."""
+    if tensor is None:
+        return None
+    return (tensor.view(torch.int16) if tensor.element_size() == 2 else tensor).numpy()
+
+
+def poisoned(like: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A tensor of NaN, so that an element that is not written shows."""
+    return torch.full(tuple(shape or like.shape), torch.nan, dtype=like.dtype)
+
+
+def emulate(
+    plan: launch.Plan,
+    tensors: Sequence[torch.Tensor | None],
+    tables: Sequence[torch.Tensor | None] = (None, None),
+    *,
+    source: str | None = None,
+    seed: int = 0,
+    sanitize: bool = False,
+) -> None:
+    """Run one planned launch as launch.py would, on host memory."""
+    kernel = Emulated(
+        source or assemble(plan.kernel.file), plan.kernel.name, sanitize=sanitize
+    )
+    arrays = [memory(tensor) for tensor in (*tensors, *tables)]
+    kernel(plan.grid, plan.block, [*arrays, plan.params], seed=seed)
+
+
+def forward(
+    inputs: Inputs,
+    multiprocessors: int = 1,
+    table: LevelTable | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The output of the emulated forward."""
+    problem, known = inputs.checked()
+    plan = launch.plan_forward(problem, table or known, multiprocessors)
+    output = poisoned(inputs.value, problem.output_shape)
+    emulate(plan, (*inputs.arrays, output), **options)
+    return output
+
+
+def backward(
+    inputs: Inputs,
+    multiprocessors: int = 1,
+    table: LevelTable | None = None,
+    needs: tuple[bool, bool] = (True, True),
+    **options: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """The three gradients of the emulated backward, None where not needed."""
+    problem, known = inputs.checked()
+    plan = launch.plan_backward(problem, table or known, multiprocessors, *needs)
+    wide = torch.promote_types(inputs.value.dtype, torch.float32)
+    grad_value = torch.zeros(inputs.value.shape, dtype=wide) if needs[0] else None
+    of_points = [poisoned(t) if needs[1] else None for t in (inputs.locations, inputs.weights)]
+    emulate(plan, (inputs.grad_output, *inputs.arrays, grad_value, *of_points), **options)
+    if grad_value is not None:
+        grad_value = grad_value.to(inputs.value.dtype)
+    return (grad_value, *of_points)

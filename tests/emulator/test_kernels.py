@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The .cu sources themselves, every template path, executed on the CPU against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from cupy_msda import launch, reference
+from cupy_msda.compile import assemble
+from cupy_msda.contract import LevelTable
+from tests.budget import assert_within_budget
+from tests.emulator.emulator import EmulatorError
+from tests.emulator.launches import Inputs, backward, emulate, forward, poisoned
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MANY = 10**6  # multiprocessors: so many that rows are split as far as they go
+FOUR = ((9, 13), (6, 7), (3, 4), (2, 2))
+THREE = ((8, 8), (4, 4), (2, 2))
+FIVE = ((12, 14), *FOUR)
+
+# The shapes of real models, levels and queries scaled down; N, M, D, L and P as they are.
+MODELS = {
+    "detr-encoder": Inputs(2, FOUR, 8, 32, 37, 4),
+    "detr-encoder-f16": Inputs(1, FOUR, 8, 32, 70, 4, (F16, F32, F32)),
+    "detr-encoder-bf16": Inputs(1, FOUR, 8, 32, 70, 4, (BF16, F32, F32)),
+    "dino5-encoder": Inputs(1, FIVE, 8, 32, 35, 4),
+    "mask2former": Inputs(2, THREE[::-1], 8, 32, 33, 4),
+    "bevformer-sca": Inputs(6, FOUR, 8, 32, 9, 8),
+    "bevformer-tsa": Inputs(2, ((11, 10),), 8, 32, 40, 4),
+    "rfdetr": Inputs(2, ((9, 9),), 16, 16, 50, 2),
+    "rfdetr-f16": Inputs(2, ((9, 9),), 16, 16, 50, 2, (F16, F16, F16)),
+    "dfine-n-decoder": Inputs(1, THREE[:2], 8, 16, 21, 6),
+    "msda-triton": Inputs(4, FOUR, 8, 32, 10, 4),
+}
+# The rest of what the specialised kernels are made for.
+SPECIALISED = {
+    "d8": Inputs(1, THREE, 3, 8, 75, 3),
+    "d8-f16": Inputs(1, THREE, 3, 8, 75, 3, (F16, F32, F16)),
+    "d64-bf16": Inputs(1, THREE, 2, 64, 19, 5, (BF16, BF16, BF16)),
+    "d128": Inputs(1, THREE, 2, 128, 11, 4),
+    "d256-f16": Inputs(1, ((5, 6),), 1, 256, 9, 4, (F16, F16, F32)),
+    "one-point": Inputs(3, ((5, 6),), 1, 32, 5, 1),
+    "one-pixel": Inputs(1, ((1, 1), (1, 7), (5, 1)), 2, 32, 12, 4, spread=1.0),
+    "inside-only": Inputs(1, ((20, 20), (16, 18)), 2, 32, 24, 4, spread=-0.2),
+    "inside-only-f16": Inputs(1, ((20, 20), (16, 18)), 2, 32, 24, 4, (F16, F32, F32), spread=-0.2),
+}
+SPLIT = {
+    "decoder": Inputs(1, FOUR, 8, 32, 13, 4),
+    "decoder-f16": Inputs(1, FOUR, 8, 32, 13, 4, (F16, F32, F32)),
+    "rtdetr-decoder": Inputs(2, THREE, 8, 32, 13, 4),
+    "rtdetr-decoder-bf16": Inputs(1, THREE, 8, 32, 13, 4, (BF16, F32, BF16)),
+    "d8-f16": Inputs(1, FOUR, 2, 8, 6, 8, (F16, F32, F32)),
+}
+GENERIC = {
+    "d30": Inputs(2, THREE, 3, 30, 11, 3),
+    "d71-f16": Inputs(1, THREE, 2, 71, 5, 4, (F16, F16, F32)),
+    "d256": Inputs(1, THREE, 1, 256, 5, 4),
+    "d1-bf16": Inputs(1, THREE, 2, 1, 9, 13, (BF16, F32, F32)),
+    "float64": Inputs(2, FOUR, 4, 32, 9, 4, (F64, F64, F64)),
+    "float64-mixed": Inputs(1, THREE, 2, 5, 9, 4, (F64, F32, F32)),
+    "seventeen-levels": Inputs(1, ((3, 2),) * 17, 2, 8, 4, 3),
+}
+
+
+def on(cases: dict[str, Inputs]) -> pytest.MarkDecorator:
+    """Parametrise a test over named inputs."""
+    return pytest.mark.parametrize("inputs", cases.values(), ids=cases.keys())
+
+
+def levels_of(inputs: Inputs):
+    """The level table as the reference takes it."""
+    levels = inputs.checked()[1].levels
+    assert levels is not None
+    return levels
+
+
+def in_double(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The same numbers in float64."""
+    return tuple(array.double() for array in inputs.arrays)
+
+
+def check_forward(inputs: Inputs, output: torch.Tensor) -> None:
+    """The output must stay within the error budget."""
+    value, *points = inputs.arrays
+    wide, *wide_points = in_double(inputs)
+    levels = levels_of(inputs)
+    same = reference.forward(value, levels, *points)
+    assert_within_budget(output, same, reference.forward(wide, levels, *wide_points))
+
+
+def check_backward(
+    inputs: Inputs, gradients: Sequence[torch.Tensor | None], needs: Sequence[bool] = (True,) * 3
+) -> None:
+    """Each gradient that is needed must stay within the error budget."""
+    levels = levels_of(inputs)
+    value, *points = inputs.arrays
+    same = reference.backward(inputs.grad_output, value, levels, *points)
+    wide, *wide_points = in_double(inputs)
+    exact = reference.backward(inputs.grad_output.double(), wide, levels, *wide_points)
+    for needed, *three in zip(needs, gradients, same, exact, strict=True):
+        if needed:
+            assert_within_budget(*three)
+        else:
+            assert three[0] is None
+
+
+def kernel_of(inputs: Inputs, multiprocessors: int, **options: bool) -> tuple[str, str]:
+    """Source file and last template arguments of the planned kernels."""
+    problem, table = inputs.checked()
+    if options:
+        return launch.plan_backward(problem, table, multiprocessors, **options).kernel
+    return launch.plan_forward(problem, table, multiprocessors).kernel
+
+
+@on(MODELS | SPECIALISED)
+def test_specialised_forward(inputs: Inputs) -> None:
+    assert kernel_of(inputs, 0)[0] == "forward.cu"
+    check_forward(inputs, forward(inputs, 0))
+
+
+@on(SPLIT)
+def test_split_forward(inputs: Inputs) -> None:
+    file, name = kernel_of(inputs, MANY)
+    assert file == "forward.cu"
+    assert not name.endswith(", 1>")
+    check_forward(inputs, forward(inputs, MANY))
+
+
+@on({name: case for name, case in (MODELS | SPECIALISED).items() if name != "d256-f16"})
+def test_specialised_backward(inputs: Inputs) -> None:
+    check_backward(inputs, backward(inputs, 0))
+
+
+@on(SPLIT)
+def test_split_backward(inputs: Inputs) -> None:
+    check_backward(inputs, backward(inputs, MANY))
+
+
+@on(GENERIC)
+def test_generic(inputs: Inputs) -> None:
+    assert kernel_of(inputs, MANY)[0] == "generic.cu"
+    table = _on_device(inputs)[0] if len(inputs.levels) > launch.MAX_LEVELS_BY_VALUE else None
+    tables = _on_device(inputs)[1] if table else (None, None)
+    check_forward(inputs, forward(inputs, table=table, tables=tables))
+    problem, known = inputs.checked()
+    plan = launch.plan_backward(problem, table or known)
+    wide = torch.promote_types(inputs.value.dtype, torch.float32)
+    gradients = [torch.zeros(inputs.value.shape, dtype=wide)]
+    gradients += [poisoned(t) for t in (inputs.locations, inputs.weights)]
+    assert plan.kernel.file == "generic.cu"
+    emulate(plan, (inputs.grad_output, *inputs.arrays, *gradients), tables)
+    gradients[0] = gradients[0].to(inputs.value.dtype)
+    check_backward(inputs, gradients)
+
+
+def test_generic_backward_takes_what_only_the_forward_specialises() -> None:
+    """A float16 row of 256 channels fits 32 lanes of eight, but not of four."""
+    inputs = SPECIALISED["d256-f16"]
+    assert kernel_of(inputs, 0, needs_value=True)[0] == "generic.cu"
+    check_backward(inputs, backward(inputs, 0))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["value", "points"])
+@on({"specialised": MODELS["mask2former"], "generic": GENERIC["d30"]})
+def test_backward_computes_what_is_needed(inputs: Inputs, needs: tuple[bool, bool]) -> None:
+    check_backward(inputs, backward(inputs, needs=needs), (needs[0], needs[1], needs[1]))
+
+
+def _on_device(inputs: Inputs) -> tuple[LevelTable, tuple[torch.Tensor, torch.Tensor]]:
+    """A table that the host does not know, and the arrays that the kernels read instead."""
+    table = inputs.checked()[1]
+    return LevelTable(None, None), (torch.tensor(table.sizes), torch.tensor(table.starts))
+
+
+TABLES = {"specialised": MODELS["msda-triton"], "generic": GENERIC["d30"]}
+
+
+@on(TABLES)
+@pytest.mark.parametrize("derived", [False, True], ids=["starts", "derived-starts"])
+def test_level_table_on_the_device(inputs: Inputs, derived: bool) -> None:
+    table, (sizes, starts) = _on_device(inputs)
+    options = {"table": table, "tables": (sizes, None if derived else starts)}
+    assert torch.equal(forward(inputs, **options), forward(inputs))
+    for actual, expected in zip(backward(inputs, **options), backward(inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@on(TABLES)
+def test_sizes_on_the_host_and_starts_on_the_device(inputs: Inputs) -> None:
+    known = inputs.checked()[1]
+    _, (_, starts) = _on_device(inputs)
+    table = LevelTable(known.sizes, None)
+    assert torch.equal(forward(inputs, table=table, tables=(None, starts)), forward(inputs))
+
+
+HUGE = 2**62
+BAD_TABLES = {
+    "too-tall": ((0, 0), HUGE),
+    "negative-width": ((1, 1), -3),
+    "past-the-end": ((1, 0), 10**6),
+    "wraps-to-small": ((0, 0), 2**32 + 1),
+}
+
+
+@on(TABLES)
+@pytest.mark.parametrize("derived", [False, True], ids=["starts", "derived-starts"])
+@pytest.mark.parametrize("bad", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_level_table_that_does_not_fit_gives_nan(inputs: Inputs, derived: bool, bad) -> None:
+    """Nothing is read outside (see the sanitized run), and no output hides the mistake."""
+    table, (sizes, starts) = _on_device(inputs)
+    sizes[bad[0]] = bad[1]
+    options = {"table": table, "tables": (sizes, None if derived else starts)}
+    assert forward(inputs, **options).isnan().all()
+    _, grad_locations, grad_weights = backward(inputs, **options)
+    level = bad[0][0]
+    assert grad_locations[:, :, :, level].isnan().all()
+    assert grad_weights[:, :, :, level].isnan().all()
+
+
+@on(TABLES)
+@pytest.mark.parametrize("start", [-1, -(2**40), 2**40, 10**6])
+def test_level_start_that_does_not_fit_gives_nan(inputs: Inputs, start: int) -> None:
+    table, (sizes, starts) = _on_device(inputs)
+    starts[1] = start
+    assert forward(inputs, table=table, tables=(sizes, starts)).isnan().all()
+
+
+@on(TABLES)
+def test_points_that_do_not_count(inputs: Inputs) -> None:
+    """NaN, infinite and far locations contribute nothing, even with a NaN weight."""
+    inputs = dataclasses.replace(inputs)
+    for i, bad in enumerate((torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 3e38, 2.0, -1.0)):
+        inputs.locations[0, i % inputs.queries, 0, i % 2, i % 3, i % 2] = bad
+    outside = torch.zeros(inputs.weights.shape, dtype=torch.bool)
+    for level, (height, width) in enumerate(inputs.levels):
+        x = inputs.locations[:, :, :, level, :, 0] * width - 0.5
+        y = inputs.locations[:, :, :, level, :, 1] * height - 0.5
+        outside[:, :, :, level] = ~((x > -1) & (x < width) & (y > -1) & (y < height))
+    assert outside.sum() > 20
+    inputs.weights[outside] = torch.nan
+    check_forward(inputs, forward(inputs))
+    gradients = backward(inputs)
+    check_backward(inputs, gradients)
+    assert (gradients[1][outside] == 0).all()
+    assert (gradients[2][outside] == 0).all()
+
+
+@on({"specialised": SPECIALISED["one-point"], "generic": GENERIC["d30"]})
+def test_the_edge_is_excluded(inputs: Inputs) -> None:
+    """At exactly one pixel outside, x = -1 and x = W, a point has neither value nor gradient."""
+    inputs = dataclasses.replace(inputs, levels=((4, 8),), points=1)
+    inputs.locations[..., 1] = 0.5
+    edge = torch.tensor([-0.5 / 8, 8.5 / 8], dtype=torch.float32)
+    inputs.locations[:, :2, :, 0, 0, 0] = edge[None, :, None]
+    output = forward(inputs).reshape(inputs.batch, inputs.queries, inputs.heads, -1)
+    assert (output[:, :2] == 0).all()
+    assert (output[:, 2:] != 0).any()
+    assert all((gradient[:, :2] == 0).all() for gradient in backward(inputs)[1:])
+    just_inside = edge + torch.tensor([1e-4, -1e-4])
+    inputs.locations[:, :2, :, 0, 0, 0] = just_inside[None, :, None]
+    assert (backward(inputs)[1][:, :2, ..., 0] != 0).all()
+
+
+@on({"f32": MODELS["bevformer-tsa"], "f16": MODELS["rfdetr-f16"], "generic": GENERIC["d30"]})
+def test_padding_is_exact_zero(inputs: Inputs) -> None:
+    """Cells next to a corner that lies outside may hold infinity: it must not meet a zero weight."""
+    inputs = dataclasses.replace(inputs, levels=((4, 5),), points=4)
+    value = inputs.value.reshape(inputs.batch, 4, 5, inputs.heads, -1)
+    value[:, :, 1:] = torch.inf
+    inputs.locations[..., 0] = 0.05  # half a pixel left of column 0: column -1 would wrap to column 4
+    output = forward(inputs)
+    assert output.isfinite().all()
+    check_forward(inputs, output)
+    assert all(gradient.isfinite().all() for gradient in backward(inputs))
+
+
+def test_halves_round_to_nearest_even() -> None:
+    """The portable conversions, which the device replaces by single instructions, against torch."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (F16, BF16):
+        every = bits.view(dtype)
+        wide = every.float()
+        between = torch.nextafter(wide, torch.tensor(torch.inf))
+        middle = ((wide.double() + wide.roll(-1).double()) / 2).float()
+        for source in (wide, between, middle):
+            expected = source.to(dtype)
+            actual = _converted(source, dtype)
+            same = expected.view(torch.int16) == actual.view(torch.int16)
+            assert (same | (expected.isnan() & actual.isnan())).all()
+
+
+def _converted(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 numbers rounded by narrow() after a round trip of the rounded ones through widen()."""
+    from tests.emulator.emulator import Emulated
+
+    name = "half_t" if dtype is F16 else "bfloat16_t"
+    source = assemble("scalar.cuh") + f"""
+__global__ void convert(const float* from, {name}* to, int count) {{
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const {name} once = narrow_to<{name}>(from[i]);
+  to[i] = narrow_to<{name}>(widen(once));
+}}
+"""
+    result = torch.zeros(numbers.shape, dtype=dtype)
+    Emulated(source, "convert")(
+        (256, 1, 1),
+        (256, 1, 1),
+        [numbers.numpy(), result.view(torch.int16).numpy(), np.int32(numbers.numel())],
+    )
+    return result
+
+
+@on({"specialised": MODELS["mask2former"], "split": SPLIT["decoder"], "generic": GENERIC["d30"]})
+def test_order_of_the_lanes_does_not_matter(inputs: Inputs) -> None:
+    """Forward and point gradients are bitwise the same; grad_value may differ in the last bits."""
+    for seed in (1, 2, 3):
+        assert torch.equal(forward(inputs, MANY, seed=seed), forward(inputs, MANY))
+        gradients = backward(inputs, MANY, seed=seed)
+        check_backward(inputs, gradients)
+        for actual, expected in zip(gradients[1:], backward(inputs, MANY)[1:], strict=True):
+            assert torch.equal(actual, expected)
+
+
+def _without(source: str, fence: str, number: int) -> str:
+    """The source with one of its fences taken out."""
+    parts = source.split(fence)
+    return fence.join(parts[: number + 1]) + fence.join(parts[number + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("file", "fence", "number"),
+    [
+        ("forward.cu", "__syncthreads();", 0),
+        ("forward.cu", "__syncwarp();", 1),
+        ("generic.cu", "__syncwarp();", 0),
+        ("generic.cu", "__syncwarp();", 1),
+    ],
+)
+def test_a_missing_fence_shows(file: str, fence: str, number: int) -> None:
+    """Without a fence some order of the lanes goes wrong.
+
+    The first __syncwarp of forward.cu is not among them: the vote before it makes the lanes meet as well, and what it
+    adds is the order of memory, which only a device can get wrong.
+    """
+    if file == "forward.cu":
+        inputs = dataclasses.replace(MODELS["mask2former"], points=8)
+    else:
+        inputs = dataclasses.replace(GENERIC["d30"], points=24)
+    source = assemble(file)
+    assert source.count(fence) > number
+    damaged = _without(source, fence, number)
+    good = forward(inputs, 0)
+    seen = []
+    for seed in range(8):
+        try:
+            seen.append(torch.equal(forward(inputs, 0, source=damaged, seed=seed), good))
+        except EmulatorError:
+            seen.append(False)
+    assert not all(seen)
+
+
+SANITIZED = {
+    "specialised": MODELS["msda-triton"],
+    "half": MODELS["rfdetr-f16"],
+    "split": SPLIT["rtdetr-decoder"],
+    "generic": GENERIC["d30"],
+}
+
+
+@on(SANITIZED)
+def test_under_the_sanitizers(inputs: Inputs) -> None:
+    """No access outside an array, no misaligned one, no undefined arithmetic, at the worst locations."""
+    inputs = dataclasses.replace(inputs, spread=0.6)
+    inputs.locations.view(-1)[::17] = torch.nan
+    inputs.locations.view(-1)[::19] = torch.finfo(inputs.locations.dtype).max
+    multiprocessors = MANY if inputs.queries == SPLIT["rtdetr-decoder"].queries else 0
+    check_forward(inputs, forward(inputs, multiprocessors, sanitize=True))
+    check_backward(inputs, backward(inputs, multiprocessors, sanitize=True))
+
+
+@on({"specialised": MODELS["msda-triton"], "generic": GENERIC["d30"]})
+def test_invalid_tables_under_the_sanitizers(inputs: Inputs) -> None:
+    """A level table that only a device knows may hold anything."""
+    table, (sizes, starts) = _on_device(inputs)
+    sizes[0, 0], sizes[1, 1], starts[0] = HUGE, -(2**63), 2**63 - 1
+    for given in (starts, None):
+        options = {"table": table, "tables": (sizes, given), "sanitize": True}
+        assert forward(inputs, **options).isnan().all()
+        backward(inputs, **options)

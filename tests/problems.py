@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random inputs as torch tensors, and what the reference makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cupy_msda import reference
+from cupy_msda.contract import Level
+from tests.budget import assert_within_budget
+
+# dtypes of value and of locations and weights.
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float64, torch.float32),
+]
+
+
+class Inputs(NamedTuple):
+    """Tensors of one problem; the levels follow one another."""
+
+    sizes: list[tuple[int, int]]
+    value: Tensor
+    locations: Tensor
+    weights: Tensor
+    grad_output: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three differentiable inputs."""
+        return self.value, self.locations, self.weights
+
+    @property
+    def levels(self) -> list[Level]:
+        """The levels as the reference takes them."""
+        return consecutive(self.sizes)
+
+    def to(self, *arguments: Any) -> Inputs:
+        """All tensors by `Tensor.to`."""
+        return Inputs(self.sizes, *(tensor.to(*arguments) for tensor in self[1:]))
+
+    def shapes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The level sizes as a tensor on the device of value."""
+        return torch.tensor(self.sizes, dtype=dtype, device=self.value.device).reshape(-1, 2)
+
+    def starts(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The level starts as a tensor on the device of value."""
+        starts = [level.start for level in self.levels]
+        return torch.tensor(starts, dtype=dtype, device=self.value.device)
+
+
+def consecutive(sizes: Sequence[tuple[int, int]]) -> list[Level]:
+    """Levels one after another."""
+    starts = accumulate((h * w for h, w in sizes), initial=0)
+    return [Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=False)]
+
+
+def random_inputs(  # noqa: PLR0913
+    sizes: Sequence[tuple[int, int]] = ((5, 7), (3, 4)),
+    *,
+    n: int = 2,
+    m: int = 2,
+    d: int = 8,
+    lq: int = 5,
+    p: int = 3,
+    s: int | None = None,
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    device: Any = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """Normal values, positive weights, and locations of which some fall outside every level."""
+    generator = torch.Generator().manual_seed(seed)
+    s = sum(h * w for h, w in sizes) if s is None else s
+    points = (n, lq, m, len(sizes), p)
+    value = torch.randn(n, s, m, d, generator=generator)
+    locations = torch.rand(*points, 2, generator=generator) * 1.3 - 0.15
+    weights = torch.rand(points, generator=generator)
+    grad_output = torch.randn(n, lq, m * d, generator=generator)
+    of_value, of_points = dtypes
+    return Inputs(
+        list(sizes),
+        value.to(device, of_value),
+        locations.to(device, of_points),
+        weights.to(device, of_points),
+        grad_output.to(device, of_value),
+    )
+
+
+def away_from_edges(inputs: Inputs) -> Inputs:
+    """The same in float64 with every point well inside a cell, where the operator is smooth."""
+    inputs = inputs.to(torch.float64)
+    scale = inputs.shapes().flip(-1)[:, None]  # L, 1, (W, H)
+    pixels = inputs.locations * scale - 0.5
+    pixels = pixels.floor() + 0.2 + 0.6 * (pixels - pixels.floor())
+    return inputs._replace(locations=(pixels + 0.5) / scale)
+
+
+def check_against_reference(inputs: Inputs, output: Tensor, gradients: Sequence[Tensor]) -> None:
+    """The output and the three gradients within the error budget, element by element finite alike."""
+    results = []
+    for case in (inputs, inputs.to(torch.float64)):
+        value, *points = case.tensors
+        forward = reference.forward(value, case.levels, *points)
+        backward = reference.backward(case.grad_output, value, case.levels, *points)
+        results.append((forward, *backward))
+    for actual, same, exact in zip((output, *gradients), *results, strict=True):
+        assert actual.device == inputs.value.device
+        assert_within_budget(*(t.detach().cpu() for t in (actual, same, exact)))

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python -m cupy_msda: the report with its self-check, and the demo."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cupy_msda
+from cupy_msda import __main__, demo, host, report
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments, absent=(), **environment) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, in which some modules cannot be imported."""
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys({list(absent)})); "
+        "runpy.run_module('cupy_msda', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=180,
+    )
+
+
+def fields(text: str) -> dict[str, str]:
+    """The report's lines by label; what is indented belongs to the line before."""
+    pairs = re.findall(r"^(\S.{15}) (.*)$", text, re.MULTILINE)
+    return {label.strip(): value for label, value in pairs}
+
+
+@pytest.fixture(scope="module")
+def plain_report():
+    return command()
+
+
+def test_report_passes_and_names_versions(plain_report):
+    assert plain_report.returncode == 0, plain_report.stdout + plain_report.stderr
+    said = fields(plain_report.stdout)
+    assert said["cupy-msda"].startswith(cupy_msda.__version__)
+    assert said["numpy"] == np.__version__
+    assert said["torch"].startswith(torch.__version__)
+    assert re.match(r"\d+\.\d+\.\d+ on ", said["python"])
+    assert said["kernel sources"].startswith(str(ROOT / "kernels"))
+    assert said["host arrays"] == "Numba kernels"
+
+
+def test_report_checks_every_backend_at_hand(plain_report):
+    checked = re.findall(r"^self-check +(.*): (\w+)$", plain_report.stdout, re.MULTILINE)
+    assert checked[:2] == [("NumPy arrays", "ok"), ("torch on the CPU", "ok")]
+    assert len(checked) == 2 + (report.torch_obstacle() is None) + (report.cupy_obstacle() is None)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="says why CUDA arrays cannot run; here they can"
+)
+def test_report_says_why_cuda_arrays_cannot_run(plain_report):
+    said = fields(plain_report.stdout)
+    for kind in ("torch on CUDA", "CuPy arrays"):
+        assert re.match(r"cannot run: .+: (pip )?install .+", said[kind]), said[kind]
+
+
+def test_report_without_optional_packages():
+    finished = command(absent=("torch", "cupy", "numba", "matplotlib"))
+    assert finished.returncode == 0, finished.stderr
+    said = fields(finished.stdout)
+    assert said["torch"] == said["cupy"] == "not installed"
+    assert said["host arrays"].endswith('pip install "cupy-msda[cpu]"')
+    assert said["torch on CUDA"].endswith('pip install "cupy-msda[torch]"')
+    assert said["CuPy arrays"].endswith('pip install "cupy-msda[cuda12x]"')
+    assert "NumPy arrays: ok" in finished.stdout
+
+
+def test_report_counts_the_kernel_cache(tmp_path):
+    (tmp_path / "a.cubin").write_bytes(bytes(1_500_000))
+    said = dict(entry for entry in _environment_with_cache(tmp_path) if entry[0] == "kernel cache")
+    assert said["kernel cache"] == f"{tmp_path} (1 files, 1.5 MB)"
+
+
+def _environment_with_cache(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUPY_CACHE_DIR", str(folder))
+        return list(report.environment())
+
+
+def test_report_reads_nvidia_smi(tmp_path, monkeypatch):
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\necho '580.65, 0, NVIDIA H100, 9.0, 81559 MiB'\necho '580.65, 1, B, 10.0, 1 MiB'\n"
+    )
+    script.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = dict(report.environment())
+    assert said["driver"] == "580.65"
+    assert said["device 0"] == "NVIDIA H100, 9.0, 81559 MiB"
+    assert said["device 1"] == "B, 10.0, 1 MiB"
+
+
+@pytest.mark.parametrize("wrong", ["value", "not finite", "raises"])
+def test_self_check_fails_on_a_wrong_backend(wrong, monkeypatch, capsys):
+    backend = host.backend()
+    right = backend.forward
+
+    def forward(*arguments, **options):
+        output = right(*arguments, **options)
+        if wrong == "raises":
+            raise RuntimeError("out of order")
+        output[0, 0, 0] += 1e-4 if wrong == "value" else np.nan
+        return output
+
+    monkeypatch.setattr(backend, "forward", forward)
+    assert __main__.main([]) == 1
+    said = capsys.readouterr().out
+    assert "NumPy arrays: FAILED" in said
+    assert ("RuntimeError: out of order" in said) == (wrong == "raises")
+
+
+def test_unknown_command():
+    finished = command("dmeo")
+    assert finished.returncode == 2
+    assert "invalid choice: 'dmeo'" in finished.stderr
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """Small enough to be quick: a bright disc on a dark ramp."""
+    y, x = np.mgrid[:64, :96]
+    pixels = np.stack([x, y, 0 * x], axis=-1) + 120 * (np.hypot(x - 48, y - 32) < 20)[..., None]
+    path = tmp_path_factory.mktemp("demo") / "disc.png"
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def demonstrated(picture):
+    output = picture.with_name("out.png")
+    return command("demo", "--image", picture, "--output", output), output
+
+
+def test_demo_compares_and_times(demonstrated):
+    finished, _ = demonstrated
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    said = finished.stdout
+    names = ("output", "gradient of value", "gradient of locations", "gradient of weights")
+    for name in names:
+        theirs, ours, budget = map(
+            float, re.search(rf"{name}[ *]+(\S+) +(\S+) +(\S+)\n", said).groups()
+        )
+        assert 0 < ours <= budget < 10 * theirs + 1e-4
+    for what in ("operator", "MSDeformAttn"):
+        for passes in ("forward", "forward and backward"):
+            assert re.search(rf"{what}, {passes} +[\d.]+ ms +[\d.]+ ms +[\d.]+ x", said)
+    assert "all errors within budget" in said
+
+
+def test_demo_draws_points_in_every_colour(demonstrated):
+    _, output = demonstrated
+    drawn = np.asarray(Image.open(output).convert("RGB")).astype(int)
+    height, width = drawn.shape[:2]
+    assert (width, height) == (1024, round(1024 * 64 / 96) + 55)
+    picture = drawn[: height - 60]  # above the legend
+    for colour in demo.COLOURS:
+        wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(picture - wanted).max(-1) < 40).sum() > 50, colour
+    assert (picture.min(-1) > 250).sum() > 50  # the marks of the queries
+
+
+def test_demo_fails_on_a_wrong_operator(picture, monkeypatch, capsys, tmp_path):
+    right = demo.ms_deform_attn
+    monkeypatch.setattr(demo, "ms_deform_attn", lambda *arguments: right(*arguments) * (1 + 1e-4))
+    monkeypatch.setattr(demo, "REPEATS", 1)
+    status = __main__.main(["demo", "--image", str(picture), "--output", str(tmp_path / "out.png")])
+    assert status == 1
+    assert "FAILED: an error is outside its budget" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (2000, 30)])
+def test_demo_takes_any_size(size, tmp_path):
+    Image.new("L", size, 128).save(tmp_path / "odd.png")
+    scene = demo.build_scene(demo.load_picture(tmp_path / "odd.png"), "cpu")
+    demo.draw(scene, demo.build_module("cpu"), tmp_path / "out.png")
+    drawn = Image.open(tmp_path / "out.png")
+    assert drawn.width == 1024
+    assert 0 < drawn.height <= 2 * 1024 + 55
+
+
+def test_demo_ships_a_photograph():
+    picture = demo.load_picture(demo.PICTURE)
+    assert picture.shape == (400, 600, 3)
+    assert picture.std() > 0.1
+    assert len(demo.salient_queries(demo.build_scene(picture, "cpu"))) == demo.QUERIES_DRAWN
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "no_such.jpg"], r"the picture no_such\.jpg cannot be read: .*No such file"),
+        (
+            ["--image", "pyproject.toml"],
+            r"the picture pyproject\.toml cannot be read: cannot identify",
+        ),
+    ],
+)
+def test_demo_names_a_picture_that_cannot_be_read(arguments, message):
+    finished = command("demo", *arguments)
+    assert finished.returncode == 1
+    assert re.search(message, finished.stderr)
+    assert "Traceback" not in finished.stderr
+
+
+def test_demo_names_an_output_that_cannot_be_written(picture, tmp_path):
+    scene = demo.build_scene(demo.load_picture(picture), "cpu")
+    with pytest.raises(SystemExit, match=r"absent/out\.png cannot be written"):
+        demo.draw(scene, demo.build_module("cpu"), tmp_path / "absent" / "out.png")
+
+
+@pytest.mark.parametrize(
+    ("absent", "names"),
+    [
+        (["torch"], "torch"),
+        (["matplotlib"], "matplotlib"),
+        (["matplotlib", "PIL"], "matplotlib and pillow"),
+    ],
+)
+def test_demo_says_what_to_install(absent, names):
+    finished = command("demo", absent=absent)
+    assert finished.returncode == 1
+    wanted = f'{names} must be installed: pip install "cupy-msda[torch,cpu,plot]"'
+    assert wanted in finished.stderr
+    assert "Traceback" not in finished.stderr

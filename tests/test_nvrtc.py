@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instantiation through the CUDA compiler, on a machine without a GPU: registers, spills, no headers needed."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import pytest
+
+from cupy_msda import launch
+from cupy_msda.compile import OPTIONS, Kernel, assemble
+from cupy_msda.contract import LevelTable, Problem
+
+nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC")
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21), (7, 11))
+F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
+MANY = 10**6  # multiprocessors: rows are split as far as they go
+
+
+class Resources(NamedTuple):
+    """What ptxas reports of one kernel."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+def compile_for(kernel: Kernel, architecture: int, source: str | None = None) -> Resources:
+    """Compile to machine code as CuPy would, and read the log."""
+    program = nvrtc.createProgram(source or assemble(kernel.file), kernel.file, (), ())
+    try:
+        nvrtc.addNameExpression(program, kernel.name)
+        options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true", "--ptxas-options=-v")
+        try:
+            nvrtc.compileProgram(program, options)
+        finally:
+            log = nvrtc.getProgramLog(program)
+        assert nvrtc.getLoweredName(program, kernel.name)
+    except nvrtc.NVRTCError as error:
+        raise AssertionError(f"{kernel.name} for sm_{architecture}:\n{log}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+    assert "warning" not in log, log
+    numbers = [
+        re.search(rf"(\d+) {what}", log)
+        for what in ("registers", "bytes spill stores", "bytes smem")
+    ]
+    return Resources(*(int(number[1]) if number else 0 for number in numbers))
+
+
+def problem(
+    dtypes: tuple[str, str, str], d: int, levels: int, points: int, heads: int = 8
+) -> tuple[Problem, LevelTable]:
+    """A problem of the given kind at 800x1333."""
+    sizes = LEVELS[:levels]
+    size = sum(h * w for h, w in sizes)
+    table = LevelTable(sizes, tuple(sum(h * w for h, w in sizes[:i]) for i in range(levels)))
+    return Problem(1, size, heads, d, 900, levels, points, *dtypes), table
+
+
+DTYPES = {
+    "f32": (F32, F32, F32),
+    "f16": (F16, F16, F16),
+    "f16-mixed": (F16, F32, F32),
+    "f16-locations-f32": (F16, F32, F16),
+    "bf16": (BF16, BF16, BF16),
+    "bf16-mixed": (BF16, F32, F32),
+}
+# (D, L, P, M) of shapes.md and the widest and narrowest that the specialised kernels take.
+SHAPES = {
+    "detr": (32, 4, 4, 8),
+    "dino5": (32, 5, 4, 8),
+    "three-levels": (32, 3, 4, 8),
+    "bevformer-sca": (32, 4, 8, 8),
+    "bevformer-tsa": (32, 1, 4, 8),
+    "rfdetr": (16, 1, 2, 16),
+    "d8": (8, 4, 4, 8),
+    "d64": (64, 4, 4, 4),
+    "d128": (128, 4, 4, 2),
+}
+
+
+def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
+    """Every launch that the shape may lead to."""
+    d, levels, points, heads = SHAPES[shape]
+    case = problem(DTYPES[dtypes], d, levels, points, heads)
+    return {
+        "forward": launch.plan_forward(*case).kernel,
+        "forward-split": launch.plan_forward(*case, MANY).kernel,
+        "backward": launch.plan_backward(*case).kernel,
+        "backward-split": launch.plan_backward(*case, MANY).kernel,
+        "backward-value": launch.plan_backward(*case, 1, True, False).kernel,
+        "backward-points": launch.plan_backward(*case, 1, False, True).kernel,
+    }
+
+
+# Registers per thread. A multiprocessor has 65536 for up to 2048 threads: 64 leaves room for four blocks of 256, 85 for
+# three. Turing schedules at most four blocks of this size in any case, and its compiler spends more on them.
+FORWARD_REGISTERS = {75: 80}
+BACKWARD_REGISTERS = {75: 80}
+
+
+def check_budget(kernel: Kernel, architecture: int) -> None:
+    """Compile one kernel and hold it to its budget."""
+    used = compile_for(kernel, architecture)
+    limits = FORWARD_REGISTERS if kernel.file == "forward.cu" else BACKWARD_REGISTERS
+    assert used.spill_bytes == 0, f"{kernel.name} on sm_{architecture}: {used}"
+    assert used.registers <= limits.get(architecture, 64), (
+        f"{kernel.name} on sm_{architecture}: {used}"
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_detr_on_every_architecture(dtypes: str, architecture: int) -> None:
+    for kernel in kernels("detr", dtypes).values():
+        check_budget(kernel, architecture)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "detr"])
+@pytest.mark.parametrize("dtypes", ["f32", "f16-mixed", "bf16"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
+    for kernel in kernels(shape, dtypes).values():
+        check_budget(kernel, architecture)
+
+
+GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtypes", GENERIC, ids="-".join)
+def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
+    case = problem(dtypes, 30, 4, 4)
+    for plan in (launch.plan_forward(*case), launch.plan_backward(*case)):
+        assert plan.kernel.file == "generic.cu"
+        used = compile_for(plan.kernel, architecture)
+        assert used.spill_bytes == 0
+        assert used.registers <= 80
+        assert used.shared_bytes <= 48 * 1024
+
+
+def test_compiler_errors_name_the_file() -> None:
+    kernel = kernels("detr", "f32")["forward"]
+    broken = assemble("forward.cu").replace("sum[VEC] = {};", "sum[VEC] = {} oops;", 1)
+    with pytest.raises(AssertionError, match=r"kernels/forward\.cu\(\d+\): error"):
+        compile_for(kernel, 90, broken)

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped, and that what is shipped is found."""
+
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IGNORED = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+
+
+def run(*command, cwd):
+    finished = subprocess.run(
+        list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+def files_under(folder: str, *patterns: str) -> set[str]:
+    """Paths relative to the root, as an archive names them."""
+    found = (file for pattern in patterns or ("*",) for file in (ROOT / folder).rglob(pattern))
+    return {
+        file.relative_to(ROOT).as_posix()
+        for file in found
+        if file.is_file() and not IGNORED & set(file.parts) and file.suffix not in (".pyc", ".pyo")
+    }
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """The source distribution, and the wheel that is built from it, not from the checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    copy_checkout(source)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, cwd=source)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def copy_checkout(target: Path) -> None:
+    """What a build reads, without this checkout's build leftovers."""
+    folders = ("benchmarks", "cupy_msda", "examples", "kernels", "scripts", "tests")
+    top = {file.name for file in ROOT.iterdir() if file.is_file()}
+    for name in top.union(*(files_under(folder) for folder in folders)):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes((ROOT / name).read_bytes())
+
+
+def package_files() -> set[str]:
+    return files_under("cupy_msda") | files_under("kernels", "*.cu", "*.cuh")
+
+
+def test_wheel_holds_the_package_the_kernels_and_nothing_else(archives):
+    names = set(zipfile.ZipFile(archives[0]).namelist())
+    shipped = {name for name in names if ".dist-info/" not in name}
+    expected = {
+        name.replace("kernels/", "cupy_msda/kernels/", 1) if name.startswith("kernels/") else name
+        for name in package_files()
+    }
+    assert shipped == expected
+    assert {
+        "cupy_msda/kernels/forward.cu",
+        "cupy_msda/data/coffee.jpg",
+        "cupy_msda/py.typed",
+    } <= shipped
+
+
+def test_sdist_holds_all_that_builds_tests_and_documents(archives):
+    with tarfile.open(archives[1]) as archive:
+        members = [
+            member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()
+        ]
+    shipped = {name for name in members if "egg-info" not in name} - {"PKG-INFO", "setup.cfg"}
+    documents = {
+        ".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md",
+        "constraints.txt", "pyproject.toml",
+    }  # fmt: skip
+    folders = ("benchmarks", "cupy_msda", "examples", "kernels", "scripts", "tests")
+    assert shipped == documents.union(*(files_under(folder) for folder in folders))
+
+
+def test_metadata(archives):
+    archive = zipfile.ZipFile(archives[0])
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = archive.read(name).decode()
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    always = sorted(
+        line.split()[1].partition(">")[0] for line in required if "extra ==" not in line
+    )
+    extras = {
+        line.split()[1] for line in metadata.splitlines() if line.startswith("Provides-Extra:")
+    }
+    assert always == ["array-api-compat", "numpy"]
+    assert extras == {"cuda12x", "cuda13x", "torch", "cpu", "plot", "dev"}
+    assert "\nName: cupy-msda\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+
+
+# Asked from a folder that holds neither package nor kernels. Without `site`, so that no installation of this project in
+# the environment that runs the tests answers instead; its other packages are added as a plain folder.
+FIND = """
+import site, sys
+sys.path.append(sys.argv[2])
+site.addsitedir(sys.argv[1])
+import cupy_msda
+from cupy_msda.compile import assemble, kernel_dir
+print(cupy_msda.__file__)
+print(kernel_dir())
+assert "__global__" in assemble("forward.cu")
+"""
+
+
+def found_in(target: Path, cwd: Path) -> tuple[Path, Path]:
+    """The folders of the package and of its kernels, as a process in `cwd` finds them."""
+    others = sysconfig.get_path("purelib")
+    package, kernels = run(
+        sys.executable, "-I", "-S", "-c", FIND, target, others, cwd=cwd
+    ).splitlines()
+    return Path(package).parent, Path(kernels)
+
+
+def install(target: Path, *what: object) -> None:
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", target)
+    run(sys.executable, "-m", "pip", "install", *options, *what, cwd=target.parent)
+
+
+def test_installed_wheel_finds_its_kernels(archives, tmp_path):
+    target = tmp_path / "site"
+    install(target, archives[0])
+    assert found_in(target, tmp_path) == (target / "cupy_msda", target / "cupy_msda" / "kernels")
+
+
+def test_editable_install_finds_the_kernels_of_the_checkout(tmp_path):
+    checkout, target = tmp_path / "checkout", tmp_path / "site"
+    copy_checkout(checkout)
+    install(target, "--editable", checkout)
+    assert found_in(target, tmp_path) == (checkout / "cupy_msda", checkout / "kernels")

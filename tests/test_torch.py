@@ -1,0 +1,651 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator on torch tensors: values, gradients, what torch does around it, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
+
+import cupy_msda
+from cupy_msda import (
+    MSDeformAttnFunction,
+    host,
+    ms_deform_attn,
+    ms_deform_attn_backward,
+    ms_deform_attn_core_pytorch,
+    reference,
+)
+from cupy_msda import torch as backend
+from cupy_msda.contract import LevelTable
+from tests.problems import (
+    DTYPES,
+    away_from_edges,
+    check_against_reference,
+    consecutive,
+    random_inputs,
+)
+
+FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
+BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+
+
+def call(inputs, function=ms_deform_attn):
+    """The operator on host level sizes."""
+    return function(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+
+
+def with_grad(inputs, *needed):
+    """The same tensors as new leaves; those at the positions in `needed` (all: none given) require gradients."""
+    tensors = [
+        tensor.detach().clone().requires_grad_(not needed or i in needed)
+        for i, tensor in enumerate(inputs.tensors)
+    ]
+    return inputs._replace(value=tensors[0], locations=tensors[1], weights=tensors[2])
+
+
+def strided(tensor):
+    """A tensor with the same elements that is not contiguous."""
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"))
+    wide[..., ::2] = tensor.detach()
+    return wide[..., ::2].requires_grad_(tensor.requires_grad)
+
+
+# --- values and gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [8, 30])
+def test_output_and_gradients_stay_within_the_error_budget(dtypes, d):
+    inputs = with_grad(random_inputs(d=d, dtypes=dtypes))
+    output = call(inputs)
+    output.backward(inputs.grad_output)
+    gradients = [tensor.grad for tensor in inputs.tensors]
+    assert [g.dtype for g in gradients] == [t.dtype for t in inputs.tensors]
+    check_against_reference(inputs, output, gradients)
+
+
+def test_the_array_function_gives_the_gradients_of_autograd():
+    inputs = with_grad(random_inputs())
+    expected = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
+    got = ms_deform_attn_backward(
+        inputs.grad_output, inputs.value, inputs.sizes, None, inputs.locations, inputs.weights
+    )
+    assert got._fields == ("value", "sampling_locations", "attention_weights")
+    for gradient, one_expected in zip(got, expected, strict=True):
+        assert torch.equal(gradient, one_expected)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_grid_sample_formulation_agrees(dtypes):
+    inputs = with_grad(random_inputs(dtypes=dtypes))
+    arguments = (inputs.value, inputs.shapes(), inputs.locations, inputs.weights)
+    output = ms_deform_attn_core_pytorch(*arguments)
+    assert output.dtype == dtypes[0]
+    rounding = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}
+    if dtypes[1] not in (torch.float16, torch.bfloat16):  # it samples at half coordinates
+        tolerance = max(rounding[dtype] for dtype in dtypes)
+        torch.testing.assert_close(output, call(inputs), rtol=tolerance, atol=tolerance)
+    if dtypes[1] == torch.float64:
+        expected = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+        got = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences():
+    inputs = with_grad(away_from_edges(random_inputs(n=1, d=3, lq=3, p=2)))
+    assert gradcheck(lambda *t: ms_deform_attn(t[0], inputs.sizes, None, *t[1:]), inputs.tensors)
+
+
+@pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (1, 2)], ids=str)
+def test_gradients_of_gradients_are_those_of_finite_differences(needed):
+    inputs = with_grad(away_from_edges(random_inputs(n=1, d=2, lq=2, p=2)), *needed)
+
+    def function(value, locations, weights):
+        return ms_deform_attn(value, inputs.shapes(), None, locations, weights)
+
+    assert gradgradcheck(function, inputs.tensors, fast_mode=True)
+
+
+def test_third_derivatives_exist():
+    inputs = with_grad(away_from_edges(random_inputs(n=1, d=2, lq=2, p=1)))
+    output = call(inputs).square().sum()
+    for _ in range(3):
+        parts = torch.autograd.grad(output, inputs.tensors, create_graph=True)
+        output = sum(part.square().sum() for part in parts)
+    plain = reference.forward(inputs.value, inputs.levels, *inputs.tensors[1:]).square().sum()
+    for _ in range(3):
+        parts = torch.autograd.grad(plain, inputs.tensors, create_graph=True)
+        plain = sum(part.square().sum() for part in parts)
+    torch.testing.assert_close(output, plain)
+    assert output.requires_grad
+
+
+def test_gradients_of_gradients_where_one_input_depends_on_another():
+    inputs = away_from_edges(random_inputs(sizes=[(4, 4)], n=1, m=1, d=2, lq=2, p=1))
+
+    def function(offsets):
+        value = inputs.value * (1 + offsets.sum())
+        return ms_deform_attn(value, inputs.sizes, None, inputs.locations + offsets, inputs.weights)
+
+    offsets = torch.zeros_like(inputs.locations, requires_grad=True)
+    assert gradgradcheck(function, offsets)
+
+
+def test_the_backward_function_is_differentiable_itself():
+    inputs = with_grad(away_from_edges(random_inputs(n=1, d=2, lq=2, p=1)))
+    grad_output = inputs.grad_output.requires_grad_()
+
+    def function(grad_output, value, *points):
+        return tuple(ms_deform_attn_backward(grad_output, value, inputs.sizes, None, *points))
+
+    assert gradcheck(function, (grad_output, *inputs.tensors), fast_mode=True)
+
+
+def test_level_table_of_tensors_in_the_reference():
+    sizes, starts = [(2, 3), (3, 2)], [2, 8]
+    tensors = torch.tensor(sizes, dtype=torch.int32), torch.tensor(starts)
+    both = backend._levels(LevelTable(None, None, *tensors), 14)
+    assert [tuple(map(int, level)) for level in both] == [(2, 3, 2), (3, 2, 8)]
+    derived = backend._levels(LevelTable(None, None, tensors[0]), 14)
+    assert [tuple(map(int, level)) for level in derived] == [(2, 3, 0), (3, 2, 6)]
+    mixed = backend._levels(LevelTable(tuple(sizes), None, None, tensors[1]), 14)
+    assert [tuple(map(int, level)) for level in mixed] == [(2, 3, 2), (3, 2, 8)]
+    inputs = random_inputs(sizes, s=14)
+    expected = reference.forward(inputs.value, both, inputs.locations, inputs.weights)
+    got = ms_deform_attn(inputs.value, sizes, starts, inputs.locations, inputs.weights)
+    torch.testing.assert_close(got, expected)
+    # A level that does not fit S has no positions left to read.
+    for bad in ([(2, 3), (4, 2)], [(2, 3), (-3, 2)], [(2, 3), (2**40, 2**40)], [(2, 3), (3, 2**33)]):
+        levels = backend._levels(LevelTable(None, None, torch.tensor(bad), tensors[1]), 14)
+        assert tuple(map(int, levels[0])) == (2, 3, 2)
+        assert tuple(map(int, levels[1])) == (0, 0, 0)
+
+
+# --- what is computed and kept ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needed", [c for k in range(4) for c in itertools.combinations(range(3), k)])
+def test_only_needed_gradients_are_computed(needed, monkeypatch):
+    inputs = random_inputs()
+    expected = torch.autograd.grad(
+        call(with_grad(inputs)), (everything := with_grad(inputs)).tensors, allow_unused=True
+    ) if False else None  # fmt: skip
+    del expected
+    everything = with_grad(inputs)
+    full = torch.autograd.grad(call(everything), everything.tensors, inputs.grad_output)
+    leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs.tensors)]
+    flags = []
+
+    def spy(*arguments):
+        flags.append(arguments[-2:])
+        return BACKWARD(*arguments)
+
+    monkeypatch.setattr(backend, "_BACKWARD", spy)
+    output = ms_deform_attn(leaves[0], inputs.sizes, None, *leaves[1:])
+    assert output.requires_grad == bool(needed)
+    if needed:
+        output.backward(inputs.grad_output)
+        assert flags == [(0 in needed, 1 in needed or 2 in needed)]
+    for i, leaf in enumerate(leaves):
+        assert (leaf.grad is not None) == (i in needed)
+        if i in needed:
+            assert torch.equal(leaf.grad, full[i])
+
+
+@pytest.mark.parametrize("flags", itertools.product([True, False], repeat=2))
+def test_backward_operator_returns_nothing_for_what_is_not_needed(flags):
+    inputs = random_inputs()
+    table = (inputs.shapes(), None, None, None)
+    gradients = BACKWARD(
+        inputs.grad_output, inputs.value, *table, inputs.locations, inputs.weights, *flags
+    )
+    for tensor, gradient, need in zip(
+        inputs.tensors, gradients, (flags[0], flags[1], flags[1]), strict=True
+    ):
+        assert gradient.shape == (tensor.shape if need else (0,))
+        assert gradient.dtype == tensor.dtype
+
+
+def test_host_tensors_are_shared_with_numpy_not_copied(monkeypatch):
+    inputs = random_inputs()
+    seen = []
+    real = host.forward
+
+    def spy(problem, table, *arrays):
+        seen.extend(arrays)
+        return real(problem, table, *arrays)
+
+    monkeypatch.setattr(host, "forward", spy)
+    call(inputs)
+    for array, tensor in zip(seen, inputs.tensors, strict=True):
+        assert array.ctypes.data == tensor.data_ptr()
+
+
+def test_gradients_flow_past_leaves():
+    inputs = with_grad(random_inputs())
+    scaled = ms_deform_attn(
+        inputs.value * 2, inputs.sizes, None, inputs.locations * 1, inputs.weights * 3
+    )
+    scaled.backward(inputs.grad_output)
+    doubled = with_grad(random_inputs())
+    with torch.no_grad():
+        doubled.value.mul_(2)
+        doubled.weights.mul_(3)
+    full = torch.autograd.grad(call(doubled), doubled.tensors, inputs.grad_output)
+    for leaf, gradient, factor in zip(inputs.tensors, full, (2, 1, 3), strict=True):
+        torch.testing.assert_close(leaf.grad, gradient * factor)
+
+
+def test_a_saved_tensor_that_changes_is_noticed():
+    inputs = with_grad(random_inputs())
+    value = inputs.value * 1
+    output = ms_deform_attn(value, inputs.sizes, None, inputs.locations, inputs.weights)
+    value.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+# --- forms of input --------------------------------------------------------------------------------
+
+
+def test_strided_inputs_and_gradients():
+    inputs = with_grad(random_inputs())
+    output = call(inputs)
+    output.backward(inputs.grad_output)
+    value, locations, weights = others = list(map(strided, inputs.tensors))
+    again = ms_deform_attn(value, inputs.sizes, None, locations, weights)
+    again.backward(strided(inputs.grad_output))
+    assert torch.equal(again, output)
+    for other, tensor in zip(others, inputs.tensors, strict=True):
+        assert not other.is_contiguous()
+        assert torch.equal(other.grad, tensor.grad)
+
+
+def test_expanded_inputs_and_gradients():
+    inputs = random_inputs()
+    one = [tensor[:1] for tensor in inputs.tensors]
+    expanded = [t.expand(3, *t.shape[1:]).requires_grad_() for t in one]
+    copied = [t.detach().clone().requires_grad_() for t in expanded]
+    for value, locations, weights in (expanded, copied):
+        ms_deform_attn(value, inputs.sizes, None, locations, weights).sum().backward()
+    for a, b in zip(expanded, copied, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_tensor_at_an_odd_address():
+    inputs = random_inputs()
+    storage = torch.zeros(inputs.value.numel() + 1)
+    value = storage[1:].view(inputs.value.shape).copy_(inputs.value)
+    assert torch.equal(call(inputs._replace(value=value)), call(inputs))
+
+
+@pytest.mark.parametrize("size", ["n", "lq", "m", "d", "p", "s", "l"])
+def test_empty_sizes_give_zeros(size):
+    sizes = {"s": [(0, 3), (2, 0)], "l": []}.get(size, [(2, 3), (1, 1)])
+    extents = {} if size in "sl" else {size: 0}
+    inputs = with_grad(random_inputs(sizes, s=7 if size == "l" else None, **extents))
+    for shapes in (inputs.sizes, inputs.shapes()):
+        output = ms_deform_attn(inputs.value, shapes, None, inputs.locations, inputs.weights)
+        n, lq, md = inputs.grad_output.shape
+        assert output.shape == (n, lq, md)
+        assert not output.any()
+        parts = torch.autograd.grad(output, inputs.tensors, inputs.grad_output, create_graph=True)
+        for part, tensor in zip(parts, inputs.tensors, strict=True):
+            assert part.shape == tensor.shape
+            assert part.dtype == tensor.dtype
+            assert not part.any()
+        seconds = torch.autograd.grad(sum(p.sum() for p in parts), inputs.tensors, allow_unused=True)
+        assert all(second is None or not second.any() for second in seconds)
+
+
+SIZES, STARTS = [(2, 3), (3, 2)], [8, 2]
+AS_SHAPES = {
+    "lists": list(map(list, SIZES)),
+    "tuples": tuple(SIZES),
+    "numpy": np.array(SIZES),
+    "int64": torch.tensor(SIZES),
+    "int32": torch.tensor(SIZES, dtype=torch.int32),
+    "uint8": torch.tensor(SIZES, dtype=torch.uint8),
+    "strided": torch.tensor(SIZES).T.contiguous().T,
+}
+AS_STARTS = {
+    "list": STARTS,
+    "numpy": np.array(STARTS),
+    "int64": torch.tensor(STARTS),
+    "int32": torch.tensor(STARTS, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("shapes", AS_SHAPES)
+@pytest.mark.parametrize("starts", AS_STARTS)
+def test_forms_of_the_level_table(shapes, starts):
+    inputs = random_inputs(SIZES, s=20)
+    levels = [(h, w, start) for (h, w), start in zip(SIZES, STARTS, strict=True)]
+    value, *points = with_grad(inputs).tensors
+    output = ms_deform_attn(value, AS_SHAPES[shapes], AS_STARTS[starts], *points)
+    torch.testing.assert_close(output, reference.forward(value, levels_of(levels), *points))
+    output.backward(inputs.grad_output)
+    expected = reference.backward(inputs.grad_output, value, levels_of(levels), *points)
+    for tensor, gradient in zip((value, *points), expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+def levels_of(rows):
+    """Rows of (H, W, start) as the reference takes them."""
+    return [level._replace(start=s) for level, (_, _, s) in zip(consecutive([r[:2] for r in rows]), rows, strict=True)]
+
+
+# --- the Function ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [(64,), (None,), ()], ids=str)
+def test_the_function_takes_the_arguments_of_the_original(step):
+    inputs = with_grad(random_inputs(n=3))
+    arguments = (inputs.value, inputs.shapes(), inputs.starts(), inputs.locations, inputs.weights)
+    output = MSDeformAttnFunction.apply(*arguments, *step)
+    assert torch.equal(output, call(inputs))
+    assert type(output.grad_fn).__name__ == "MSDeformAttnFunctionBackward"
+    output.backward(inputs.grad_output)
+    assert all(tensor.grad is not None for tensor in inputs.tensors)
+
+
+def test_backward_on_another_thread():
+    inputs = with_grad(random_inputs())
+    expected = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
+    output = call(inputs)
+    thread = threading.Thread(target=output.backward, args=(inputs.grad_output,))
+    thread.start()
+    thread.join()
+    for tensor, gradient in zip(inputs.tensors, expected, strict=True):
+        assert torch.equal(tensor.grad, gradient)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    inputs = with_grad(random_inputs())
+    with mode():
+        output = call(inputs)
+    assert not output.requires_grad
+    assert torch.equal(output, call(inputs))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_autocast_changes_nothing(dtypes):
+    inputs = with_grad(random_inputs(dtypes=dtypes))
+    expected = call(inputs)
+    gradients = torch.autograd.grad(expected, inputs.tensors, inputs.grad_output)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = call(inputs)
+        got = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+    for a, b in zip((output, *got), (expected, *gradients), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+# --- what torch's compiler needs -------------------------------------------------------------------
+
+
+def operator_tables(inputs):
+    """The level table in both forms that the operators take: tensors and flat integers."""
+    flat = [number for size in inputs.sizes for number in size]
+    return {
+        "tensors": (inputs.shapes(), inputs.starts(), None, None),
+        "integers": (None, None, flat, inputs.starts().tolist()),
+        "derived": (inputs.shapes(), None, None, None),
+    }
+
+
+# The Function around the operators has the gradient; torch says that they have none themselves.
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("table", ["tensors", "integers", "derived"])
+@pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("needed", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_operators_pass_opcheck(table, layout, needed):
+    inputs = random_inputs(n=1, d=2, lq=2, p=1)
+    value, *points = (
+        layout(t).detach().requires_grad_(i in needed) for i, t in enumerate(inputs.tensors)
+    )
+    table = operator_tables(inputs)[table]
+    torch.library.opcheck(FORWARD, (value, *table, *points))
+    flags = (0 in needed, 1 in needed or 2 in needed)
+    grad_output = layout(inputs.grad_output).requires_grad_(bool(needed))
+    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, *flags))
+
+
+# torch 2.13's own tracer makes a Function and warns about it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_compiles_whole(dynamic, as_tensor):
+    inputs = with_grad(random_inputs())
+    shapes = inputs.shapes() if as_tensor else inputs.sizes
+
+    def step(value, locations, weights):
+        output = ms_deform_attn(value * 1, shapes, None, locations, weights)
+        return output.tanh()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected = torch.autograd.grad(step(*inputs.tensors), inputs.tensors, inputs.grad_output)
+    got = torch.autograd.grad(compiled(*inputs.tensors), inputs.tensors, inputs.grad_output)
+    torch.testing.assert_close(got, expected)
+
+
+def test_meta_and_fake_tensors_give_shapes():
+    for place in (contextlib.nullcontext(), FakeTensorMode()):
+        device = "cuda" if isinstance(place, FakeTensorMode) else "meta"
+        with place:
+            value = torch.empty(2, 26, 4, 8, device=device, dtype=torch.float16)
+            locations = torch.empty(2, 3, 4, 2, 5, 2, device=device)
+            weights = torch.empty(2, 3, 4, 2, 5, device=device)
+            output = ms_deform_attn(value, [(4, 5), (2, 3)], None, locations, weights)
+        assert output.shape == (2, 3, 32)
+        assert output.dtype == torch.float16
+        assert output.device.type == device
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [ms_deform_attn, MSDeformAttnFunction.apply])
+def test_tensors_mixed_with_arrays_are_refused(function):
+    inputs = random_inputs()
+    with pytest.raises(TypeError, match="attention_weights must be an array of the library of value"):
+        function(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights.numpy())
+
+
+def test_the_function_refuses_numpy_arrays():
+    inputs = random_inputs()
+    arrays = [tensor.numpy() for tensor in inputs.tensors]
+    with pytest.raises(TypeError, match=r"value must be a dense torch tensor, got ndarray"):
+        MSDeformAttnFunction.apply(arrays[0], inputs.sizes, None, *arrays[1:], 64)
+
+
+def test_sparse_tensors_are_refused():
+    inputs = random_inputs()
+    with pytest.raises(TypeError, match=r"attention_weights must be a dense tensor"):
+        call(inputs._replace(weights=inputs.weights.to_sparse()))
+    with pytest.raises(TypeError, match=r"grad_output must be a dense tensor"):
+        ms_deform_attn_backward(
+            inputs.grad_output.to_sparse(), inputs.value, inputs.sizes, None, *inputs.tensors[1:]
+        )
+
+
+def test_the_operators_check_what_they_are_given():
+    inputs = random_inputs()
+    tables = operator_tables(inputs)
+    with pytest.raises(ValueError, match="spatial_shapes and level_start_index must keep"):
+        FORWARD(inputs.value[:, 1:], *tables["tensors"], inputs.locations, inputs.weights)
+    with pytest.raises(TypeError, match="grad_output must have the dtype of value"):
+        BACKWARD(
+            inputs.grad_output.double(),
+            inputs.value,
+            *tables["integers"],
+            inputs.locations,
+            inputs.weights,
+            True,
+            True,
+        )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "error", "message"),
+    [
+        ([(5, 7), (3.5, 4)], TypeError, "spatial_shapes must be a sequence"),
+        ([(5, 7), (3, 4, 1)], ValueError, r"spatial_shapes must hold \(H, W\) pairs"),
+        ([(5, 7)], ValueError, "spatial_shapes must have one entry for each of the L = 2"),
+        (torch.ones(2, 2), TypeError, "spatial_shapes must have an integer dtype"),
+        (None, TypeError, "spatial_shapes must be a sequence"),
+    ],
+    ids=str,
+)
+def test_bad_level_sizes_are_refused_by_the_contract(shapes, error, message):
+    inputs = random_inputs()
+    with pytest.raises(error, match=message):
+        ms_deform_attn(inputs.value, shapes, None, inputs.locations, inputs.weights)
+
+
+def test_an_unknown_device_is_named():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = random_inputs().to("xpu")
+        with pytest.raises(ValueError, match="value must be on the CPU or on an NVIDIA CUDA device, got xpu"):
+            call(inputs)
+
+
+def test_rocm_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = random_inputs().to("cuda")
+        with pytest.raises(ValueError, match="got cuda:0 of a ROCm build of torch"):
+            call(inputs)
+
+
+@pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cuda12x"), ("13.0", "cuda13x")])
+def test_without_cupy_the_error_names_the_extra_that_fits_torch(cuda, extra, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    backend._launch.cache_clear()
+    with pytest.raises(ModuleNotFoundError, match=rf'pip install "cupy-msda\[{extra}\]"'):
+        backend._launch()
+
+
+# --- the exchange with the kernels -----------------------------------------------------------------
+
+
+class FakeLaunch:
+    """`cupy_msda.launch` for host memory: reads and writes what was exported, by the reference."""
+
+    def __init__(self):
+        self.calls = []
+        self.inside = False
+
+    @contextlib.contextmanager
+    def on_stream(self, device, stream):
+        assert (device, stream) == (3, 77)
+        self.inside = True
+        yield
+        self.inside = False
+
+    def forward(self, problem, table, *arrays):
+        *inputs, output = self._import(problem, arrays, "vpq", "v")
+        self._import_table(table)
+        value, *points = inputs
+        output.copy_(reference.forward(value, self._levels(table), *points))
+        self.calls.append("forward")
+
+    def backward(self, problem, table, *arrays):
+        grad, value, locations, weights, *gradients = self._import(problem, arrays, "vvpq", "apq")
+        assert gradients[0] is None or not gradients[0].any()
+        results = reference.backward(
+            grad.to(torch.promote_types(grad.dtype, torch.float32)),
+            value.to(torch.promote_types(value.dtype, torch.float32)),
+            self._levels(table),
+            locations,
+            weights,
+        )
+        for gradient, result in zip(gradients, results, strict=True):
+            if gradient is not None:
+                gradient.copy_(result)
+        self.calls.append(tuple(gradient is not None for gradient in gradients))
+
+    def _import(self, problem, arrays, inputs, outputs):
+        """Check and import the arrays; letters say whose dtype each has (a: the accumulator)."""
+        assert self.inside
+        dtypes = {
+            "v": problem.value_dtype,
+            "p": problem.location_dtype,
+            "q": problem.weight_dtype,
+            "a": "float64" if problem.value_dtype == "float64" else "float32",
+        }
+        tensors = []
+        for array, letter in zip(arrays, inputs + outputs, strict=True):
+            if array is None:
+                tensors.append(None)
+                continue
+            assert array.__dlpack_device__() == (1, 0)
+            tensor = torch.from_dlpack(array)
+            dtype = getattr(torch, dtypes[letter])
+            assert tensor.dtype == (torch.int16 if dtype.itemsize == 2 else dtype)
+            assert tensor.is_contiguous()
+            assert tensor.data_ptr() % 16 == 0
+            tensors.append(tensor.view(dtype))
+        return tensors
+
+    def _import_table(self, table):
+        """The device part of the table, if any, must be int64."""
+        self.table = [None if array is None else torch.from_dlpack(array) for array in table[2:]]
+        assert all(t is None or (t.dtype == torch.int64 and t.is_contiguous()) for t in self.table)
+
+    def _levels(self, table):
+        return backend._levels(LevelTable(table.sizes, table.starts, *self.table), 2**31)
+
+
+@pytest.fixture
+def device_like_host(monkeypatch):
+    """Run the code of CUDA tensors on host tensors, up to the launch, which is `FakeLaunch`."""
+    fake = FakeLaunch()
+    monkeypatch.setattr(backend, "_launch", lambda: fake)
+    monkeypatch.setattr(backend, "_place", lambda value: (3, 77))
+    return fake
+
+
+def on_pretended_device(inputs, table, needs=(True, True), grad_output=None):
+    """Output and gradients by the code of CUDA tensors."""
+    problem, _ = backend.check(inputs.value, inputs.sizes, None, *inputs.tensors[1:])
+    output = backend._device_forward(problem, table, *inputs.tensors)
+    grad_output = inputs.grad_output if grad_output is None else grad_output
+    return output, backend._device_backward(problem, table, grad_output, *inputs.tensors, *needs)
+
+
+TABLES = {
+    "host": lambda i: LevelTable(tuple(i.sizes), tuple(level.start for level in i.levels)),
+    "device": lambda i: LevelTable(None, None, i.shapes(torch.int32), i.starts(torch.int32)),
+    "mixed": lambda i: LevelTable(tuple(i.sizes), None, None, i.starts().repeat(2)[:2]),
+    "derived": lambda i: LevelTable(None, None, i.shapes().T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("table", TABLES)
+def test_what_reaches_the_kernels(dtypes, table, device_like_host):
+    inputs = random_inputs(dtypes=dtypes)
+    fake = device_like_host
+    fake.table = [None, None]
+    table = TABLES[table](inputs)
+    real_import = fake._import
+
+    def import_all(*arguments):
+        return real_import(*arguments)
+
+    fake._import = import_all
+    output, gradients = on_pretended_device(inputs, table)
+    check_against_reference(inputs, output, gradients)
+    assert fake.calls == ["forward", (True, True, True)]
