@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m cupy_msda``: the environment and a self-check; ``python -m cupy_msda demo``: the operator on a picture."""
+"""``python -m cupy_msda`` reports the environment and checks it; ``python -m cupy_msda demo`` shows what it does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-
 
 _DEMO_NEEDS = {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"}
 
@@ -44,10 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report()
     missing = [name for name, module in _DEMO_NEEDS.items() if find_spec(module) is None]
     if missing:
-        needs = (
-            f'{" and ".join(missing)} must be installed: pip install "cupy-msda[torch,cpu,plot]"'
-        )
-        parser.exit(1, f"{parser.prog} demo: {needs}\n")
+        mend = 'pip install "cupy-msda[torch,cpu,plot]"'
+        parser.exit(1, f"{parser.prog} demo: {' and '.join(missing)} must be installed: {mend}\n")
     from cupy_msda import demo
 
     return demo.run(options.image, options.output)
@@ -62,9 +59,8 @@ def _report() -> int:
     print()
     failed = False
     for backend, passed, figures in report.self_check():
-        print(
-            f"self-check       {backend}: {'ok' if passed else 'FAILED'}\n                 {figures}"
-        )
+        verdict = "ok" if passed else "FAILED"
+        print(f"{'self-check':17}{backend}: {verdict}\n{'':17}{figures}")
         failed |= not passed
     return int(failed)
 

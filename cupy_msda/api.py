@@ -31,6 +31,8 @@ def ms_deform_attn(
 
     CUDA arrays run the CUDA kernels on the current stream without synchronising; host arrays run
     the Numba kernels where Numba is installed, else the reference. torch tensors are differentiable.
+    Besides torch, CuPy and NumPy, any library will do that has DLPack and the array API standard's
+    namespace (JAX, outside `jit`).
 
     Parameters
     ----------
@@ -130,7 +132,7 @@ def ms_deform_attn_backward(
         gradients = launch.backward_arrays(problem, table, *arrays)
     else:
         gradients = host.backward(problem, table, *arrays)
-    return MSDeformAttnGradients(*(_like(value, gradient) for gradient in gradients))
+    return MSDeformAttnGradients(*map(_like, arrays[1:], gradients))
 
 
 def _like(array: Any, result: Any) -> Any:

@@ -14,21 +14,27 @@ Unlike Numba's own threading layers this survives fork and calls from several th
 what a task computes does not depend on who runs it: results are the same for any number of threads.
 """
 
+# Numba's own types are partial, differ between versions, and say nothing of what it compiles.
+# mypy: disable-error-code="attr-defined, import-untyped, misc, no-untyped-call, untyped-decorator"
+
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import config, extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
-_REGISTER_BYTES = 256  # of one row in registers at a time: half of what AVX2 has, an eighth of AVX-512
+_REGISTER_BYTES = (
+    256  # of one row in registers at a time: half of what AVX2 has, an eighth of AVX-512
+)
 _LINE_BYTES = 64
 _STREAM_AHEAD = 4  # queries between a prefetch of a strided row's data and their use
 _GRAIN = 2**17  # multiply-adds per corner that are worth waking a thread for, some 50 microseconds
@@ -77,16 +83,16 @@ def forward(
         return out
     inputs = [_widened(array) for array in (value, locations, weights)]
     target = out if out.dtype == inputs[0].dtype else np.empty(out.shape, inputs[0].dtype)
-    rows = n * lq * m
+    rows = lq * m
     threads = _worthwhile(threads, weights.size * d)
-    stretch = min(max(rows // (16 * threads), 64), 1024)
+    stretch = min(max(n * rows // (16 * threads), 64), 1024)
     _share_out(
         _forward_kernel(d, _lanes(d, target.itemsize)),
         threads,
         target.reshape(-1),
-        *(array.reshape(-1) for array in inputs),
+        tuple(array.reshape(-1) for array in inputs),
         _table(levels, points),
-        (s, m, lq, rows, stretch),
+        (n, s, m, rows, stretch),
     )
     if target is not out:
         out[...] = target
@@ -129,15 +135,15 @@ def backward(
     # Fresh zeros come from the system, page by page when a task touches them; zeros_like would fill.
     by_value = np.zeros(value.shape, inputs[1].dtype)
     by_points = [np.empty(array.shape, array.dtype) for array in inputs[2:]]
-    planes = _planes(levels, s, lq * points)
-    scratch = d * max((int(rows) for *_, rows, packed in planes if packed), default=0)
+    parts = _parts(levels, s, lq * points)
+    scratch = d * max(rows * packed for *_, rows, packed in parts)
     _share_out(
         _backward_kernel(d, _lanes(d, by_value.itemsize)),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
         tuple(array.reshape(-1) for array in inputs),
         _table(levels, points),
-        planes,
+        np.array(parts, np.int64),
         (n, s, m, lq, scratch),
     )
     by_value, *by_points = (
@@ -158,20 +164,19 @@ def _table(levels: Sequence[tuple[int, int, int]], points: int) -> np.ndarray[An
     return np.array(rows, np.int64)
 
 
-def _planes(
+def _parts(
     levels: Sequence[tuple[int, int, int]], spatial_size: int, points: int
-) -> np.ndarray[Any, Any]:
-    """The parts of a head's grad_value that tasks own: (first level, end, first row, rows, packed).
+) -> list[tuple[int, int, int, int, bool]]:
+    """What tasks own of a head's grad_value: (first level, end, first position, positions, packed).
 
-    One per level; levels that overlap share one, since two tasks must not add to one cell. A plane
-    with more points than rows pays for being packed: copied to where its rows lie side by side.
+    One level each; all of them if some overlap, since two tasks must not add to one cell. A part
+    with more points than positions pays for being packed: copied to where these lie side by side.
     """
     spans = sorted((start, start + h * w) for h, w, start in levels if h * w)
-    if any(end > start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-        planes = [(0, len(levels), 0, spatial_size)]
-    else:
-        planes = [(i, i + 1, start, h * w) for i, (h, w, start) in enumerate(levels)]
-    return np.array([(*p, points * (p[1] - p[0]) > p[3] > 0) for p in planes], np.int64)
+    parts = [(i, i + 1, start, h * w) for i, (h, w, start) in enumerate(levels)]
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        parts = [(0, len(levels), 0, spatial_size)]
+    return [(*part, points * (part[1] - part[0]) > part[3] > 0) for part in parts]
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
@@ -205,11 +210,9 @@ def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
     """Run the tasks of `kernel` in this thread and in helpers, as far as those wake in time."""
     state = np.zeros(2 * _HELPERS_INSIDE, np.int64)
     helpers: list[Future[None]] = []
-    try:
-        for _ in range(threads - 1):
-            helpers.append(_pool.submit(kernel, state, *arguments))
-    except RuntimeError:
-        pass  # no thread to be had, as at interpreter exit: this one does all the tasks
+    # No thread to be had, as at interpreter exit, means that this one does all the tasks.
+    with suppress(RuntimeError):
+        helpers.extend(_pool.submit(kernel, state, *arguments) for _ in range(threads - 1))
     kernel(state, *arguments)
     # Tasks have all been taken now. Helpers that come later find none; those inside are polled,
     # since going to sleep and waking again would take longer than what they have left to do.
@@ -224,7 +227,10 @@ def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
 # SIMD ---------------------------------------------------------------------------------------------
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+_intrinsic: Any = extending.intrinsic  # its types do not fit functions that it turns into others
+
+
+class _Lanes(types.Type):
     """`width` numbers of `dtype` side by side: one LLVM vector, in as many registers as it takes."""
 
     def __init__(self, dtype: Any, width: int) -> None:
@@ -232,8 +238,8 @@ class _Lanes(types.Type):  # type: ignore[misc]
         super().__init__(f"Lanes({dtype} x {width})")
 
 
-@register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+@extending.register_model(_Lanes)
+class _LanesModel(extending.models.PrimitiveModel):
     """Tells Numba the LLVM type of `_Lanes`."""
 
     def __init__(self, manager: Any, lanes: Any) -> None:
@@ -253,7 +259,7 @@ def _shuffled(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
     return builder.shuffle_vector(a, b, mask)
 
 
-@intrinsic(prefer_literal=True)
+@_intrinsic(prefer_literal=True)
 def _zeros(context: Any, array: Any, width: Any) -> Any:
     """`width` zeros of the dtype of `array`; `width` is a compile-time constant."""
     del context
@@ -266,7 +272,7 @@ def _zeros(context: Any, array: Any, width: Any) -> Any:
     return lanes(array, width), emit
 
 
-@intrinsic
+@_intrinsic
 def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
     """As many numbers as `like` has, from array[index] on."""
     del context
@@ -281,7 +287,7 @@ def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
     return like(like, array, types.int64), emit
 
 
-@intrinsic
+@_intrinsic
 def _store(context: Any, array: Any, index: Any, lanes: Any) -> Any:
     """Write `lanes` to array[index] and what follows."""
     del context
@@ -296,7 +302,7 @@ def _store(context: Any, array: Any, index: Any, lanes: Any) -> Any:
     return types.void(array, types.int64, lanes), emit
 
 
-@intrinsic
+@_intrinsic
 def _times(context: Any, a: Any, b: Any) -> Any:
     """a * b, number by number."""
     del context
@@ -308,7 +314,7 @@ def _times(context: Any, a: Any, b: Any) -> Any:
     return a(a, b), emit
 
 
-@intrinsic
+@_intrinsic
 def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
     """Total + factor * lanes for a scalar factor, fused where the machine can."""
     del context
@@ -324,7 +330,7 @@ def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
     return lanes(total, lanes.dtype, lanes), emit
 
 
-@intrinsic
+@_intrinsic
 def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The sum of the numbers of each of four, folded in halves and the last four by a transpose."""
     del context
@@ -340,7 +346,9 @@ def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         while width > 4:
             width //= 2
             halves = range(width), range(width, 2 * width)
-            vectors = [builder.fadd(*(_shuffled(builder, v, v, h) for h in halves)) for v in vectors]
+            vectors = [
+                builder.fadd(*(_shuffled(builder, v, v, h) for h in halves)) for v in vectors
+            ]
         for even, odd in ([0, 1, 4, 5], [2, 3, 6, 7]), ([0, 2, 4, 6], [1, 3, 5, 7]):
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [
@@ -353,7 +361,7 @@ def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     return types.UniTuple(a.dtype, 4)(a, b, c, d), emit
 
 
-@intrinsic
+@_intrinsic
 def _prefetch_line(context: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of array[index], which need not exist: a hint never faults."""
     del context
@@ -370,7 +378,19 @@ def _prefetch_line(context: Any, array: Any, index: Any) -> Any:
     return types.void(array, types.int64), emit
 
 
-@intrinsic
+@_intrinsic
+def _per_line(context: Any, array: Any) -> Any:
+    """How many elements of `array` a cache line holds, a constant: its itemsize is read from memory."""
+    del context
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del builder, arguments
+        return context.get_constant(signature.return_type, _LINE_BYTES * 8 // array.dtype.bitwidth)
+
+    return types.int64(array), emit
+
+
+@_intrinsic
 def _fetch_add(context: Any, array: Any, index: Any, increment: Any) -> Any:
     """array[index], to which `increment` is added in the same atomic step."""
     del context
@@ -386,85 +406,106 @@ def _fetch_add(context: Any, array: Any, index: Any, increment: Any) -> Any:
 
 # No fast-math: NaN and infinity keep their meaning, and coordinates round as they are written.
 _inlined = njit(forceinline=True, error_model="numpy")
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
-@_compiled  # type: ignore[untyped-decorator]
+def _compiled(function: Any) -> Any:
+    """`function` as a kernel to call from Python, compiled on first call."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no directory that a cache could be in can be written
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@_compiled
 def _settled(state: Any) -> bool:
     """Whether all helpers have left their kernel, or do so while we poll."""
-    for _ in range(_SPINS):
-        if _fetch_add(state, _HELPERS_INSIDE, 0) == 0:
-            return True
-    return False
+    polls = 0
+    while polls < _SPINS and _fetch_add(state, _HELPERS_INSIDE, 0) > 0:
+        polls += 1
+    return polls < _SPINS
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _prefetch(array: Any, first: Any, count: Any) -> None:
     """Ask for the cache lines of array[first:first + count]."""
-    for index in range(first, first + count, _LINE_BYTES // array.itemsize):
+    for index in range(first, first + count, _per_line(array)):
         _prefetch_line(array, index)
 
 
-@_inlined  # type: ignore[untyped-decorator]
-def _locate(value: Any, locations: Any, point: Any, level: Any) -> Any:
-    """Pixel coordinates (x, y) of a point, and whether it can touch a pixel: never if one is NaN."""
-    real = value.dtype.type
-    height, width, edge = real(level[0]), real(level[1]), real(-1)
+@_inlined
+def _level(table: Any, index: Any) -> Any:
+    """(H, W, start, P) of a level."""
+    return table[index, 0], table[index, 1], table[index, 2], table[index, 3]
+
+
+@_inlined
+def _locate(locations: Any, point: Any, height: Any, width: Any) -> Any:
+    """Pixel coordinates (x, y) of a point, and whether it can touch a pixel: never if one is NaN.
+
+    They are in the dtype of `height` and `width`.
+    """
+    real = type(height)
     x = real(locations[2 * point]) * width - real(0.5)
     y = real(locations[2 * point + 1]) * height - real(0.5)
-    return x, y, (x > edge) & (y > edge) & (x < width) & (y < height)
+    return x, y, (x > real(-1)) & (y > real(-1)) & (x < width) & (y < height)
 
 
-@_inlined  # type: ignore[untyped-decorator]
-def _prefetch_cells(
-    plane: Any, origin: Any, pitch: Any, head_dim: Any, table: Any, locations: Any, point: Any
-) -> None:
-    """Ask for the corners, inside the level or not, of the points from `point` on."""
+@_inlined
+def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point: Any) -> None:
+    """Ask for the corners, inside the level or not, of the points of a row from `point` on.
+
+    A plane is what one head sees of an array: (array, index of its first number, row pitch).
+    """
+    array, origin, pitch = plane
     for index in range(len(table)):
-        level = table[index]
-        for _ in range(level[3]):
-            x, y, inside = _locate(plane, locations, point, level)
+        rows, columns, start, points = _level(table, index)
+        height, width = array.dtype.type(rows), array.dtype.type(columns)
+        for _ in range(points):
+            x, y, inside = _locate(locations, point, height, width)
             point += 1
             if inside:
-                cell = level[2] + np.int64(np.floor(y)) * level[1] + np.int64(np.floor(x))
-                upper = origin + cell * pitch
-                lower = upper + level[1] * pitch
-                _prefetch(plane, upper, head_dim)
-                _prefetch(plane, upper + pitch, head_dim)
-                _prefetch(plane, lower, head_dim)
-                _prefetch(plane, lower + pitch, head_dim)
+                cell = start + np.int64(np.floor(y)) * columns + np.int64(np.floor(x))
+                at = origin + cell * pitch
+                _prefetch(array, at, head_dim)
+                _prefetch(array, at + pitch, head_dim)
+                at += columns * pitch
+                _prefetch(array, at, head_dim)
+                _prefetch(array, at + pitch, head_dim)
 
 
-@_inlined  # type: ignore[untyped-decorator]
-def _sample(
-    total: Any, value: Any, origin: Any, pitch: Any, table: Any, locations: Any, weights: Any, point: Any
-) -> Any:
-    """`total` and the samples of a row, for the channels that `origin` points to."""
+@_inlined
+def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, point: Any) -> Any:
+    """`total` plus the samples of a row, whose points begin with `point`."""
+    value, origin, pitch = plane
     real = value.dtype.type
     for index in range(len(table)):
-        level = table[index]
-        height, width = level[0], level[1]
-        for _ in range(level[3]):
-            x, y, inside = _locate(value, locations, point, level)
+        rows, columns, start, points = _level(table, index)
+        height, width = real(rows), real(columns)
+        first = origin + start * pitch
+        for _ in range(points):
+            x, y, inside = _locate(locations, point, height, width)
             weight = real(weights[point])
             point += 1
             if inside:
-                left, top = np.floor(x), np.floor(y)
-                column, row = np.int64(left), np.int64(top)
-                right, lower = x - left, weight * (y - top)
-                left, upper = real(1) - right, weight * (real(1) - (y - top))
-                at = origin + (level[2] + row * width + column) * pitch
+                floor_x, floor_y = np.floor(x), np.floor(y)
+                column, row = np.int64(floor_x), np.int64(floor_y)
+                right, lower = x - floor_x, y - floor_y
+                left, upper = real(1) - right, real(1) - lower
+                near, far = column >= 0, column + 1 < columns
+                at = first + (row * columns + column) * pitch
                 if row >= 0:
-                    if column >= 0:
-                        total = _plus(total, upper * left, _load(total, value, at))
-                    if column + 1 < width:
-                        total = _plus(total, upper * right, _load(total, value, at + pitch))
-                at += width * pitch
-                if row + 1 < height:
-                    if column >= 0:
-                        total = _plus(total, lower * left, _load(total, value, at))
-                    if column + 1 < width:
-                        total = _plus(total, lower * right, _load(total, value, at + pitch))
+                    share = weight * upper
+                    if near:
+                        total = _plus(total, share * left, _load(total, value, at))
+                    if far:
+                        total = _plus(total, share * right, _load(total, value, at + pitch))
+                at += columns * pitch
+                if row + 1 < rows:
+                    share = weight * lower
+                    if near:
+                        total = _plus(total, share * left, _load(total, value, at))
+                    if far:
+                        total = _plus(total, share * right, _load(total, value, at + pitch))
     return total
 
 
@@ -472,110 +513,123 @@ def _sample(
 def _forward_kernel(head_dim: int, lanes: int) -> Any:
     """The forward kernel for D channels, `lanes` at a time."""
 
-    @_compiled  # type: ignore[untyped-decorator]
-    def forward(state, out, value, locations, weights, table, sizes):  # type: ignore[no-untyped-def]
-        spatial_size, num_heads, num_queries, rows, stretch = sizes
-        points = len(weights) // rows
+    @_compiled
+    def forward(state: Any, out: Any, inputs: Any, table: Any, sizes: Any) -> None:
+        value, locations, weights = inputs
+        batch, spatial_size, num_heads, rows, stretch = sizes  # rows of one image
+        points = len(weights) // (batch * rows)  # of one row, K = L*P
         pitch = num_heads * head_dim
+        stretches = (rows + stretch - 1) // stretch
+        zeros = _zeros(value, lanes)
         _fetch_add(state, _HELPERS_INSIDE, 1)
         while True:
-            first = _fetch_add(state, 0, 1) * stretch
-            if first >= rows:
+            task = _fetch_add(state, 0, 1)
+            image = task // stretches
+            if image >= batch:
                 break
-            for row in range(first, min(first + stretch, rows)):
-                after = min(row + 1, rows - 1)
-                image, head = after // (num_queries * num_heads), after % num_heads
-                origin = image * spatial_size * pitch + head * head_dim
-                _prefetch_cells(value, origin, pitch, head_dim, table, locations, after * points)
-                image, head = row // (num_queries * num_heads), row % num_heads
-                origin = image * spatial_size * pitch + head * head_dim
+            begin = task % stretches * stretch
+            end = min(begin + stretch, rows) + image * rows
+            head = begin % num_heads
+            origin = image * spatial_size * pitch
+            for row in range(begin + image * rows, end):
+                here = origin + head * head_dim
+                head = head + 1 if head + 1 < num_heads else 0
+                if row + 1 < end:
+                    after = value, origin + head * head_dim, pitch
+                    _prefetch_cells(after, head_dim, table, locations, (row + 1) * points)
+                stream = row + _STREAM_AHEAD
+                _prefetch(locations, 2 * stream * points, 2 * points)
+                _prefetch(weights, stream * points, points)
+                _prefetch(out, stream * head_dim, head_dim)
                 for channel in range(0, head_dim, lanes):
-                    at = origin + channel
-                    zeros = _zeros(value, lanes)
-                    total = _sample(zeros, value, at, pitch, table, locations, weights, row * points)
+                    plane = value, here + channel, pitch
+                    total = _sample(zeros, plane, table, locations, weights, row * points)
                     _store(out, row * head_dim + channel, total)
         _fetch_add(state, _HELPERS_INSIDE, -1)
 
     return forward
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _copy_rows(zeros: Any, lanes: Any, head_dim: Any, rows: Any, source: Any, target: Any) -> None:
-    """Copy D-vectors between two (array, index of the first, pitch)."""
-    array, index, pitch = source
-    target_array, target_index, target_pitch = target
-    for row in range(rows):
+    """Copy `rows` D-vectors from plane to plane."""
+    source_array, source_at, source_pitch = source
+    target_array, target_at, target_pitch = target
+    for _ in range(rows):
         for channel in range(0, head_dim, lanes):
-            part = _load(zeros, array, index + row * pitch + channel)
-            _store(target_array, target_index + row * target_pitch + channel, part)
+            part = _load(zeros, source_array, source_at + channel)
+            _store(target_array, target_at + channel, part)
+        source_at += source_pitch
+        target_at += target_pitch
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _scatter(
-    nothing: Any, counts: Any, grad: Any, share: Any, value: Any, by_value: Any, at: Any
+    zeros: Any, valid: Any, grad: Any, share: Any, value: Any, by_value: Any, at: Any
 ) -> Any:
     """Add share * grad to a corner of by_value; return grad * value there, to be summed over D."""
-    if not counts:
-        return nothing
-    _store(by_value, at, _plus(_load(grad, by_value, at), share, grad))
-    return _times(grad, _load(grad, value, at))
+    if not valid:
+        return zeros
+    _store(by_value, at, _plus(_load(zeros, by_value, at), share, grad))
+    return _times(grad, _load(zeros, value, at))
 
 
-@_inlined  # type: ignore[untyped-decorator]
-def _scatter_row(  # noqa: PLR0913, PLR0917
-    nothing: Any, lanes: Any, head_dim: Any, row: Any, plane: Any, table: Any, inputs: Any,
-    gradients: Any, point: Any
+@_inlined
+def _scatter_row(
+    zeros: Any,
+    channels: Any,
+    planes: Any,
+    table: Any,
+    inputs: Any,
+    gradients: Any,
+    row: Any,
+    point: Any,
 ) -> None:
-    """All gradients that the points of one row make, from `point` on."""
-    value, by_value, origin, pitch = plane
+    """All gradients that a row makes, whose points begin with `point`; `planes` share their layout."""
+    lanes, head_dim = channels
+    value, by_value, origin, pitch = planes
     grad_output, locations, weights = inputs
     by_locations, by_weights = gradients
     real = value.dtype.type
     for index in range(len(table)):
-        level = table[index]
-        height, width = level[0], level[1]
-        for _ in range(level[3]):
-            x, y, inside = _locate(value, locations, point, level)
-            weight = real(weights[point])
+        rows, columns, start, points = _level(table, index)
+        height, width = real(rows), real(columns)
+        first = origin + start * pitch
+        for _ in range(points):
+            x, y, inside = _locate(locations, point, height, width)
             by_x, by_y, by_weight = real(0), real(0), real(0)
             if inside:
+                weight = real(weights[point])
                 floor_x, floor_y = np.floor(x), np.floor(y)
                 column, line = np.int64(floor_x), np.int64(floor_y)
                 right, lower = x - floor_x, y - floor_y
                 left, upper = real(1) - right, real(1) - lower
-                near, far = column >= 0, column + 1 < width
-                above, below = line >= 0, line + 1 < height
-                at_1 = origin + (level[2] + line * width + column) * pitch
-                at_3 = at_1 + width * pitch
+                near, far = column >= 0, column + 1 < columns
+                above, below = line >= 0, line + 1 < rows
+                at = first + (line * columns + column) * pitch
+                down = columns * pitch
+                # Corners 1 to 4: top left, top right, bottom left, bottom right.
+                share_1, share_2 = weight * upper * left, weight * upper * right
+                share_3, share_4 = weight * lower * left, weight * lower * right
                 dot_1, dot_2, dot_3, dot_4 = real(0), real(0), real(0), real(0)
                 for channel in range(0, head_dim, lanes):
-                    grad = _load(nothing, grad_output, row * head_dim + channel)
-                    at = at_1 + channel
-                    share = weight * upper
-                    product_1 = _scatter(
-                        nothing, above & near, grad, share * left, value, by_value, at
+                    grad = _load(zeros, grad_output, row * head_dim + channel)
+                    at_1 = at + channel
+                    at_3 = at_1 + down
+                    sums = _sums(
+                        _scatter(zeros, above & near, grad, share_1, value, by_value, at_1),
+                        _scatter(zeros, above & far, grad, share_2, value, by_value, at_1 + pitch),
+                        _scatter(zeros, below & near, grad, share_3, value, by_value, at_3),
+                        _scatter(zeros, below & far, grad, share_4, value, by_value, at_3 + pitch),
                     )
-                    product_2 = _scatter(
-                        nothing, above & far, grad, share * right, value, by_value, at + pitch
-                    )
-                    at = at_3 + channel
-                    share = weight * lower
-                    product_3 = _scatter(
-                        nothing, below & near, grad, share * left, value, by_value, at
-                    )
-                    product_4 = _scatter(
-                        nothing, below & far, grad, share * right, value, by_value, at + pitch
-                    )
-                    sums = _sums(product_1, product_2, product_3, product_4)
                     dot_1 += sums[0]
                     dot_2 += sums[1]
                     dot_3 += sums[2]
                     dot_4 += sums[3]
-                by_weight = upper * (left * dot_1 + right * dot_2) + lower * (
-                    left * dot_3 + right * dot_4
-                )
-                by_x = real(width) * weight * (upper * (dot_2 - dot_1) + lower * (dot_4 - dot_3))
-                by_y = real(height) * weight * (left * (dot_3 - dot_1) + right * (dot_4 - dot_2))
+                by_weight = upper * (left * dot_1 + right * dot_2)
+                by_weight += lower * (left * dot_3 + right * dot_4)
+                by_x = width * weight * (upper * (dot_2 - dot_1) + lower * (dot_4 - dot_3))
+                by_y = height * weight * (left * (dot_3 - dot_1) + right * (dot_4 - dot_2))
             by_weights[point] = by_weight
             by_locations[2 * point] = by_x
             by_locations[2 * point + 1] = by_y
@@ -586,55 +640,68 @@ def _scatter_row(  # noqa: PLR0913, PLR0917
 def _backward_kernel(head_dim: int, lanes: int) -> Any:
     """The backward kernel for D channels, `lanes` at a time."""
 
-    @_compiled  # type: ignore[untyped-decorator]
-    def backward(state, gradients, inputs, table, planes, sizes):  # type: ignore[no-untyped-def]
+    @_compiled
+    def backward(
+        state: Any, gradients: Any, inputs: Any, table: Any, parts: Any, sizes: Any
+    ) -> None:
         by_value, by_locations, by_weights = gradients
         grad_output, value, locations, weights = inputs
         batch, spatial_size, num_heads, num_queries, scratch = sizes
-        points = table[0, 3]
+        row_points = len(table) * table[0, 3]  # K = L*P
         packed_value = np.empty(scratch, value.dtype)
         packed_by_value = np.empty(scratch, value.dtype)
         zeros = _zeros(value, lanes)
         _fetch_add(state, _HELPERS_INSIDE, 1)
         while True:
+            # Neighbouring tasks differ in the head, so that what they write shares no cache line.
             task = _fetch_add(state, 0, 1)
-            image = task // (len(planes) * num_heads)
+            image, head = task // (num_heads * len(parts)), task % num_heads
             if image >= batch:
                 break
-            # Neighbouring tasks are different heads: their rows share no cache line.
-            head = task % num_heads
-            part = planes[task // num_heads % len(planes)]
-            first_row, rows = part[2], part[3]
+            part = parts[task // num_heads % len(parts)]
+            first_row, rows, packed = part[2], part[3], part[4] != 0
             levels = table[part[0] : part[1]]
-            pitch = num_heads * head_dim
-            origin = image * spatial_size * pitch + head * head_dim
-            mine = origin + first_row * pitch
+            part_points = len(levels) * table[0, 3]
+            origin, pitch = (
+                (image * spatial_size * num_heads + head) * head_dim,
+                num_heads * head_dim,
+            )
+            here = origin + first_row * pitch
             source, target = value, by_value
-            packed = part[4] != 0
             if packed:
-                _copy_rows(zeros, lanes, head_dim, rows, (value, mine, pitch), (packed_value, 0, head_dim))
+                packed_plane = packed_value, 0, head_dim
+                _copy_rows(zeros, lanes, head_dim, rows, (value, here, pitch), packed_plane)
                 packed_by_value[: rows * head_dim] = 0
                 source, target = packed_value, packed_by_value
                 origin, pitch = -first_row * head_dim, head_dim
+            planes = source, target, origin, pitch
             for query in range(num_queries):
                 row = (image * num_queries + query) * num_heads + head
-                point = (row * len(table) + part[0]) * points
-                count = len(levels) * points
-                ahead = _STREAM_AHEAD * num_heads
-                stream = point + ahead * len(table) * points
-                _prefetch(locations, 2 * stream, 2 * count)
-                _prefetch(by_locations, 2 * stream, 2 * count)
-                _prefetch(weights, stream, count)
-                _prefetch(by_weights, stream, count)
-                _prefetch(grad_output, (row + ahead) * head_dim, head_dim)
+                point = row * row_points + part[0] * table[0, 3]
                 if not packed and query + 1 < num_queries:
-                    after = point + num_heads * len(table) * points
-                    _prefetch_cells(source, origin, pitch, head_dim, levels, locations, after)
-                    _prefetch_cells(target, origin, pitch, head_dim, levels, locations, after)
-                plane = source, target, origin, pitch
-                _scatter_row(zeros, lanes, head_dim, row, plane, levels, (grad_output, locations, weights), (by_locations, by_weights), point)
+                    after = point + num_heads * row_points
+                    _prefetch_cells((source, origin, pitch), head_dim, levels, locations, after)
+                    _prefetch_cells((target, origin, pitch), head_dim, levels, locations, after)
+                stream = point + _STREAM_AHEAD * num_heads * row_points
+                _prefetch(locations, 2 * stream, 2 * part_points)
+                _prefetch(by_locations, 2 * stream, 2 * part_points)
+                _prefetch(weights, stream, part_points)
+                _prefetch(by_weights, stream, part_points)
+                _prefetch(grad_output, (row + _STREAM_AHEAD * num_heads) * head_dim, head_dim)
+                _scatter_row(
+                    zeros,
+                    (lanes, head_dim),
+                    planes,
+                    levels,
+                    (grad_output, locations, weights),
+                    (by_locations, by_weights),
+                    row,
+                    point,
+                )
             if packed:
-                _copy_rows(zeros, lanes, head_dim, rows, (packed_by_value, 0, head_dim), (by_value, mine, num_heads * head_dim))
+                packed_plane = packed_by_value, 0, head_dim
+                by_value_plane = by_value, here, num_heads * head_dim
+                _copy_rows(zeros, lanes, head_dim, rows, packed_plane, by_value_plane)
         _fetch_add(state, _HELPERS_INSIDE, -1)
 
     return backward

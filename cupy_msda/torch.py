@@ -175,8 +175,9 @@ class MSDeformAttnFunction(torch.autograd.Function):
     attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
     may be anything or left out: batches are never split, so it has no effect.
 
-    Gradients flow to value, sampling_locations and attention_weights; one that is not needed is
-    not computed. They are differentiable to any order themselves, at the speed of the reference.
+    Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
+    not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
+    any order themselves, at the speed of the reference.
 
     References
     ----------
@@ -343,7 +344,7 @@ def _levels(table: LevelTable, spatial_size: int) -> list[Level]:
     """The levels for the reference: of ints, or of 0-dim tensors where only a device knows them."""
     if table.levels is not None:
         return list(table.levels)
-    sizes: Any = table.sizes or table.device_sizes.long()
+    sizes: Any = table.sizes if table.device_sizes is None else table.device_sizes.long()
     starts: Any = table.starts if table.device_starts is None else table.device_starts.long()
     if starts is None:
         starts = accumulate((h * w for h, w in sizes), initial=0)

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code written for Deformable-DETR's compiled extension, running without building it."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 from torch.autograd import Function
 
@@ -19,17 +15,16 @@ class Attention(Function):
     """What a fork has in its ops folder: the extension's two entry points as an autograd Function."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+    def forward(ctx, *arguments):
         """Take value, shapes, start index, locations, weights and im2col_step."""
         *tensors, ctx.im2col_step = arguments
         ctx.save_for_backward(*tensors)
-        output: torch.Tensor = MSDA.ms_deform_attn_forward(*arguments)
-        return output
+        return MSDA.ms_deform_attn_forward(*arguments)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx, grad_output):
         """Return gradients of value, locations and weights."""
-        arguments = (*ctx.saved_tensors, grad_outputs[0].contiguous(), ctx.im2col_step)
+        arguments = (*ctx.saved_tensors, grad_output.contiguous(), ctx.im2col_step)
         by_value, by_locations, by_weights = MSDA.ms_deform_attn_backward(*arguments)
         return by_value, None, None, by_locations, by_weights, None
 

@@ -107,8 +107,8 @@ __device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, c
   if (!T::POINTS || !owner) return;
   PointGradient<float> gradient = point_gradient(point.cell, point.weight, point.level, dot);
   if (point.level.start < 0) gradient = {point.weight, point.weight, point.weight};  // NaN
-  grad_locations[2 * index] = narrow_to<Location>(gradient.x);
-  grad_locations[2 * index + 1] = narrow_to<Location>(gradient.y);
+  const float by_location[2] = {gradient.x, gradient.y};
+  store(grad_locations + 2 * index, by_location);
   grad_weights[index] = narrow_to<Weight>(gradient.weight);
 }
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(BLOCK)
   __shared__ Slots slots;
   load_levels(levels, sizes, starts, p);
 
-  Row<M, G, SPLIT> row(p);
+  Row<M, G, SPLIT> row(p, threadIdx.x);
   if (!__any_sync(ALL_LANES, row.active)) return;
   if (!row.active) row.image = row.query = 0;  // takes part in its warp's exchanges, and writes nothing
   const long long index = row.index(p);

@@ -39,11 +39,11 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
   __syncwarp();
   const int slot = threadIdx.x - member;
   if (interior) {
-#pragma unroll
+#pragma unroll 2
     for (int j = 0; j < COUNT; ++j)
       add_corners<true, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
   } else {
-#pragma unroll
+#pragma unroll 2
     for (int j = 0; j < COUNT; ++j)
       add_corners<false, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
   }
@@ -51,7 +51,7 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
 }
 
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
                  const Weight* __restrict__ weights, Value* __restrict__ output,
                  const long long* __restrict__ sizes, const long long* __restrict__ starts,
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(BLOCK)
   __shared__ Slots slots;
   load_levels(levels, sizes, starts, p);
 
-  Row<M, G, SPLIT> row(p);
+  Row<M, G, SPLIT> row(p, threadIdx.x);
   if (!__any_sync(ALL_LANES, row.active)) return;
   if (!row.active) row.image = row.query = 0;  // computes along with its warp, and stores nothing
   const long long index = row.index(p);
@@ -87,5 +87,7 @@ __global__ void __launch_bounds__(BLOCK)
   for (int offset = G; offset < G * SPLIT; offset *= 2)
 #pragma unroll
     for (int c = 0; c < VEC; ++c) sum[c] += __shfl_xor_sync(ALL_LANES, sum[c], offset);
-  if (row.active && row.part == 0) store(output + index * D + row.member * VEC, sum);
+  const Row<M, G, SPLIT> done(p, reread_thread());
+  if (done.active && done.part == 0)
+    store(output + done.index(p) * D + done.member * VEC, sum);
 }

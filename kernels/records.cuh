@@ -19,6 +19,18 @@ struct Slots {
   int2 places[BLOCK];    // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
 };
 
+// threadIdx.x in a way that the compiler cannot trace back to an earlier reading: what is computed from it is computed
+// anew, and keeps no register occupied in between.
+__device__ __forceinline__ unsigned reread_thread() {
+#if MSDA_PTX
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+#else
+  return threadIdx.x;
+#endif
+}
+
 // Which rows a group works on. Blocks run over queries first, then heads, then images: neighbours in time share a head.
 template <int M, int G, int SPLIT>
 struct Row {
@@ -29,13 +41,13 @@ struct Row {
 
   static constexpr int QUERIES = BLOCK / (G * SPLIT);  // per block
 
-  __device__ explicit Row(const Params& p) {
+  __device__ Row(const Params& p, unsigned thread) {
     const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
-    const int group = threadIdx.x / G;
+    const int group = thread / G;
     image = image_head / M;
     head = image_head % M;
     part = group % SPLIT;
-    member = threadIdx.x % G;
+    member = thread % G;
     query = blockIdx.x * QUERIES + group / SPLIT;
     active = query < p.num_queries && image < p.batch;
   }

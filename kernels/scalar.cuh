@@ -109,16 +109,30 @@ __device__ __forceinline__ void load(float (&to)[COUNT], const T* from) {
   for (int i = 0; i < COUNT; ++i) to[i] = widen(word.at[i]);
 }
 
+__device__ __forceinline__ void store_words(void* to, const unsigned (&words)[1]) {
+  __stwb(static_cast<unsigned*>(to), words[0]);
+}
+__device__ __forceinline__ void store_words(void* to, const unsigned (&words)[2]) {
+  __stwb(static_cast<uint2*>(to), make_uint2(words[0], words[1]));
+}
+__device__ __forceinline__ void store_words(void* to, const unsigned (&words)[4]) {
+  __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
+}
+
+// COUNT elements, rounded, by one memory instruction: a plain assignment through a pointer to uint4 is split in four.
 template <typename T, int COUNT>
 __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
-  using Bits = typename Word<sizeof(T) * COUNT>::type;
-  union {
-    Bits bits;
-    T at[COUNT];
-  } word;
+  constexpr int PER_WORD = 4 / sizeof(T);
+  unsigned words[COUNT / PER_WORD];
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) word.at[i] = narrow_to<T>(from[i]);
-  *reinterpret_cast<Bits*>(to) = word.bits;
+  for (int i = 0; i < COUNT / PER_WORD; ++i) {
+    if constexpr (PER_WORD == 1)
+      words[i] = __float_as_uint(from[i]);
+    else
+      words[i] = narrow_to<T>(from[2 * i]).bits |
+                 static_cast<unsigned>(narrow_to<T>(from[2 * i + 1]).bits) << 16;
+  }
+  store_words(to, words);
 }
 
 // Add four neighbouring floats to memory, 16-byte aligned. No kernel reads what it adds, hence no memory clobber:

@@ -65,7 +65,7 @@ def consecutive(sizes: Sequence[tuple[int, int]]) -> list[Level]:
     return [Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=False)]
 
 
-def random_inputs(  # noqa: PLR0913
+def random_inputs(
     sizes: Sequence[tuple[int, int]] = ((5, 7), (3, 4)),
     *,
     n: int = 2,
@@ -78,12 +78,18 @@ def random_inputs(  # noqa: PLR0913
     device: Any = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Normal values, positive weights, and locations of which some fall outside every level."""
+    """Normal values, positive weights, and locations of which some fall outside every level.
+
+    No location is so near the edge of a cell that rounding alone could put it in the next one,
+    where its gradient is another.
+    """
     generator = torch.Generator().manual_seed(seed)
     s = sum(h * w for h, w in sizes) if s is None else s
     points = (n, lq, m, len(sizes), p)
     value = torch.randn(n, s, m, d, generator=generator)
-    locations = torch.rand(*points, 2, generator=generator) * 1.3 - 0.15
+    scale = torch.tensor([(w, h) for h, w in sizes]).reshape(-1, 1, 2).clamp(min=1).double()
+    pixels = (torch.rand(*points, 2, generator=generator) * 1.3 - 0.15) * scale - 0.5
+    locations = (pixels.floor() + pixels.remainder(1).clamp(1e-3, 1 - 1e-3) + 0.5) / scale
     weights = torch.rand(points, generator=generator)
     grad_output = torch.randn(n, lq, m * d, generator=generator)
     of_value, of_points = dtypes
@@ -101,7 +107,7 @@ def away_from_edges(inputs: Inputs) -> Inputs:
     inputs = inputs.to(torch.float64)
     scale = inputs.shapes().flip(-1)[:, None]  # L, 1, (W, H)
     pixels = inputs.locations * scale - 0.5
-    pixels = pixels.floor() + 0.2 + 0.6 * (pixels - pixels.floor())
+    pixels = pixels.floor() + 0.2 + 0.6 * pixels.remainder(1)
     return inputs._replace(locations=(pixels + 0.5) / scale)
 
 

@@ -426,10 +426,10 @@ COMMON = [
         f"{OUTSIDE}(8, 10) starting at 0 for level 0",
     ),
     Bad(
-        "a last level that is one row too high",
-        lambda lib: {"spatial_shapes": [(4, 5), (2, 3), (2, 2)], "level_start_index": None},
+        "a last level that is one position too large",
+        lambda lib: {"spatial_shapes": [(4, 5), (2, 3), (1, 3)], "level_start_index": None},
         ValueError,
-        f"{OUTSIDE}(2, 2) starting at 26 for level 2",
+        f"{OUTSIDE}(1, 3) starting at 26 for level 2",
     ),
     Bad(
         "an array of levels larger than value",

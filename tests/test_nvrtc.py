@@ -97,20 +97,29 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
     }
 
 
-# Registers per thread. A multiprocessor has 65536 for up to 2048 threads: 64 leaves room for four blocks of 256, 85 for
-# three. Turing schedules at most four blocks of this size in any case, and its compiler spends more on them.
-FORWARD_REGISTERS = {75: 80}
-BACKWARD_REGISTERS = {75: 80}
+class Budget(NamedTuple):
+    """The most that a kernel may use per thread."""
+
+    registers: int
+    spill_bytes: int
+
+
+# A multiprocessor has 65536 registers: 64 a thread leave room for four blocks of 256, 85 for three. The compiler aims at
+# such steps by itself, and accepts a few bytes of spills outside the loops for them.
+BUDGETS = {
+    "forward.cu": Budget(64, 0),
+    "backward.cu": Budget(88, 40),
+    "generic.cu": Budget(80, 0),
+}
 
 
 def check_budget(kernel: Kernel, architecture: int) -> None:
     """Compile one kernel and hold it to its budget."""
-    used = compile_for(kernel, architecture)
-    limits = FORWARD_REGISTERS if kernel.file == "forward.cu" else BACKWARD_REGISTERS
-    assert used.spill_bytes == 0, f"{kernel.name} on sm_{architecture}: {used}"
-    assert used.registers <= limits.get(architecture, 64), (
-        f"{kernel.name} on sm_{architecture}: {used}"
-    )
+    used, budget = compile_for(kernel, architecture), BUDGETS[kernel.file]
+    what = f"{kernel.name} on sm_{architecture}: {used}, {budget}"
+    assert used.registers <= budget.registers, what
+    assert used.spill_bytes <= budget.spill_bytes, what
+    assert used.shared_bytes <= 48 * 1024, what
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -137,10 +146,7 @@ def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     case = problem(dtypes, 30, 4, 4)
     for plan in (launch.plan_forward(*case), launch.plan_backward(*case)):
         assert plan.kernel.file == "generic.cu"
-        used = compile_for(plan.kernel, architecture)
-        assert used.spill_bytes == 0
-        assert used.registers <= 80
-        assert used.shared_bytes <= 48 * 1024
+        check_budget(plan.kernel, architecture)
 
 
 def test_compiler_errors_name_the_file() -> None:

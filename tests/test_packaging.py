@@ -45,7 +45,7 @@ def archives(tmp_path_factory):
 
 def copy_checkout(target: Path) -> None:
     """What a build reads, without this checkout's build leftovers."""
-    folders = ("benchmarks", "cupy_msda", "examples", "kernels", "scripts", "tests")
+    folders = ("benchmarks", "cupy_msda", "docs", "examples", "kernels", "scripts", "tests")
     top = {file.name for file in ROOT.iterdir() if file.is_file()}
     for name in top.union(*(files_under(folder) for folder in folders)):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def test_sdist_holds_all_that_builds_tests_and_documents(archives):
         ".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md",
         "constraints.txt", "pyproject.toml",
     }  # fmt: skip
-    folders = ("benchmarks", "cupy_msda", "examples", "kernels", "scripts", "tests")
+    folders = ("benchmarks", "cupy_msda", "docs", "examples", "kernels", "scripts", "tests")
     assert shipped == documents.union(*(files_under(folder) for folder in folders))
 
 

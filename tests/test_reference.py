@@ -306,9 +306,14 @@ def test_a_location_that_is_no_number_contributes_nothing(bad, axis, to_array):
     assert gradients(to_array, point) == ([0] * 8, [0, 0], 0)
 
 
-def test_the_weight_of_an_outside_point_is_never_multiplied(to_array):
-    assert sample(to_array, [(-1, 0.5), (np.nan, 0.5)], [np.nan, np.inf]) == [0, 0]
-    assert gradients(to_array, (2, 2), weight=np.nan) == ([0] * 8, [0, 0], 0)
+@pytest.mark.parametrize("point", [(2, 2), (-0.125, 0.25), (1.125, 0.25), (0.125, 1.25)])
+def test_nothing_is_multiplied_at_an_outside_point(point, to_array):
+    assert sample(to_array, [point, point], [np.nan, np.inf]) == [0, 0]
+    assert gradients(to_array, point, weight=np.nan) == ([0] * 8, [0, 0], 0)
+    locations = to_array(np.reshape(point, (1, 1, 1, 1, 1, 2)))
+    grad, weight = to_array(np.full((1, 1, 1), np.nan)), to_array(np.ones((1, 1, 1, 1, 1)))
+    for gradient in reference.backward(grad, to_array(GRID), GRID_LEVELS, locations, weight):
+        assert not np.asarray(gradient).any()
 
 
 def test_a_weight_that_is_no_number_shows_where_its_point_counts(to_array):

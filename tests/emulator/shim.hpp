@@ -183,6 +183,10 @@ template <class T>
 inline void __stcg(T* p, T value) {
   *p = value;
 }
+template <class T>
+inline void __stwb(T* p, T value) {
+  *p = value;
+}
 
 namespace emu {
 

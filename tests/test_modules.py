@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MSDeformAttn`: the parameters of Deformable-DETR's module, what it computes and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
+from cupy_msda import modules as module_file
+
+SIZES = [(4, 5), (2, 3)]
+C, M, L, P = 24, 3, 2, 4  # D = 8
+STATE = {
+    "sampling_offsets.weight": (M * L * P * 2, C),
+    "sampling_offsets.bias": (M * L * P * 2,),
+    "attention_weights.weight": (M * L * P, C),
+    "attention_weights.bias": (M * L * P,),
+    "value_proj.weight": (C, C),
+    "value_proj.bias": (C,),
+    "output_proj.weight": (C, C),
+    "output_proj.bias": (C,),
+}
+
+
+class Inputs(NamedTuple):
+    """The first three arguments of the module."""
+
+    query: torch.Tensor
+    reference_points: torch.Tensor
+    input_flatten: torch.Tensor
+
+
+def example(coordinates=2, levels=L, dtype=torch.float32):
+    shapes = ((2, 5, C), (2, 5, levels, coordinates), (2, 26, C))
+    return Inputs(*(torch.rand(shape, dtype=dtype) for shape in shapes))
+
+
+def trained(dtype=torch.float32):
+    """A module whose parameters are not their initial values."""
+    module = MSDeformAttn(C, L, M, P).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+def by_hand(module, inputs, mask=None):
+    """The module from its parameters alone, point by point where it is cheap, by grid_sample elsewhere."""
+    state = module.state_dict()
+
+    def project(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    query, points, flat = inputs
+    value = project("value_proj", flat)
+    if mask is not None:
+        value = torch.where(mask[:, :, None], torch.zeros_like(value), value)
+    offsets = project("sampling_offsets", query).reshape(2, 5, M, L, P, 2)
+    logits = project("attention_weights", query).reshape(2, 5, M, L * P)
+    weights = (logits.exp() / logits.exp().sum(-1, keepdim=True)).reshape(2, 5, M, L, P)
+    locations = torch.empty_like(offsets)
+    for level, (h, w) in enumerate(SIZES):
+        one = points[:, :, level if points.shape[2] > 1 else 0, None, None]  # N, Lq, 1, 1, 2 or 4
+        pixel = 1 / torch.tensor([w, h], dtype=query.dtype)
+        step = one[..., 2:] / P / 2 if points.shape[-1] == 4 else pixel
+        locations[:, :, :, level] = one[..., :2] + offsets[:, :, :, level] * step
+    value = value.reshape(2, 26, M, C // M)
+    return project("output_proj", ms_deform_attn_core_pytorch(value, SIZES, locations, weights))
+
+
+# --- parameters ------------------------------------------------------------------------------------
+
+
+def test_state_has_the_names_and_shapes_of_deformable_detr():
+    state = MSDeformAttn(C, L, M, P).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == STATE
+
+
+def test_the_default_sizes_are_those_of_deformable_detr():
+    module = MSDeformAttn()
+    assert (module.d_model, module.n_levels, module.n_heads, module.n_points) == (256, 4, 8, 4)
+    assert module.sampling_offsets.out_features == 8 * 4 * 4 * 2
+
+
+def test_initial_values():
+    module = MSDeformAttn(256, 3, 8, 4)
+    assert not module.sampling_offsets.weight.any()
+    bias = module.sampling_offsets.bias.detach().reshape(8, 3, 4, 2)
+    # Eight heads look along the sides and diagonals of a square, counterclockwise from +x.
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, direction in enumerate(directions):
+        for point in range(4):
+            expected = torch.tensor(direction, dtype=torch.float32) * (point + 1)
+            for level in range(3):
+                torch.testing.assert_close(bias[head, level, point], expected, rtol=0, atol=1e-5)
+    assert not module.attention_weights.weight.any()
+    assert not module.attention_weights.bias.any()
+    bound = math.sqrt(6 / (256 + 256))
+    for projection in (module.value_proj, module.output_proj):
+        assert not projection.bias.any()
+        assert 0.99 * bound < projection.weight.abs().max() <= bound
+
+
+def test_initial_directions_of_three_heads():
+    bias = MSDeformAttn(C, L, M, P).sampling_offsets.bias.detach().reshape(M, L, P, 2)
+    tangent = 1 / math.sqrt(3)
+    expected = torch.tensor([[1, 0], [-tangent, 1], [-tangent, -1]])
+    torch.testing.assert_close(bias[:, 1, 0], expected)
+    torch.testing.assert_close(bias[:, 0, 3], 4 * expected)
+
+
+def test_initial_offsets_do_not_take_part_in_autograd_history():
+    bias = MSDeformAttn(C, L, M, P).sampling_offsets.bias
+    assert bias.is_leaf
+    assert bias.requires_grad
+
+
+# --- values ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("levels", [1, L])
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_and_gradients_are_those_of_the_composition(coordinates, levels, masked):
+    module = trained(torch.float64)
+    inputs = example(coordinates, levels, torch.float64)
+    mask = torch.rand(2, 26) < 0.4 if masked else None
+    module.zero_grad()
+    leaves = Inputs(*(tensor.requires_grad_() for tensor in inputs))
+    output = module(*leaves, SIZES, None, mask)
+    expected = by_hand(module, leaves, mask)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    grad_output = torch.randn_like(output)
+    got = torch.autograd.grad(output, leaves, grad_output)
+    wanted = torch.autograd.grad(expected, leaves, grad_output)
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_padding_has_no_influence():
+    module = trained()
+    query, points, flat = example()
+    mask = torch.zeros(2, 26, dtype=torch.bool)
+    mask[:, 20:23] = True
+    poisoned = flat.masked_fill(mask[..., None], 1e30)
+    output = module(query, points, poisoned, SIZES, None, mask)
+    assert torch.equal(output, module(query, points, flat, SIZES, None, mask))
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor, lambda s: torch.tensor(s, dtype=torch.int32)])
+def test_level_sizes_in_any_form(form):
+    module = trained()
+    inputs = example()
+    starts = torch.tensor([0, 20])
+    expected = module(*inputs, SIZES, None)
+    torch.testing.assert_close(module(*inputs, form(SIZES), starts), expected)
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_locations_are_float32_or_wider(coordinates, monkeypatch):
+    seen = []
+    real = module_file.ms_deform_attn
+
+    def spy(value, shapes, starts, locations, weights):
+        seen.append((value.dtype, locations.dtype))
+        return real(value, shapes, starts, locations, weights)
+
+    monkeypatch.setattr(module_file, "ms_deform_attn", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = trained()(*example(coordinates), torch.tensor(SIZES), None)
+    assert output.dtype == torch.bfloat16
+    trained(torch.bfloat16)(*example(coordinates, dtype=torch.bfloat16), SIZES, None)
+    trained(torch.float16)(*example(coordinates, dtype=torch.float16), SIZES, None)
+    trained(torch.float64)(*example(coordinates, dtype=torch.float64), SIZES, None)
+    # Reference points of another precision than the module.
+    query, points, flat = example(coordinates)
+    trained()(query, points.double(), flat, SIZES, None)
+    assert seen == [
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+    ]
+
+
+def test_autocast_stays_close_to_float32():
+    module = trained()
+    inputs = example()
+    expected = module(*inputs, SIZES, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(*inputs, SIZES, None)
+    output.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+
+
+def test_a_training_step_moves_every_parameter():
+    module = trained()
+    before = copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    module(*example(), SIZES, None).square().sum().backward()
+    optimizer.step()
+    for name, tensor in module.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+
+
+def test_copies_compute_the_same():
+    module, inputs = trained(), example()
+    expected = module(*inputs, SIZES, None)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = MSDeformAttn(C, L, M, P)
+    loaded.load_state_dict(torch.load(buffer))
+    for other in (copy.deepcopy(module), loaded):
+        assert torch.equal(other(*inputs, SIZES, None), expected)
+
+
+def test_head_dim_need_not_be_a_power_of_two():
+    module = MSDeformAttn(30, 1, 2, 1)
+    output = module(
+        torch.rand(1, 2, 30), torch.rand(1, 2, 1, 2), torch.rand(1, 6, 30), [(2, 3)], None
+    )
+    assert output.shape == (1, 2, 30)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_compiles_whole(form):
+    module, inputs = trained(), example()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    output = compiled(*inputs, form(SIZES), None)
+    torch.testing.assert_close(output, module(*inputs, SIZES, None))
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_it_prints_its_sizes():
+    assert "d_model=24, n_levels=2, n_heads=3, n_points=4" in repr(MSDeformAttn(C, L, M, P))
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+def test_d_model_must_be_a_multiple_of_n_heads():
+    with pytest.raises(
+        ValueError, match="d_model must be a multiple of n_heads, got d_model 10 with n_heads 3"
+    ):
+        MSDeformAttn(10, n_heads=3)
+
+
+@pytest.mark.parametrize("name", ["d_model", "n_levels", "n_heads", "n_points"])
+def test_sizes_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        MSDeformAttn(**{name: 0})
+
+
+BAD = {
+    "query": (torch.rand(2, 5, C + 1), ValueError, r"query must have shape \(N, Lq, C = 24\)"),
+    "reference_points": (torch.rand(2, 5, L, 3), ValueError, r"reference_points must have shape"),
+    "reference_points ": (torch.rand(2, 5, L + 1, 2), ValueError, r"reference_points must have shape"),
+    "reference_points  ": (torch.rand(2, 4, L, 2), ValueError, r"reference_points must have shape"),
+    "reference_points   ": (torch.rand(2, 5, 2), ValueError, r"reference_points must have shape"),
+    "input_flatten": (torch.rand(1, 26, C), ValueError, r"input_flatten must have shape \(N, S, C = 24\)"),
+    "input_spatial_shapes": ([(4, 5)], ValueError, "spatial_shapes must have one entry for each of the L = 2"),
+    "input_spatial_shapes ": (torch.tensor([[4, 5]]), ValueError, r"spatial_shapes must have shape \(L, 2\)"),
+    "input_spatial_shapes  ": ([(4, 5, 6), (2, 3, 1)], ValueError, r"spatial_shapes must hold \(H, W\) pairs"),
+    "input_spatial_shapes   ": (torch.rand(L, 2), TypeError, "spatial_shapes must have an integer dtype"),
+    "input_spatial_shapes    ": (None, TypeError, "spatial_shapes must be a sequence"),
+    "input_spatial_shapes     ": ([(4, 5), (2, 4)], ValueError, "spatial_shapes and level_start_index must keep"),
+    "input_level_start_index": ([0], ValueError, "level_start_index must have one entry"),
+    "input_padding_mask": (torch.zeros(2, 26), TypeError, "input_padding_mask must have dtype bool, True for pad"),
+    "input_padding_mask ": (torch.zeros(2, 25, dtype=torch.bool), ValueError, "input_padding_mask must have shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_inputs_are_refused(case):
+    given, error, message = BAD[case]
+    arguments = {
+        **example()._asdict(),
+        "input_spatial_shapes": SIZES,
+        "input_level_start_index": None,
+        case.strip(): given,
+    }
+    with pytest.raises(error, match=message):
+        MSDeformAttn(C, L, M, P)(**arguments)
