@@ -57,9 +57,7 @@ def plan_forward(problem: Problem, table: LevelTable, multiprocessors: int = 1) 
     group = problem.head_dim // vector
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
-    return _plan(
-        problem, table, "forward.cu", "msda_forward", arguments, BLOCK // (group * split)
-    )
+    return _plan(problem, table, "forward.cu", "msda_forward", arguments, BLOCK // (group * split))
 
 
 @lru_cache(maxsize=1024)
@@ -112,9 +110,7 @@ def _split(problem: Problem, group: int, most: int, multiprocessors: int) -> int
     points = problem.num_levels * problem.num_points
     wanted = multiprocessors * _WARPS_PER_MULTIPROCESSOR
     split = 1
-    while (
-        rows * split * group < wanted * WARP and split * 2 <= most and points % (split * 2) == 0
-    ):
+    while rows * split * group < wanted * WARP and split * 2 <= most and points % (split * 2) == 0:
         split *= 2
     return split
 
@@ -168,7 +164,11 @@ def require_cupy() -> Any:
 def on_stream(device: int, stream: int) -> Iterator[None]:
     """Make `device` and the stream at this address CuPy's current ones."""
     cupy = require_cupy()
-    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_External(stream)):
+    streams = cupy.cuda.Stream
+    with (
+        cupy.cuda.Device(device),
+        streams.from_external(_External(stream)) if stream else streams.null,
+    ):
         yield
 
 
@@ -189,10 +189,10 @@ def forward_arrays(
     """The operator on CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
     cupy = require_cupy()
     with _device_of(value):
-        arrays = [_aligned(array) for array in (value, locations, weights)]
-        output = cupy.zeros(problem.output_shape, arrays[0].dtype)
+        value, locations, weights = map(_aligned, (value, locations, weights))
+        output = cupy.zeros(problem.output_shape, value.dtype)
         if not problem.is_empty:
-            forward(problem, _aligned_table(table), *arrays, output)
+            forward(problem, _aligned_table(table), value, locations, weights, output)
     return output
 
 
@@ -243,7 +243,7 @@ def backward(
 
 def _launch(plan: Plan, device: int, arrays: tuple[Any, ...], table: LevelTable) -> None:
     """Append the level table and the parameters to the arrays and launch."""
-    pointers = [_as_cupy(array) for array in (*arrays, *_device_part(table))]
+    pointers = [_as_cupy(array) for array in (*arrays, *_device_part(table, device))]
     load(plan.kernel, device)(plan.grid, plan.block, (*pointers, plan.params))
 
 
@@ -252,15 +252,23 @@ def _host_part(table: LevelTable) -> LevelTable:
     return LevelTable(table.sizes, table.starts)
 
 
-def _device_part(table: LevelTable) -> tuple[Any, Any]:
-    """The int64 arrays of sizes and starts that the kernel reads instead of its parameters, None where it need not."""
+def _device_part(table: LevelTable, device: int) -> tuple[Any, Any]:
+    """The int64 arrays of sizes and starts that a kernel reads instead of its parameters, or None."""
     sizes, starts = table.device_sizes, table.device_starts
-    if max(len(table.sizes or ()), len(table.starts or ())) > MAX_LEVELS_BY_VALUE:
-        cupy = require_cupy()
-        # Stream-ordered copies: freed memory is reused only behind this launch.
-        sizes = cupy.asarray(table.sizes, cupy.int64) if table.sizes is not None else sizes
-        starts = cupy.asarray(table.starts, cupy.int64) if table.starts is not None else starts
+    if table.sizes is not None and len(table.sizes) > MAX_LEVELS_BY_VALUE:
+        sizes = _uploaded(table.sizes, device)
+    if table.starts is not None and len(table.starts) > MAX_LEVELS_BY_VALUE:
+        starts = _uploaded(table.starts, device)
     return sizes, starts
+
+
+@lru_cache(maxsize=64)
+def _uploaded(numbers: tuple[Any, ...], device: int) -> Any:
+    """A table too long for the parameters as an array on `device`, the current one; waits once per table."""
+    cupy = require_cupy()
+    array = cupy.asarray(numbers, cupy.int64)
+    cupy.cuda.get_current_stream().synchronize()  # later calls may be on any stream
+    return array
 
 
 @cache

@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from cupy_msda import host, reference
-from cupy_msda.contract import Level, LevelTable, Problem, check, check_grad_output
+from cupy_msda.contract import (
+    INT32_MAX,
+    Level,
+    LevelTable,
+    Problem,
+    check,
+    check_grad_output,
+)
 
 # The level table as the operators take it: each half as a tensor that is passed on unread, or as
 # flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
@@ -111,7 +118,7 @@ def ms_deform_attn_backward(
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     _require_tensors(*inputs)
-    if not _dense(grad_output):
+    if not _dense(grad_output) or grad_output.is_meta:
         check_grad_output(check(*inputs)[0], grad_output, value)
     gradients: tuple[Tensor, Tensor, Tensor] = _Gradients.apply(  # type: ignore[no-untyped-call]
         grad_output, value, *_table(*inputs), sampling_locations, attention_weights, True, True
@@ -289,10 +296,13 @@ def _require_tensors(
     sampling_locations: Any,
     attention_weights: Any,
 ) -> None:
-    """Refuse what would not reach the operators, whose dispatcher says less than the contract."""
+    """Refuse what does not reach the operators, or reaches what stands for them while tracing."""
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if not _dense(value, sampling_locations, attention_weights):
-        check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        check(*inputs)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
+    if any(isinstance(given, Tensor) and given.is_meta for given in inputs):
+        check(*inputs)
     kind = value.device.type
     if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and torch.version.hip is not None):
         build = " of a ROCm build of torch" if kind == "cuda" else ""
@@ -319,7 +329,9 @@ def _table(
             start_index = level_start_index
         elif level_start_index is not None:
             starts = [operator.index(start) for start in level_start_index]
-    except (TypeError, ValueError):
+        if any(abs(number) > INT32_MAX for number in (*(sizes or ()), *(starts or ()))):
+            raise OverflowError  # beyond what the operators' integers may hold
+    except (OverflowError, TypeError, ValueError):
         # Says which argument is wrong, and in what.
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         raise

@@ -16,7 +16,7 @@ constexpr int VEC = 4;
 // What a group needs to walk through its slots.
 struct Walk {
   const Slots* slots;
-  int slot;          // the group's first
+  int slot;           // the group's first
   const char* value;  // of the group's (image, head), at the lane's channels
   char* grad_value;   // likewise
   float grad[VEC];    // of the row's output
@@ -37,7 +37,7 @@ __device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
   const float4 share = walk.slots->shares[walk.slot + j];
   const int2 place = walk.slots->places[walk.slot + j];
   const float shares[4] = {share.x, share.y, share.z, share.w};
-  const float(&grad)[VEC] = walk.grad;
+  const float (&grad)[VEC] = walk.grad;
   Four<float> dot = {};
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
@@ -45,8 +45,7 @@ __device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
     if (T::POINTS) {
       float pixel[VEC] = {};
       if (counts)
-        load(pixel, reinterpret_cast<const Value*>(
-                        corner_pointer<INTERIOR, T::PIXEL, 1>(walk.value, place, corner)));
+        load(pixel, reinterpret_cast<const Value*>(corner_pointer<INTERIOR, T::PIXEL, 1>(walk.value, place, corner)));
 #pragma unroll
       for (int c = 0; c < VEC; ++c) dot.at[corner] += grad[c] * pixel[c];
     }
@@ -86,23 +85,20 @@ __device__ __forceinline__ Four<float> visit_all(const Walk& walk, int first, in
 
 // One stage: COUNT points of every group of the warp.
 template <typename T, int COUNT, typename Location, typename Weight>
-__device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, const Level* levels,
-                                               int member, bool active, int first,
-                                               const Location* locations, const Weight* weights,
+__device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, const Level* levels, int member,
+                                               bool active, int first, const Location* locations, const Weight* weights,
                                                Location* grad_locations, Weight* grad_weights) {
   const int index = first + member;
   const bool owner = active && member < COUNT;
   Point point;
   if (owner)
-    point = make_record<T::PIXEL>(slots, locations + 2 * index, weights + index,
-                                  levels[index / T::P]);
+    point = make_record<T::PIXEL>(slots, locations + 2 * index, weights + index, levels[index / T::P]);
   else
     point = empty_record(slots);
-  const bool interior =
-      __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
+  const bool interior = __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
   __syncwarp();
-  const Four<float> dot = interior ? visit_all<T, true, T::G, COUNT>(walk, 0, member)
-                                   : visit_all<T, false, T::G, COUNT>(walk, 0, member);
+  const Four<float> dot =
+      interior ? visit_all<T, true, T::G, COUNT>(walk, 0, member) : visit_all<T, false, T::G, COUNT>(walk, 0, member);
   __syncwarp();
   if (!T::POINTS || !owner) return;
   PointGradient<float> gradient = point_gradient(point.cell, point.weight, point.level, dot);
@@ -112,8 +108,8 @@ __device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, c
   grad_weights[index] = narrow_to<Weight>(gradient.weight);
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT,
-          bool VALUE, bool POINTS>
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT, bool VALUE,
+          bool POINTS>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
@@ -136,8 +132,8 @@ __global__ void __launch_bounds__(BLOCK)
   if (!row.active) row.image = row.query = 0;  // takes part in its warp's exchanges, and writes nothing
   const long long index = row.index(p);
   const long long base = row.template base<D>(p) + row.member * VEC;
-  Walk walk = {&slots, static_cast<int>(threadIdx.x) - row.member,
-               reinterpret_cast<const char*>(value + base), nullptr, {}};
+  Walk walk = {
+      &slots, static_cast<int>(threadIdx.x) - row.member, reinterpret_cast<const char*>(value + base), nullptr, {}};
   if (VALUE) walk.grad_value = reinterpret_cast<char*>(grad_value + base);
   load(walk.grad, grad_output + index * D + row.member * VEC);
   locations += 2 * index * K;
@@ -150,9 +146,9 @@ __global__ void __launch_bounds__(BLOCK)
   const int begin = row.part * PART, end = begin + PART;
 #pragma unroll 1
   for (int first = begin; first + G <= end; first += G)
-    backward_stage<T, G>(walk, slots, levels, row.member, row.active, first, locations, weights,
-                         grad_locations, grad_weights);
+    backward_stage<T, G>(walk, slots, levels, row.member, row.active, first, locations, weights, grad_locations,
+                         grad_weights);
   if constexpr (TAIL != 0)
-    backward_stage<T, TAIL>(walk, slots, levels, row.member, row.active, PART - TAIL, locations,
-                            weights, grad_locations, grad_weights);
+    backward_stage<T, TAIL>(walk, slots, levels, row.member, row.active, PART - TAIL, locations, weights,
+                            grad_locations, grad_weights);
 }

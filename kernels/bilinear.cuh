@@ -73,15 +73,13 @@ struct PointGradient {
 
 // dot[i] is the sum over D of grad_output times corner i; the gradient of corner i itself is its share * grad_output.
 template <typename Real>
-__device__ __forceinline__ PointGradient<Real> point_gradient(const Cell<Real>& cell, Real weight,
-                                                              const Level& level,
+__device__ __forceinline__ PointGradient<Real> point_gradient(const Cell<Real>& cell, Real weight, const Level& level,
                                                               const Four<Real>& dot) {
   if (cell.corners == 0u) return {0, 0, 0};
   const Real upper = dot.at[0] + cell.right * (dot.at[1] - dot.at[0]);
   const Real lower = dot.at[2] + cell.right * (dot.at[3] - dot.at[2]);
   const Real across_upper = dot.at[1] - dot.at[0], across_lower = dot.at[3] - dot.at[2];
   const Real across = across_upper + cell.down * (across_lower - across_upper);
-  return {static_cast<Real>(level.width) * weight * across,
-          static_cast<Real>(level.height) * weight * (lower - upper),
+  return {static_cast<Real>(level.width) * weight * across, static_cast<Real>(level.height) * weight * (lower - upper),
           upper + cell.down * (lower - upper)};
 }

@@ -18,8 +18,7 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
   for (int corner = 0; corner < 4; ++corner) {
     float pixel[VEC] = {};  // outside the level reads exact zero
     if (INTERIOR || (place.x >> corner & 1))
-      load(pixel, reinterpret_cast<const Value*>(
-                      corner_pointer<INTERIOR, PIXEL, 1>(base, place, corner)));
+      load(pixel, reinterpret_cast<const Value*>(corner_pointer<INTERIOR, PIXEL, 1>(base, place, corner)));
 #pragma unroll
     for (int c = 0; c < VEC; ++c) sum[c] += shares[corner] * pixel[c];
   }
@@ -27,14 +26,12 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
 
 // One stage: COUNT points of every group of the warp.
 template <int COUNT, int PIXEL, int P, typename Value, int VEC, typename Location, typename Weight>
-__device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots& slots,
-                                          const Level* levels, int member, int first,
-                                          const Location* locations, const Weight* weights) {
+__device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots& slots, const Level* levels,
+                                          int member, int first, const Location* locations, const Weight* weights) {
   unsigned corners = ALL_CORNERS;
   const int point = first + member;
   if (member < COUNT)
-    corners = make_record<PIXEL>(slots, locations + 2 * point, weights + point, levels[point / P])
-                  .cell.corners;
+    corners = make_record<PIXEL>(slots, locations + 2 * point, weights + point, levels[point / P]).cell.corners;
   const bool interior = __all_sync(ALL_LANES, corners == ALL_CORNERS);
   __syncwarp();
   const int slot = threadIdx.x - member;
@@ -53,9 +50,8 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
-                 const Weight* __restrict__ weights, Value* __restrict__ output,
-                 const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                 const __grid_constant__ Params p) {
+                 const Weight* __restrict__ weights, Value* __restrict__ output, const long long* __restrict__ sizes,
+                 const long long* __restrict__ starts, const __grid_constant__ Params p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PART = K / SPLIT;
   constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
@@ -71,8 +67,7 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const long long index = row.index(p);
   locations += index * K * 2;
   weights += index * K;
-  const char* base =
-      reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
+  const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
   const int begin = row.part * PART, end = begin + PART;
@@ -80,14 +75,12 @@ __global__ void __launch_bounds__(BLOCK, 4)
   for (int first = begin; first + G <= end; first += G)
     add_stage<G, PIXEL, P, Value>(sum, base, slots, levels, row.member, first, locations, weights);
   if constexpr (TAIL != 0)
-    add_stage<TAIL, PIXEL, P, Value>(sum, base, slots, levels, row.member, end - TAIL, locations,
-                                     weights);
+    add_stage<TAIL, PIXEL, P, Value>(sum, base, slots, levels, row.member, end - TAIL, locations, weights);
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT; offset *= 2)
 #pragma unroll
     for (int c = 0; c < VEC; ++c) sum[c] += __shfl_xor_sync(ALL_LANES, sum[c], offset);
   const Row<M, G, SPLIT> done(p, reread_thread());
-  if (done.active && done.part == 0)
-    store(output + done.index(p) * D + done.member * VEC, sum);
+  if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
 }

@@ -47,9 +47,8 @@ struct Point {
 
 // Locate point k of the row and leave it in the lane's slot.
 template <typename Real, typename Location, typename Weight>
-__device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k,
-                                 const Location* locations, const Weight* weights,
-                                 const long long* sizes, const long long* starts,
+__device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const Location* locations,
+                                 const Weight* weights, const long long* sizes, const long long* starts,
                                  const Params& p) {
   const long long at = row.index * (p.num_levels * p.num_points) + k;
   Point<Real> point;
@@ -58,9 +57,8 @@ __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k,
                              static_cast<Real>(widen(locations[2 * at + 1])), point.level);
   point.weight = point.cell.corners == 0u ? 0 : static_cast<Real>(widen(weights[at]));
   if (point.level.start < 0) point.weight = static_cast<Real>(__int_as_float(0x7fc00000));
-  const long long pixel = point.level.start +
-                          static_cast<long long>(point.cell.row) * point.level.width +
-                          point.cell.column;
+  const long long pixel =
+      point.level.start + static_cast<long long>(point.cell.row) * point.level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
   slot.share = corner_shares(point.cell, point.weight);
   slot.corner = (position * p.num_heads + row.head) * p.head_dim;
@@ -71,8 +69,7 @@ __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k,
 
 // Element index of corner i of a slot.
 template <typename Real>
-__device__ __forceinline__ long long corner_index(const Slot<Real>& slot, int corner,
-                                                  const Params& p) {
+__device__ __forceinline__ long long corner_index(const Slot<Real>& slot, int corner, const Params& p) {
   return slot.corner + (corner & 1 ? static_cast<long long>(p.num_heads) * p.head_dim : 0) +
          (corner & 2 ? slot.pitch : 0);
 }
@@ -94,15 +91,12 @@ __global__ void __launch_bounds__(BLOCK)
     Real sum = 0;
     for (int first = 0; first < points; first += WARP) {
       const int count = min(WARP, points - first);
-      if (lane < count)
-        make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
+      if (lane < count) make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
       __syncwarp();
       for (int j = 0; j < count && channel < p.head_dim; ++j)
         for (int corner = 0; corner < 4; ++corner) {
           const bool counts = own[j].corners >> corner & 1u;
-          const Real pixel =
-              counts ? static_cast<Real>(widen(value[corner_index(own[j], corner, p) + channel]))
-                     : 0;
+          const Real pixel = counts ? static_cast<Real>(widen(value[corner_index(own[j], corner, p) + channel])) : 0;
           sum += own[j].share.at[corner] * pixel;
         }
       __syncwarp();
@@ -113,8 +107,8 @@ __global__ void __launch_bounds__(BLOCK)
 
 // The four dot products of one point over all channels, in every lane; its corners' gradients go to memory on the way.
 template <typename Value, typename Real>
-__device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value,
-                            Real* grad_value, const Params& p) {
+__device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value, Real* grad_value,
+                            const Params& p) {
   Four<Real> dot = {};
   for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
     const Real grad = static_cast<Real>(widen(grad_row[channel]));
@@ -126,20 +120,17 @@ __device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const
     }
   }
   for (int offset = WARP / 2; offset > 0; offset /= 2)
-    for (int corner = 0; corner < 4; ++corner)
-      dot.at[corner] += __shfl_xor_sync(ALL_LANES, dot.at[corner], offset);
+    for (int corner = 0; corner < 4; ++corner) dot.at[corner] += __shfl_xor_sync(ALL_LANES, dot.at[corner], offset);
   return dot;
 }
 
 template <typename Value, typename Location, typename Weight>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward_generic(const Value* __restrict__ grad_output, const Value* __restrict__ value,
-                          const Location* __restrict__ locations,
-                          const Weight* __restrict__ weights,
-                          typename Compute<Value>::type* __restrict__ grad_value,
-                          Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
-                          const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                          const __grid_constant__ Params p) {
+                          const Location* __restrict__ locations, const Weight* __restrict__ weights,
+                          typename Compute<Value>::type* __restrict__ grad_value, Location* __restrict__ grad_locations,
+                          Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
+                          const long long* __restrict__ starts, const __grid_constant__ Params p) {
   using Real = typename Compute<Value>::type;
   __shared__ Slot<Real> slots[BLOCK];
   const Row row = this_row(p);
@@ -150,8 +141,7 @@ __global__ void __launch_bounds__(BLOCK)
   for (int first = 0; first < points; first += WARP) {
     const int count = min(WARP, points - first);
     Point<Real> point = {};
-    if (lane < count)
-      point = make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
+    if (lane < count) point = make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
     __syncwarp();
     Four<Real> dot = {};
     for (int j = 0; j < count; ++j) {

@@ -7,13 +7,13 @@ constexpr int DERIVED_START = -1;
 
 // One struct for every scalar of a launch; launch.py builds the same layout.
 struct Params {
-  int batch;         // N
-  int spatial_size;  // S
-  int num_heads;     // M
-  int head_dim;      // D
-  int num_queries;   // Lq
-  int num_levels;    // L
-  int num_points;    // P
+  int batch;                           // N
+  int spatial_size;                    // S
+  int num_heads;                       // M
+  int head_dim;                        // D
+  int num_queries;                     // Lq
+  int num_levels;                      // L
+  int num_points;                      // P
   int levels[MAX_LEVELS_BY_VALUE][3];  // H, W, start
 };
 
@@ -23,8 +23,7 @@ struct Level {
 };
 
 // sizes (L, 2) and starts (L,) override the table in p where they are not null. Nothing on the host has checked them.
-__device__ inline Level read_level(int level, const long long* sizes, const long long* starts,
-                                   const Params& p) {
+__device__ inline Level read_level(int level, const long long* sizes, const long long* starts, const Params& p) {
   long long height, width, start;
   if (sizes != nullptr) {
     height = sizes[2 * level];
@@ -41,21 +40,20 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
     unsigned long long sum = 0;  // unsigned: a nonsensical table may wrap, it is refused below
 #pragma unroll 1
     for (int i = 0; i < level; ++i)
-      sum += static_cast<unsigned long long>(sizes[2 * i]) *
-             static_cast<unsigned long long>(sizes[2 * i + 1]);
+      sum += static_cast<unsigned long long>(sizes[2 * i]) * static_cast<unsigned long long>(sizes[2 * i + 1]);
     start = static_cast<long long>(sum);
   }
   const long long largest = 0x7fffffff;
-  const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest &&
-                    width <= largest && start <= p.spatial_size - height * width;
+  const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest && width <= largest &&
+                    start <= p.spatial_size - height * width;
   if (!fits) return {0, 0, -1};
   return {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)};
 }
 
 // The table in shared memory, once per block.
 template <int L>
-__device__ inline void load_levels(Level (&table)[L], const long long* sizes,
-                                   const long long* starts, const Params& p) {
+__device__ inline void load_levels(Level (&table)[L], const long long* sizes, const long long* starts,
+                                   const Params& p) {
   static_assert(L <= MAX_LEVELS_BY_VALUE, "one thread reads one level");
   if (threadIdx.x < L) table[threadIdx.x] = read_level(threadIdx.x, sizes, starts, p);
   __syncthreads();

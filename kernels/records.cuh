@@ -73,8 +73,8 @@ struct Point {
 
 // PIXEL: bytes between neighbouring pixels of one head.
 template <int PIXEL, typename Location, typename Weight>
-__device__ __forceinline__ Point make_record(Slots& slots, const Location* location,
-                                             const Weight* weight, const Level& level) {
+__device__ __forceinline__ Point make_record(Slots& slots, const Location* location, const Weight* weight,
+                                             const Level& level) {
   float at[2];
   load(at, location);
   Point point = {locate<true>(at[0], at[1], level), level, widen(*weight)};
@@ -83,8 +83,7 @@ __device__ __forceinline__ Point make_record(Slots& slots, const Location* locat
   const Four<float> share = corner_shares(point.cell, point.weight);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[threadIdx.x] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  slots.places[threadIdx.x] =
-      make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  slots.places[threadIdx.x] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
   return point;
 }
 

@@ -28,9 +28,7 @@ struct Compute<double> {
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bfloat16_t x) {
-  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
-}
+__device__ __forceinline__ float widen(bfloat16_t x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 __device__ __forceinline__ float widen(half_t x) {
 #if MSDA_PTX
   float y;
@@ -129,8 +127,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
     if constexpr (PER_WORD == 1)
       words[i] = __float_as_uint(from[i]);
     else
-      words[i] = narrow_to<T>(from[2 * i]).bits |
-                 static_cast<unsigned>(narrow_to<T>(from[2 * i + 1]).bits) << 16;
+      words[i] = narrow_to<T>(from[2 * i]).bits | static_cast<unsigned>(narrow_to<T>(from[2 * i + 1]).bits) << 16;
   }
   store_words(to, words);
 }
@@ -139,8 +136,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
 // loads may move across.
 __device__ __forceinline__ void reduce_add(float* to, float a, float b, float c, float d) {
 #if MSDA_PTX && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c),
-               "f"(d));
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d));
 #else
   atomicAdd(to, a);
   atomicAdd(to + 1, b);

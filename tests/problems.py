@@ -74,12 +74,14 @@ def random_inputs(
     lq: int = 5,
     p: int = 3,
     s: int | None = None,
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float32),
+    reach: float = 0.15,
     device: Any = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Normal values, positive weights, and locations of which some fall outside every level.
+    """Normal values, positive weights, and locations that reach so far (in levels) beyond the edges.
 
+    `dtypes` are those of value, locations and weights; the last may be left out.
     No location is so near the edge of a cell that rounding alone could put it in the next one,
     where its gradient is another.
     """
@@ -88,16 +90,16 @@ def random_inputs(
     points = (n, lq, m, len(sizes), p)
     value = torch.randn(n, s, m, d, generator=generator)
     scale = torch.tensor([(w, h) for h, w in sizes]).reshape(-1, 1, 2).clamp(min=1).double()
-    pixels = (torch.rand(*points, 2, generator=generator) * 1.3 - 0.15) * scale - 0.5
+    pixels = (torch.rand(*points, 2, generator=generator) * (1 + 2 * reach) - reach) * scale - 0.5
     locations = (pixels.floor() + pixels.remainder(1).clamp(1e-3, 1 - 1e-3) + 0.5) / scale
     weights = torch.rand(points, generator=generator)
     grad_output = torch.randn(n, lq, m * d, generator=generator)
-    of_value, of_points = dtypes
+    of_value, of_locations, of_weights = (*dtypes, dtypes[-1])[:3]
     return Inputs(
         list(sizes),
         value.to(device, of_value),
-        locations.to(device, of_points),
-        weights.to(device, of_points),
+        locations.to(device, of_locations),
+        weights.to(device, of_weights),
         grad_output.to(device, of_value),
     )
 

@@ -12,7 +12,9 @@ from cupy_msda import launch
 from cupy_msda.compile import OPTIONS, Kernel, assemble
 from cupy_msda.contract import LevelTable, Problem
 
-nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC")
+nvrtc = pytest.importorskip(
+    "cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC"
+)
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21), (7, 11))
@@ -104,8 +106,8 @@ class Budget(NamedTuple):
     spill_bytes: int
 
 
-# A multiprocessor has 65536 registers: 64 a thread leave room for four blocks of 256, 85 for three. The compiler aims at
-# such steps by itself, and accepts a few bytes of spills outside the loops for them.
+# A multiprocessor has 65536 registers: 64 a thread leave room for four blocks of 256, 85 for three.
+# The compiler aims at such steps by itself, and accepts a few bytes of spills for them.
 BUDGETS = {
     "forward.cu": Budget(64, 0),
     "backward.cu": Budget(88, 40),

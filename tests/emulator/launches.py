@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,49 +13,12 @@ from cupy_msda import launch
 from cupy_msda.compile import assemble
 from cupy_msda.contract import LevelTable, Problem, check
 from tests.emulator.emulator import Emulated
+from tests.problems import Inputs
 
 
-@dataclass
-class Inputs:
-    """One problem with random data; `spread` is how far beyond the picture locations reach."""
-
-    batch: int
-    levels: Sequence[tuple[int, int]]
-    heads: int
-    head_dim: int
-    queries: int
-    points: int
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3
-    spread: float = 0.2
-    seed: int = 0
-    value: torch.Tensor = field(init=False)
-    locations: torch.Tensor = field(init=False)
-    weights: torch.Tensor = field(init=False)
-    grad_output: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        random = torch.Generator().manual_seed(self.seed)
-        n, m, d, lq = self.batch, self.heads, self.head_dim, self.queries
-        points = (n, lq, m, len(self.levels), self.points)
-        size = sum(h * w for h, w in self.levels)
-        value = torch.randn((n, size, m, d), generator=random, dtype=torch.float64)
-        locations = torch.rand((*points, 2), generator=random, dtype=torch.float64)
-        locations = locations * (1 + 2 * self.spread) - self.spread
-        weights = torch.rand(points, generator=random, dtype=torch.float64)
-        grad_output = torch.randn((n, lq, m * d), generator=random, dtype=torch.float64)
-        self.value = value.to(self.dtypes[0])
-        self.locations = locations.to(self.dtypes[1])
-        self.weights = weights.to(self.dtypes[2])
-        self.grad_output = grad_output.to(self.dtypes[0])
-
-    @property
-    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the reference takes beside the levels."""
-        return self.value, self.locations, self.weights
-
-    def checked(self) -> tuple[Problem, LevelTable]:
-        """The problem and its level table, through the contract."""
-        return check(self.value, self.levels, None, self.locations, self.weights)
+def checked(inputs: Inputs) -> tuple[Problem, LevelTable]:
+    """The problem and its level table, through the contract."""
+    return check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
 
 
 def memory(tensor: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
@@ -81,9 +43,7 @@ def emulate(
     sanitize: bool = False,
 ) -> None:
     """Run one planned launch as launch.py would, on host memory."""
-    kernel = Emulated(
-        source or assemble(plan.kernel.file), plan.kernel.name, sanitize=sanitize
-    )
+    kernel = Emulated(source or assemble(plan.kernel.file), plan.kernel.name, sanitize=sanitize)
     arrays = [memory(tensor) for tensor in (*tensors, *tables)]
     kernel(plan.grid, plan.block, [*arrays, plan.params], seed=seed)
 
@@ -95,10 +55,10 @@ def forward(
     **options: Any,
 ) -> torch.Tensor:
     """The output of the emulated forward."""
-    problem, known = inputs.checked()
+    problem, known = checked(inputs)
     plan = launch.plan_forward(problem, table or known, multiprocessors)
     output = poisoned(inputs.value, problem.output_shape)
-    emulate(plan, (*inputs.arrays, output), **options)
+    emulate(plan, (*inputs.tensors, output), **options)
     return output
 
 
@@ -110,12 +70,12 @@ def backward(
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """The three gradients of the emulated backward, None where not needed."""
-    problem, known = inputs.checked()
+    problem, known = checked(inputs)
     plan = launch.plan_backward(problem, table or known, multiprocessors, *needs)
-    wide = torch.promote_types(inputs.value.dtype, torch.float32)
+    wide = torch.promote_types(inputs.value.dtype, torch.float32)  # as the kernels accumulate
     grad_value = torch.zeros(inputs.value.shape, dtype=wide) if needs[0] else None
     of_points = [poisoned(t) if needs[1] else None for t in (inputs.locations, inputs.weights)]
-    emulate(plan, (inputs.grad_output, *inputs.arrays, grad_value, *of_points), **options)
+    emulate(plan, (inputs.grad_output, *inputs.tensors, grad_value, *of_points), **options)
     if grad_value is not None:
         grad_value = grad_value.to(inputs.value.dtype)
     return (grad_value, *of_points)

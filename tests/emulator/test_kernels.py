@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,11 +10,12 @@ import pytest
 import torch
 
 from cupy_msda import launch, reference
-from cupy_msda.compile import assemble
+from cupy_msda.compile import Kernel, assemble
 from cupy_msda.contract import LevelTable
 from tests.budget import assert_within_budget
-from tests.emulator.emulator import EmulatorError
-from tests.emulator.launches import Inputs, backward, emulate, forward, poisoned
+from tests.emulator.emulator import Emulated, EmulatorError
+from tests.emulator.launches import backward, checked, forward
+from tests.problems import Inputs, random_inputs
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MANY = 10**6  # multiprocessors: so many that rows are split as far as they go
@@ -23,47 +23,62 @@ FOUR = ((9, 13), (6, 7), (3, 4), (2, 2))
 THREE = ((8, 8), (4, 4), (2, 2))
 FIVE = ((12, 14), *FOUR)
 
+
+def problem(  # one line a case
+    n: int,
+    sizes: Sequence[tuple[int, int]],
+    m: int,
+    d: int,
+    lq: int,
+    p: int,
+    dtypes: Sequence[torch.dtype] = (F32, F32),
+    reach: float = 0.2,
+) -> Inputs:
+    """Random inputs of the given sizes."""
+    return random_inputs(sizes, n=n, m=m, d=d, lq=lq, p=p, dtypes=dtypes, reach=reach)
+
+
 # The shapes of real models, levels and queries scaled down; N, M, D, L and P as they are.
 MODELS = {
-    "detr-encoder": Inputs(2, FOUR, 8, 32, 37, 4),
-    "detr-encoder-f16": Inputs(1, FOUR, 8, 32, 70, 4, (F16, F32, F32)),
-    "detr-encoder-bf16": Inputs(1, FOUR, 8, 32, 70, 4, (BF16, F32, F32)),
-    "dino5-encoder": Inputs(1, FIVE, 8, 32, 35, 4),
-    "mask2former": Inputs(2, THREE[::-1], 8, 32, 33, 4),
-    "bevformer-sca": Inputs(6, FOUR, 8, 32, 9, 8),
-    "bevformer-tsa": Inputs(2, ((11, 10),), 8, 32, 40, 4),
-    "rfdetr": Inputs(2, ((9, 9),), 16, 16, 50, 2),
-    "rfdetr-f16": Inputs(2, ((9, 9),), 16, 16, 50, 2, (F16, F16, F16)),
-    "dfine-n-decoder": Inputs(1, THREE[:2], 8, 16, 21, 6),
-    "msda-triton": Inputs(4, FOUR, 8, 32, 10, 4),
+    "detr-encoder": problem(2, FOUR, 8, 32, 37, 4),
+    "detr-encoder-f16": problem(1, FOUR, 8, 32, 70, 4, (F16, F32, F32)),
+    "detr-encoder-bf16": problem(1, FOUR, 8, 32, 70, 4, (BF16, F32, F32)),
+    "dino5-encoder": problem(1, FIVE, 8, 32, 35, 4),
+    "mask2former": problem(2, THREE[::-1], 8, 32, 33, 4),
+    "bevformer-sca": problem(6, FOUR, 8, 32, 9, 8),
+    "bevformer-tsa": problem(2, ((11, 10),), 8, 32, 40, 4),
+    "rfdetr": problem(2, ((9, 9),), 16, 16, 50, 2),
+    "rfdetr-f16": problem(2, ((9, 9),), 16, 16, 50, 2, (F16, F16, F16)),
+    "dfine-n-decoder": problem(1, THREE[:2], 8, 16, 21, 6),
+    "msda-triton": problem(4, FOUR, 8, 32, 10, 4),
 }
 # The rest of what the specialised kernels are made for.
 SPECIALISED = {
-    "d8": Inputs(1, THREE, 3, 8, 75, 3),
-    "d8-f16": Inputs(1, THREE, 3, 8, 75, 3, (F16, F32, F16)),
-    "d64-bf16": Inputs(1, THREE, 2, 64, 19, 5, (BF16, BF16, BF16)),
-    "d128": Inputs(1, THREE, 2, 128, 11, 4),
-    "d256-f16": Inputs(1, ((5, 6),), 1, 256, 9, 4, (F16, F16, F32)),
-    "one-point": Inputs(3, ((5, 6),), 1, 32, 5, 1),
-    "one-pixel": Inputs(1, ((1, 1), (1, 7), (5, 1)), 2, 32, 12, 4, spread=1.0),
-    "inside-only": Inputs(1, ((20, 20), (16, 18)), 2, 32, 24, 4, spread=-0.2),
-    "inside-only-f16": Inputs(1, ((20, 20), (16, 18)), 2, 32, 24, 4, (F16, F32, F32), spread=-0.2),
+    "d8": problem(1, THREE, 3, 8, 75, 3),
+    "d8-f16": problem(1, THREE, 3, 8, 75, 3, (F16, F32, F16)),
+    "d64-bf16": problem(1, THREE, 2, 64, 19, 5, (BF16, BF16, BF16)),
+    "d128": problem(1, THREE, 2, 128, 11, 4),
+    "d256-f16": problem(1, ((5, 6),), 1, 256, 9, 4, (F16, F16, F32)),
+    "one-point": problem(3, ((5, 6),), 1, 32, 5, 1),
+    "one-pixel": problem(1, ((1, 1), (1, 7), (5, 1)), 2, 32, 12, 4, reach=1.0),
+    "inside-only": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, reach=-0.2),
+    "inside-only-f16": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, (F16, F32, F32), reach=-0.2),
 }
 SPLIT = {
-    "decoder": Inputs(1, FOUR, 8, 32, 13, 4),
-    "decoder-f16": Inputs(1, FOUR, 8, 32, 13, 4, (F16, F32, F32)),
-    "rtdetr-decoder": Inputs(2, THREE, 8, 32, 13, 4),
-    "rtdetr-decoder-bf16": Inputs(1, THREE, 8, 32, 13, 4, (BF16, F32, BF16)),
-    "d8-f16": Inputs(1, FOUR, 2, 8, 6, 8, (F16, F32, F32)),
+    "decoder": problem(1, FOUR, 8, 32, 13, 4),
+    "decoder-f16": problem(1, FOUR, 8, 32, 13, 4, (F16, F32, F32)),
+    "rtdetr-decoder": problem(2, THREE, 8, 32, 13, 4),
+    "rtdetr-decoder-bf16": problem(1, THREE, 8, 32, 13, 4, (BF16, F32, BF16)),
+    "d8-f16": problem(1, FOUR, 2, 8, 6, 8, (F16, F32, F32)),
 }
 GENERIC = {
-    "d30": Inputs(2, THREE, 3, 30, 11, 3),
-    "d71-f16": Inputs(1, THREE, 2, 71, 5, 4, (F16, F16, F32)),
-    "d256": Inputs(1, THREE, 1, 256, 5, 4),
-    "d1-bf16": Inputs(1, THREE, 2, 1, 9, 13, (BF16, F32, F32)),
-    "float64": Inputs(2, FOUR, 4, 32, 9, 4, (F64, F64, F64)),
-    "float64-mixed": Inputs(1, THREE, 2, 5, 9, 4, (F64, F32, F32)),
-    "seventeen-levels": Inputs(1, ((3, 2),) * 17, 2, 8, 4, 3),
+    "d30": problem(2, THREE, 3, 30, 11, 3),
+    "d71-f16": problem(1, THREE, 2, 71, 5, 4, (F16, F16, F32)),
+    "d256": problem(1, THREE, 1, 256, 5, 4),
+    "d1-bf16": problem(1, THREE, 2, 1, 9, 13, (BF16, F32, F32)),
+    "float64": problem(2, FOUR, 4, 32, 9, 4, (F64, F64, F64)),
+    "float64-mixed": problem(1, THREE, 2, 5, 9, 4, (F64, F32, F32)),
+    "seventeen-levels": problem(1, ((3, 2),) * 17, 2, 8, 4, 3),
 }
 
 
@@ -72,36 +87,28 @@ def on(cases: dict[str, Inputs]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("inputs", cases.values(), ids=cases.keys())
 
 
-def levels_of(inputs: Inputs):
-    """The level table as the reference takes it."""
-    levels = inputs.checked()[1].levels
-    assert levels is not None
-    return levels
-
-
-def in_double(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """The same numbers in float64."""
-    return tuple(array.double() for array in inputs.arrays)
+def copied(inputs: Inputs) -> Inputs:
+    """A copy that a test may write into."""
+    return Inputs(inputs.sizes, *(tensor.clone() for tensor in inputs[1:]))
 
 
 def check_forward(inputs: Inputs, output: torch.Tensor) -> None:
     """The output must stay within the error budget."""
-    value, *points = inputs.arrays
-    wide, *wide_points = in_double(inputs)
-    levels = levels_of(inputs)
-    same = reference.forward(value, levels, *points)
-    assert_within_budget(output, same, reference.forward(wide, levels, *wide_points))
+    same, exact = (
+        reference.forward(case.value, case.levels, case.locations, case.weights)
+        for case in (inputs, inputs.to(torch.float64))
+    )
+    assert_within_budget(output, same, exact)
 
 
 def check_backward(
     inputs: Inputs, gradients: Sequence[torch.Tensor | None], needs: Sequence[bool] = (True,) * 3
 ) -> None:
-    """Each gradient that is needed must stay within the error budget."""
-    levels = levels_of(inputs)
-    value, *points = inputs.arrays
-    same = reference.backward(inputs.grad_output, value, levels, *points)
-    wide, *wide_points = in_double(inputs)
-    exact = reference.backward(inputs.grad_output.double(), wide, levels, *wide_points)
+    """Each gradient that is needed must stay within the error budget, and the others be absent."""
+    same, exact = (
+        reference.backward(case.grad_output, case.value, case.levels, case.locations, case.weights)
+        for case in (inputs, inputs.to(torch.float64))
+    )
     for needed, *three in zip(needs, gradients, same, exact, strict=True):
         if needed:
             assert_within_budget(*three)
@@ -109,23 +116,25 @@ def check_backward(
             assert three[0] is None
 
 
-def kernel_of(inputs: Inputs, multiprocessors: int, **options: bool) -> tuple[str, str]:
-    """Source file and last template arguments of the planned kernels."""
-    problem, table = inputs.checked()
-    if options:
-        return launch.plan_backward(problem, table, multiprocessors, **options).kernel
-    return launch.plan_forward(problem, table, multiprocessors).kernel
+def forward_kernel(inputs: Inputs, multiprocessors: int = 0) -> Kernel:
+    """The kernel that the forward is planned to run."""
+    return launch.plan_forward(*checked(inputs), multiprocessors).kernel
+
+
+def backward_kernel(inputs: Inputs, multiprocessors: int = 0) -> Kernel:
+    """The kernel that the backward is planned to run."""
+    return launch.plan_backward(*checked(inputs), multiprocessors).kernel
 
 
 @on(MODELS | SPECIALISED)
 def test_specialised_forward(inputs: Inputs) -> None:
-    assert kernel_of(inputs, 0)[0] == "forward.cu"
+    assert forward_kernel(inputs).file == "forward.cu"
     check_forward(inputs, forward(inputs, 0))
 
 
 @on(SPLIT)
 def test_split_forward(inputs: Inputs) -> None:
-    file, name = kernel_of(inputs, MANY)
+    file, name = forward_kernel(inputs, MANY)
     assert file == "forward.cu"
     assert not name.endswith(", 1>")
     check_forward(inputs, forward(inputs, MANY))
@@ -133,6 +142,7 @@ def test_split_forward(inputs: Inputs) -> None:
 
 @on({name: case for name, case in (MODELS | SPECIALISED).items() if name != "d256-f16"})
 def test_specialised_backward(inputs: Inputs) -> None:
+    assert backward_kernel(inputs).file == "backward.cu"
     check_backward(inputs, backward(inputs, 0))
 
 
@@ -143,26 +153,20 @@ def test_split_backward(inputs: Inputs) -> None:
 
 @on(GENERIC)
 def test_generic(inputs: Inputs) -> None:
-    assert kernel_of(inputs, MANY)[0] == "generic.cu"
-    table = _on_device(inputs)[0] if len(inputs.levels) > launch.MAX_LEVELS_BY_VALUE else None
-    tables = _on_device(inputs)[1] if table else (None, None)
-    check_forward(inputs, forward(inputs, table=table, tables=tables))
-    problem, known = inputs.checked()
-    plan = launch.plan_backward(problem, table or known)
-    wide = torch.promote_types(inputs.value.dtype, torch.float32)
-    gradients = [torch.zeros(inputs.value.shape, dtype=wide)]
-    gradients += [poisoned(t) for t in (inputs.locations, inputs.weights)]
-    assert plan.kernel.file == "generic.cu"
-    emulate(plan, (inputs.grad_output, *inputs.arrays, *gradients), tables)
-    gradients[0] = gradients[0].to(inputs.value.dtype)
-    check_backward(inputs, gradients)
+    assert forward_kernel(inputs).file == backward_kernel(inputs).file == "generic.cu"
+    options = {}
+    if len(inputs.sizes) > launch.MAX_LEVELS_BY_VALUE:
+        options["tables"] = (inputs.shapes(), inputs.starts())
+    check_forward(inputs, forward(inputs, **options))
+    check_backward(inputs, backward(inputs, **options))
 
 
 def test_generic_backward_takes_what_only_the_forward_specialises() -> None:
     """A float16 row of 256 channels fits 32 lanes of eight, but not of four."""
     inputs = SPECIALISED["d256-f16"]
-    assert kernel_of(inputs, 0, needs_value=True)[0] == "generic.cu"
-    check_backward(inputs, backward(inputs, 0))
+    assert forward_kernel(inputs).file == "forward.cu"
+    assert backward_kernel(inputs).file == "generic.cu"
+    check_backward(inputs, backward(inputs))
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["value", "points"])
@@ -171,20 +175,15 @@ def test_backward_computes_what_is_needed(inputs: Inputs, needs: tuple[bool, boo
     check_backward(inputs, backward(inputs, needs=needs), (needs[0], needs[1], needs[1]))
 
 
-def _on_device(inputs: Inputs) -> tuple[LevelTable, tuple[torch.Tensor, torch.Tensor]]:
-    """A table that the host does not know, and the arrays that the kernels read instead."""
-    table = inputs.checked()[1]
-    return LevelTable(None, None), (torch.tensor(table.sizes), torch.tensor(table.starts))
-
-
+UNKNOWN = LevelTable(None, None)
 TABLES = {"specialised": MODELS["msda-triton"], "generic": GENERIC["d30"]}
+BY_STARTS = pytest.mark.parametrize("derived", [False, True], ids=["starts", "derived-starts"])
 
 
 @on(TABLES)
-@pytest.mark.parametrize("derived", [False, True], ids=["starts", "derived-starts"])
+@BY_STARTS
 def test_level_table_on_the_device(inputs: Inputs, derived: bool) -> None:
-    table, (sizes, starts) = _on_device(inputs)
-    options = {"table": table, "tables": (sizes, None if derived else starts)}
+    options = {"table": UNKNOWN, "tables": (inputs.shapes(), None if derived else inputs.starts())}
     assert torch.equal(forward(inputs, **options), forward(inputs))
     for actual, expected in zip(backward(inputs, **options), backward(inputs), strict=True):
         assert torch.equal(actual, expected)
@@ -192,10 +191,10 @@ def test_level_table_on_the_device(inputs: Inputs, derived: bool) -> None:
 
 @on(TABLES)
 def test_sizes_on_the_host_and_starts_on_the_device(inputs: Inputs) -> None:
-    known = inputs.checked()[1]
-    _, (_, starts) = _on_device(inputs)
-    table = LevelTable(known.sizes, None)
-    assert torch.equal(forward(inputs, table=table, tables=(None, starts)), forward(inputs))
+    table = checked(inputs)[1]._replace(starts=None)
+    assert torch.equal(
+        forward(inputs, table=table, tables=(None, inputs.starts())), forward(inputs)
+    )
 
 
 HUGE = 2**62
@@ -208,13 +207,13 @@ BAD_TABLES = {
 
 
 @on(TABLES)
-@pytest.mark.parametrize("derived", [False, True], ids=["starts", "derived-starts"])
+@BY_STARTS
 @pytest.mark.parametrize("bad", BAD_TABLES.values(), ids=BAD_TABLES.keys())
 def test_level_table_that_does_not_fit_gives_nan(inputs: Inputs, derived: bool, bad) -> None:
     """Nothing is read outside (see the sanitized run), and no output hides the mistake."""
-    table, (sizes, starts) = _on_device(inputs)
+    sizes = inputs.shapes()
     sizes[bad[0]] = bad[1]
-    options = {"table": table, "tables": (sizes, None if derived else starts)}
+    options = {"table": UNKNOWN, "tables": (sizes, None if derived else inputs.starts())}
     assert forward(inputs, **options).isnan().all()
     _, grad_locations, grad_weights = backward(inputs, **options)
     level = bad[0][0]
@@ -225,19 +224,19 @@ def test_level_table_that_does_not_fit_gives_nan(inputs: Inputs, derived: bool, 
 @on(TABLES)
 @pytest.mark.parametrize("start", [-1, -(2**40), 2**40, 10**6])
 def test_level_start_that_does_not_fit_gives_nan(inputs: Inputs, start: int) -> None:
-    table, (sizes, starts) = _on_device(inputs)
+    starts = inputs.starts()
     starts[1] = start
-    assert forward(inputs, table=table, tables=(sizes, starts)).isnan().all()
+    assert forward(inputs, table=UNKNOWN, tables=(inputs.shapes(), starts)).isnan().all()
 
 
 @on(TABLES)
 def test_points_that_do_not_count(inputs: Inputs) -> None:
     """NaN, infinite and far locations contribute nothing, even with a NaN weight."""
-    inputs = dataclasses.replace(inputs)
+    inputs = copied(inputs)
     for i, bad in enumerate((torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 3e38, 2.0, -1.0)):
-        inputs.locations[0, i % inputs.queries, 0, i % 2, i % 3, i % 2] = bad
+        inputs.locations[0, i % inputs.locations.shape[1], 0, i % 2, i % 3, i % 2] = bad
     outside = torch.zeros(inputs.weights.shape, dtype=torch.bool)
-    for level, (height, width) in enumerate(inputs.levels):
+    for level, (height, width) in enumerate(inputs.sizes):
         x = inputs.locations[:, :, :, level, :, 0] * width - 0.5
         y = inputs.locations[:, :, :, level, :, 1] * height - 0.5
         outside[:, :, :, level] = ~((x > -1) & (x < width) & (y > -1) & (y < height))
@@ -250,14 +249,14 @@ def test_points_that_do_not_count(inputs: Inputs) -> None:
     assert (gradients[2][outside] == 0).all()
 
 
-@on({"specialised": SPECIALISED["one-point"], "generic": GENERIC["d30"]})
-def test_the_edge_is_excluded(inputs: Inputs) -> None:
+@pytest.mark.parametrize("d", [32, 30], ids=["specialised", "generic"])
+def test_the_edge_is_excluded(d: int) -> None:
     """At exactly one pixel outside, x = -1 and x = W, a point has neither value nor gradient."""
-    inputs = dataclasses.replace(inputs, levels=((4, 8),), points=1)
+    inputs = problem(3, ((4, 8),), 2, d, 5, 1)
     inputs.locations[..., 1] = 0.5
     edge = torch.tensor([-0.5 / 8, 8.5 / 8], dtype=torch.float32)
     inputs.locations[:, :2, :, 0, 0, 0] = edge[None, :, None]
-    output = forward(inputs).reshape(inputs.batch, inputs.queries, inputs.heads, -1)
+    output = forward(inputs)
     assert (output[:, :2] == 0).all()
     assert (output[:, 2:] != 0).any()
     assert all((gradient[:, :2] == 0).all() for gradient in backward(inputs)[1:])
@@ -266,13 +265,14 @@ def test_the_edge_is_excluded(inputs: Inputs) -> None:
     assert (backward(inputs)[1][:, :2, ..., 0] != 0).all()
 
 
-@on({"f32": MODELS["bevformer-tsa"], "f16": MODELS["rfdetr-f16"], "generic": GENERIC["d30"]})
-def test_padding_is_exact_zero(inputs: Inputs) -> None:
+@pytest.mark.parametrize(("d", "dtype"), [(32, F32), (16, F16), (30, F32)], ids=str)
+def test_padding_is_exact_zero(d: int, dtype: torch.dtype) -> None:
     """Cells next to a corner that lies outside may hold infinity: it must not meet a zero weight."""
-    inputs = dataclasses.replace(inputs, levels=((4, 5),), points=4)
-    value = inputs.value.reshape(inputs.batch, 4, 5, inputs.heads, -1)
-    value[:, :, 1:] = torch.inf
-    inputs.locations[..., 0] = 0.05  # half a pixel left of column 0: column -1 would wrap to column 4
+    inputs = problem(2, ((4, 5),), 3, d, 11, 4, (dtype, F32))
+    inputs.value.view(2, 4, 5, 3, d)[:, :, 1:] = torch.inf
+    inputs.locations[..., 0] = (
+        0.05  # half a pixel left of column 0: column -1 would wrap to column 4
+    )
     output = forward(inputs)
     assert output.isfinite().all()
     check_forward(inputs, output)
@@ -296,10 +296,10 @@ def test_halves_round_to_nearest_even() -> None:
 
 def _converted(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float32 numbers rounded by narrow() after a round trip of the rounded ones through widen()."""
-    from tests.emulator.emulator import Emulated
-
     name = "half_t" if dtype is F16 else "bfloat16_t"
-    source = assemble("scalar.cuh") + f"""
+    source = (
+        assemble("scalar.cuh")
+        + f"""
 __global__ void convert(const float* from, {name}* to, int count) {{
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
@@ -307,6 +307,7 @@ __global__ void convert(const float* from, {name}* to, int count) {{
   to[i] = narrow_to<{name}>(widen(once));
 }}
 """
+    )
     result = torch.zeros(numbers.shape, dtype=dtype)
     Emulated(source, "convert")(
         (256, 1, 1),
@@ -333,6 +334,12 @@ def _without(source: str, fence: str, number: int) -> str:
     return fence.join(parts[: number + 1]) + fence.join(parts[number + 1 :])
 
 
+FENCED = {
+    "forward.cu": problem(2, THREE, 8, 32, 33, 8),
+    "generic.cu": problem(2, THREE, 3, 30, 11, 24),
+}
+
+
 @pytest.mark.parametrize(
     ("file", "fence", "number"),
     [
@@ -348,11 +355,7 @@ def test_a_missing_fence_shows(file: str, fence: str, number: int) -> None:
     The first __syncwarp of forward.cu is not among them: the vote before it makes the lanes meet as well, and what it
     adds is the order of memory, which only a device can get wrong.
     """
-    if file == "forward.cu":
-        inputs = dataclasses.replace(MODELS["mask2former"], points=8)
-    else:
-        inputs = dataclasses.replace(GENERIC["d30"], points=24)
-    source = assemble(file)
+    inputs, source = FENCED[file], assemble(file)
     assert source.count(fence) > number
     damaged = _without(source, fence, number)
     good = forward(inputs, 0)
@@ -366,20 +369,19 @@ def test_a_missing_fence_shows(file: str, fence: str, number: int) -> None:
 
 
 SANITIZED = {
-    "specialised": MODELS["msda-triton"],
-    "half": MODELS["rfdetr-f16"],
-    "split": SPLIT["rtdetr-decoder"],
-    "generic": GENERIC["d30"],
+    "specialised": (MODELS["msda-triton"], 0),
+    "half": (MODELS["rfdetr-f16"], 0),
+    "split": (SPLIT["rtdetr-decoder"], MANY),
+    "generic": (GENERIC["d30"], 0),
 }
 
 
-@on(SANITIZED)
-def test_under_the_sanitizers(inputs: Inputs) -> None:
+@pytest.mark.parametrize(("inputs", "multiprocessors"), SANITIZED.values(), ids=SANITIZED.keys())
+def test_under_the_sanitizers(inputs: Inputs, multiprocessors: int) -> None:
     """No access outside an array, no misaligned one, no undefined arithmetic, at the worst locations."""
-    inputs = dataclasses.replace(inputs, spread=0.6)
+    inputs = copied(inputs)
     inputs.locations.view(-1)[::17] = torch.nan
     inputs.locations.view(-1)[::19] = torch.finfo(inputs.locations.dtype).max
-    multiprocessors = MANY if inputs.queries == SPLIT["rtdetr-decoder"].queries else 0
     check_forward(inputs, forward(inputs, multiprocessors, sanitize=True))
     check_backward(inputs, backward(inputs, multiprocessors, sanitize=True))
 
@@ -387,9 +389,9 @@ def test_under_the_sanitizers(inputs: Inputs) -> None:
 @on({"specialised": MODELS["msda-triton"], "generic": GENERIC["d30"]})
 def test_invalid_tables_under_the_sanitizers(inputs: Inputs) -> None:
     """A level table that only a device knows may hold anything."""
-    table, (sizes, starts) = _on_device(inputs)
+    sizes, starts = inputs.shapes(), inputs.starts()
     sizes[0, 0], sizes[1, 1], starts[0] = HUGE, -(2**63), 2**63 - 1
     for given in (starts, None):
-        options = {"table": table, "tables": (sizes, given), "sanitize": True}
+        options = {"table": UNKNOWN, "tables": (sizes, given), "sanitize": True}
         assert forward(inputs, **options).isnan().all()
         backward(inputs, **options)

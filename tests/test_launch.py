@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What launch.py and compile.py do with CuPy, with NumPy standing in for its arrays and the emulator for the device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cupy_msda import compile as compiler
+from cupy_msda import launch
+from cupy_msda.contract import LevelTable, check
+from tests.emulator.emulator import Emulated
+from tests.problems import Inputs, check_against_reference, random_inputs
+
+
+class FakeDevice:
+    """cupy.cuda.Device of a machine with one small device."""
+
+    compute_capability = "90"
+
+    def __init__(self, device: int = 0) -> None:
+        assert device == 0
+        self.attributes = {"MultiProcessorCount": 2}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def emulated_device(monkeypatch):
+    """CuPy arrays are NumPy arrays, and a compiled kernel is an emulated one."""
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    names = ("ndarray", "asarray", "zeros", "zeros_like", "int64", "float32", "float64")
+    cupy = SimpleNamespace(
+        **{name: getattr(np, name) for name in names},
+        from_dlpack=np.from_dlpack,
+        ascontiguousarray=_ascontiguousarray,
+        cuda=SimpleNamespace(
+            runtime=runtime,
+            Device=FakeDevice,
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+        ),
+    )
+    monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
+    caches = (launch._multiprocessors, launch._uploaded)
+    for cache in caches:
+        cache.cache_clear()
+
+    def load(kernel, device):
+        assert device == 0
+        emulated = Emulated(compiler.assemble(kernel.file), kernel.name)
+
+        def function(grid, block, arguments):
+            emulated(grid, block, [None if type(a) is np.intp else a for a in arguments])
+
+        return function
+
+    monkeypatch.setattr(launch, "load", load)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+class Array(np.ndarray):
+    """A NumPy array with CuPy's `data.ptr`."""
+
+    @property
+    def data(self):
+        """The memory, on a boundary that needs no copy."""
+        return SimpleNamespace(ptr=0)
+
+
+def _ascontiguousarray(array, dtype=None):
+    return np.ascontiguousarray(array, dtype).view(Array)
+
+
+def in_numpy(inputs: Inputs) -> list[np.ndarray]:
+    """grad_output, value, locations and weights."""
+    return [t.numpy() for t in (inputs.grad_output, *inputs.tensors)]
+
+
+def results(inputs: Inputs, table: LevelTable | None = None) -> None:
+    """Forward and backward through launch.py must stay within the error budget."""
+    problem, known = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    grad_output, *arrays = in_numpy(inputs)
+    output = launch.forward_arrays(problem, table or known, *arrays)
+    gradients = launch.backward_arrays(problem, table or known, grad_output, *arrays)
+    tensors = [torch.from_numpy(np.asarray(array)) for array in (output, *gradients)]
+    check_against_reference(inputs, tensors[0], tensors[1:])
+
+
+CASES = {
+    "specialised": random_inputs(d=32),
+    "half": random_inputs(d=16, dtypes=(torch.float16, torch.float32)),
+    "generic": random_inputs(d=5),
+    "float64": random_inputs(d=8, dtypes=(torch.float64, torch.float32)),
+    "many-levels": random_inputs(((2, 3),) * 18, d=8, p=1),
+}
+
+
+@pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
+def test_arguments_reach_the_kernels_in_order(emulated_device, inputs: Inputs) -> None:
+    results(inputs)
+
+
+def test_level_table_of_another_integer_type_on_the_device(emulated_device) -> None:
+    inputs = CASES["specialised"]
+    table = LevelTable(
+        None, None, inputs.shapes(torch.int32).numpy(), inputs.starts(torch.uint8).numpy()
+    )
+    results(inputs, table)
+
+
+@pytest.mark.parametrize("empty", ["n", "lq", "m", "d", "p", "s"])
+def test_nothing_is_launched_for_an_empty_problem(emulated_device, monkeypatch, empty) -> None:
+    monkeypatch.setattr(launch, "load", lambda *_: pytest.fail("launched"))
+    inputs = random_inputs(((0, 0),) if empty == "s" else ((5, 7), (3, 4)), **{empty: 0})
+    results(inputs)
+
+
+def test_grid_covers_more_images_and_heads_than_one_dimension_holds(monkeypatch) -> None:
+    inputs = random_inputs(n=5, m=3, d=8)
+    case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    monkeypatch.setattr(launch, "MAX_GRID_YZ", 4)
+    plan = launch.plan_forward.__wrapped__(*case)
+    _, y, z = plan.grid
+    assert (y, z) == (4, 4)
+    output = np.full(case[0].output_shape, np.nan, np.float32)
+    kernel = Emulated(compiler.assemble(plan.kernel.file), plan.kernel.name)
+    arguments = [*in_numpy(inputs)[1:], output, None, None, plan.params]
+    kernel(plan.grid, plan.block, arguments)
+    plain = launch.plan_forward(*case)
+    expected = np.empty_like(output)
+    kernel(plain.grid, plain.block, [*arguments[:3], expected, None, None, plain.params])
+    np.testing.assert_array_equal(output, expected)
+
+
+LARGE = {
+    "positions": {"spatial_size": 2**22},
+    "bytes": {"spatial_size": 2**21, "num_heads": 8, "head_dim": 32},
+    "levels": {"num_levels": 17},
+    "head-dim": {"head_dim": 256},
+    "odd-head-dim": {"head_dim": 30},
+    "narrow-head-dim": {"head_dim": 4},
+    "double": {"value_dtype": "float64"},
+}
+
+
+@pytest.mark.parametrize("change", LARGE.values(), ids=LARGE.keys())
+def test_generic_kernels_take_what_the_specialised_cannot(change) -> None:
+    inputs = random_inputs(d=32)
+    problem, _ = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    table = LevelTable(None, None)
+    assert launch.plan_forward(problem, table).kernel.file == "forward.cu"
+    assert launch.plan_backward(problem, table).kernel.file == "backward.cu"
+    problem = problem._replace(**change)
+    assert launch.plan_forward(problem, table).kernel.file == "generic.cu"
+    assert launch.plan_backward(problem, table).kernel.file == "generic.cu"
+
+
+def test_rows_are_split_only_while_the_device_is_not_full() -> None:
+    inputs = random_inputs(((4, 4),) * 4, m=8, d=32, lq=300, p=4)
+    case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    splits = [
+        int(launch.plan_forward(*case, multiprocessors).kernel.name.split(", ")[-1][:-1])
+        for multiprocessors in (1, 132, 10**6)
+    ]
+    assert splits[0] == 1
+    assert splits == sorted(splits)
+    assert splits[-1] == 4  # the most that four groups of eight lanes allow
+
+
+def test_a_null_pointer_stands_for_none() -> None:
+    """CuPy would pass None as a null pointer to the argument, which the driver reads."""
+    assert launch._as_cupy(None) == 0
+    assert launch._as_cupy(None).itemsize == 8
+
+
+def test_cupy_takes_the_parameters_by_value() -> None:
+    """On a machine without a driver the launch gets as far as the driver, and no type is refused."""
+    function = pytest.importorskip("cupy.cuda.function", reason="needs CuPy").Function
+    runtime = pytest.importorskip("cupy_backends.cuda.api.runtime", reason="needs CuPy")
+    try:
+        runtime.getDeviceCount()
+    except runtime.CUDARuntimeError:
+        pass
+    else:
+        pytest.skip("a null function must not be launched where there is a driver")
+    parameters = np.zeros((), launch.PARAMS)
+    for arguments, error in (((object(),), TypeError), ((parameters,), runtime.CUDARuntimeError)):
+        with pytest.raises(error):
+            function.__new__(function)((1,), (1,), arguments, stream=SimpleNamespace(ptr=0))
+
+
+def test_compile_error_names_kernel_architecture_options_and_log(monkeypatch) -> None:
+    """CuPy's own error, of whatever kind, becomes ours with all that is needed to report it."""
+    cupy = pytest.importorskip("cupy", reason="needs CuPy")
+
+    def refuse(**arguments):
+        assert arguments["name_expressions"] == ("msda_forward<float, 3>",)
+        assert arguments["options"] == compiler.OPTIONS
+        raise RuntimeError("kernels/forward.cu(7): error: no such thing")
+
+    monkeypatch.setattr(cupy, "RawModule", refuse)
+    monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
+    with pytest.raises(compiler.KernelCompileError) as caught:
+        compiler.load(compiler.Kernel("forward.cu", "msda_forward<float, 3>"), 0)
+    text = str(caught.value)
+    for part in ("msda_forward<float, 3>", "sm_90", *compiler.OPTIONS, "forward.cu(7): error"):
+        assert part in text
+
+
+def test_compiled_once_per_device(monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(compiler, "_compile", lambda kernel: compiled.append(kernel) or object())
+    monkeypatch.setattr(compiler, "_functions", {})
+    kernel = compiler.Kernel("forward.cu", "some<1>")
+    first = compiler.load(kernel, 0)
+    assert compiler.load(kernel, 0) is first
+    assert compiler.load(kernel, 1) is not first
+    assert compiled == [kernel, kernel]
+
+
+def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
+    for file in ("forward.cu", "backward.cu", "generic.cu"):
+        source = compiler.assemble(file)
+        assert "#include" not in source
+        assert "#pragma once" not in source
+        assert source.count("struct half_t {") == 1
+        lines = source.splitlines()
+        own = (compiler.kernel_dir() / file).read_text().splitlines()
+        last = max(i for i, line in enumerate(lines) if line.startswith("#line"))
+        number = int(lines[last].split()[1])
+        assert lines[last].endswith(f'"kernels/{file}"')
+        assert lines[last + 1 :] == own[number - 1 :]
