@@ -126,6 +126,11 @@ def check(
     where = place(value)
     if not where.startswith(("cpu", "cuda", "meta")):
         raise ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
+    if dtype == "bfloat16" and where.startswith("cuda") and library(value) != "torch":
+        raise TypeError(
+            "value must have dtype float16, float32 or float64 on a CUDA device, since CuPy has no "
+            f"bfloat16, or be a torch tensor; got {dtype}, an array of {library(value)}"
+        )
     dtypes = [dtype]
     for name, array in (
         ("sampling_locations", sampling_locations),

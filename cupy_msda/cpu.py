@@ -9,7 +9,7 @@ Forward: a task is a stretch of consecutive rows, so locations, weights and outp
 one row is summed the cells of the next are on their way to the cache. Backward: a task is one
 (image, level, head), which alone owns a plane of grad_value, so nothing is shared or atomic.
 
-Tasks are handed out by an atomic counter to the calling thread and to helpers from a thread pool.
+Tasks are handed out by an atomic counter to the calling thread and to threads of our own that help it.
 Unlike Numba's own threading layers this survives fork and calls from several threads at once, and
 what a task computes does not depend on who runs it: results are the same for any number of threads.
 """
@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
+from queue import SimpleQueue
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -32,25 +34,25 @@ from llvmlite import ir
 from numba import config, extending, njit, types
 from numba.core import cgutils
 
-_REGISTER_BYTES = (
-    256  # of one row in registers at a time: half of what AVX2 has, an eighth of AVX-512
-)
+_Array = np.ndarray[Any, Any]
+
+_REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
 _LINE_BYTES = 64
-_STREAM_AHEAD = 4  # queries between a prefetch of a strided row's data and their use
+_STREAM_AHEAD = 4  # rows of a task between the prefetch of what is read once and its use
 _GRAIN = 2**17  # multiply-adds per corner that are worth waking a thread for, some 50 microseconds
 _SPINS = 20_000  # polls, some 100 microseconds, before a wait for helpers goes to sleep
 _HELPERS_INSIDE = 8  # index into the scheduling state, a cache line away from the task counter
 
 
 def forward(
-    value: np.ndarray[Any, Any],
+    value: _Array,
     levels: Sequence[tuple[int, int, int]],
-    locations: np.ndarray[Any, Any],
-    weights: np.ndarray[Any, Any],
-    out: np.ndarray[Any, Any] | None = None,
+    locations: _Array,
+    weights: _Array,
+    out: _Array | None = None,
     *,
     threads: int | None = None,
-) -> np.ndarray[Any, Any]:
+) -> _Array:
     """Multi-scale deformable attention of validated, C-contiguous NumPy arrays.
 
     Parameters
@@ -100,14 +102,14 @@ def forward(
 
 
 def backward(
-    grad_output: np.ndarray[Any, Any],
-    value: np.ndarray[Any, Any],
+    grad_output: _Array,
+    value: _Array,
     levels: Sequence[tuple[int, int, int]],
-    locations: np.ndarray[Any, Any],
-    weights: np.ndarray[Any, Any],
+    locations: _Array,
+    weights: _Array,
     *,
     threads: int | None = None,
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+) -> tuple[_Array, _Array, _Array]:
     """Gradients of `forward` by value, locations and weights.
 
     Parameters
@@ -153,12 +155,12 @@ def backward(
     return by_value, by_points[0], by_points[1]
 
 
-def _widened(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _widened(array: _Array) -> _Array:
     """float16 as float32, which the kernels compute in; anything else as it is."""
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _table(levels: Sequence[tuple[int, int, int]], points: int) -> np.ndarray[Any, Any]:
+def _table(levels: Sequence[tuple[int, int, int]], points: int) -> _Array:
     """(H, W, start, P) of each level; an empty one has a size that no point is inside of."""
     rows = [(h, w, start, points) if h * w else (-1, -1, 0, points) for h, w, start in levels]
     return np.array(rows, np.int64)
@@ -188,16 +190,36 @@ def _lanes(head_dim: int, itemsize: int) -> int:
 # Threads ------------------------------------------------------------------------------------------
 
 
-def _new_pool() -> None:
-    """Make the thread pool; its threads start when they are first asked for."""
-    global _pool  # noqa: PLW0603
-    _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, config.NUMBA_NUM_THREADS), "cupy_msda")
+# What waits to be helped with: each job is [kernel, its arguments], or empty once that is over.
+# A queue and plain threads, since an executor's futures cost more than some calls take.
+_jobs: SimpleQueue[list[Any]]
+_helpers: list[Thread]
 
 
-_pool: ThreadPoolExecutor
-_new_pool()
+def _forget_helpers() -> None:
+    """Start anew without helpers, as after a fork, which threads do not survive."""
+    global _jobs, _helpers  # noqa: PLW0603
+    _jobs, _helpers = SimpleQueue(), []
+
+
+_forget_helpers()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_pool)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_forget_helpers)
+
+
+def _help(jobs: SimpleQueue[list[Any]]) -> None:
+    """Do one job after the other, for as long as the process lives."""
+    while True:
+        _do(jobs.get())
+
+
+def _do(job: list[Any]) -> None:
+    """Run the kernel of a job that is not over yet."""
+    unfinished = tuple(job)  # at once: its owner may empty it at any time
+    if unfinished:
+        kernel, arguments = unfinished
+        with suppress(MemoryError):  # without room for its scratch, a helper is no help
+            kernel(*arguments)
 
 
 def _worthwhile(threads: int | None, work: int) -> int:
@@ -209,19 +231,22 @@ def _worthwhile(threads: int | None, work: int) -> int:
 def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
     """Run the tasks of `kernel` in this thread and in helpers, as far as those wake in time."""
     state = np.zeros(2 * _HELPERS_INSIDE, np.int64)
-    helpers: list[Future[None]] = []
-    # No thread to be had, as at interpreter exit, means that this one does all the tasks.
-    with suppress(RuntimeError):
-        helpers.extend(_pool.submit(kernel, state, *arguments) for _ in range(threads - 1))
-    kernel(state, *arguments)
-    # Tasks have all been taken now. Helpers that come later find none; those inside are polled,
-    # since going to sleep and waking again would take longer than what they have left to do.
-    if helpers and not _settled(state):
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
-    for helper in helpers:
-        helper.cancel()
+    job = [kernel, (state, *arguments)]
+    with suppress(RuntimeError):  # no thread to be had, as at interpreter exit
+        while len(_helpers) < threads - 1:
+            helper = Thread(target=_help, args=(_jobs,), name="cupy_msda", daemon=True)
+            helper.start()
+            _helpers.append(helper)
+    for _ in range(threads - 1):
+        _jobs.put(job)
+    try:
+        kernel(state, *arguments)
+    finally:
+        job.clear()
+    # All tasks have been taken: helpers that come now find none. Those inside are polled first,
+    # since they are nearly done and to sleep and wake would take longer.
+    while threads > 1 and not _settled(state):
+        sleep(1e-4)
 
 
 # SIMD ---------------------------------------------------------------------------------------------
@@ -534,9 +559,10 @@ def _forward_kernel(head_dim: int, lanes: int) -> Any:
             for row in range(begin + image * rows, end):
                 here = origin + head * head_dim
                 head = head + 1 if head + 1 < num_heads else 0
-                if row + 1 < end:
-                    after = value, origin + head * head_dim, pitch
-                    _prefetch_cells(after, head_dim, table, locations, (row + 1) * points)
+                if row + _CELLS_AHEAD < end:
+                    after = origin + (head + _CELLS_AHEAD - 1) % num_heads * head_dim
+                    point = (row + _CELLS_AHEAD) * points
+                    _prefetch_cells((value, after, pitch), head_dim, table, locations, point)
                 stream = row + _STREAM_AHEAD
                 _prefetch(locations, 2 * stream * points, 2 * points)
                 _prefetch(weights, stream * points, points)
@@ -662,10 +688,8 @@ def _backward_kernel(head_dim: int, lanes: int) -> Any:
             first_row, rows, packed = part[2], part[3], part[4] != 0
             levels = table[part[0] : part[1]]
             part_points = len(levels) * table[0, 3]
-            origin, pitch = (
-                (image * spatial_size * num_heads + head) * head_dim,
-                num_heads * head_dim,
-            )
+            origin = (image * spatial_size * num_heads + head) * head_dim
+            pitch = num_heads * head_dim
             here = origin + first_row * pitch
             source, target = value, by_value
             if packed:

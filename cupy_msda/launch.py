@@ -190,9 +190,10 @@ def forward_arrays(
     cupy = require_cupy()
     with _device_of(value):
         value, locations, weights = map(_aligned, (value, locations, weights))
-        output = cupy.zeros(problem.output_shape, value.dtype)
-        if not problem.is_empty:
-            forward(problem, _aligned_table(table), value, locations, weights, output)
+        if problem.is_empty:
+            return cupy.zeros(problem.output_shape, value.dtype)
+        output = cupy.empty(problem.output_shape, value.dtype)
+        forward(problem, _aligned_table(table), value, locations, weights, output)
     return output
 
 
@@ -204,7 +205,8 @@ def backward_arrays(
     with _device_of(value):
         grad, *arrays = [_aligned(array) for array in (grad_output, value, locations, weights)]
         accumulator = cupy.float64 if problem.value_dtype == "float64" else cupy.float32
-        gradients = [cupy.zeros(value.shape, accumulator), *map(cupy.zeros_like, arrays[1:])]
+        of_points = map(cupy.zeros_like if problem.is_empty else cupy.empty_like, arrays[1:])
+        gradients = [cupy.zeros(value.shape, accumulator), *of_points]
         if not problem.is_empty:
             backward(problem, _aligned_table(table), grad, *arrays, *gradients)
         return gradients[0].astype(arrays[0].dtype, copy=False), gradients[1], gradients[2]

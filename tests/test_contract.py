@@ -1043,6 +1043,14 @@ def test_values_on_a_device_without_kernels():
         check_with(METAL)
 
 
+def test_bfloat16_on_a_device_is_taken_from_torch_only():
+    class Brain(OnDevice):
+        dtype = "bfloat16"
+
+    with pytest.raises(TypeError, match=r"^value must have dtype .* CuPy has no bfloat16"):
+        check_with(CUDA, value=Brain(np.zeros((N, S, M, D), np.int16)))
+
+
 def test_pinned_memory_is_on_the_host_and_managed_memory_on_the_device():
     assert contract.on_host(OnDevice(np.ones(1), (3, 0)))
     assert contract.place(OnDevice(np.ones(1), (13, 1))) == "cuda:1"

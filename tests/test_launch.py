@@ -39,6 +39,8 @@ def emulated_device(monkeypatch):
     names = ("ndarray", "asarray", "zeros", "zeros_like", "int64", "float32", "float64")
     cupy = SimpleNamespace(
         **{name: getattr(np, name) for name in names},
+        empty=lambda shape, dtype: np.full(shape, np.nan, dtype),  # as poisonous as it may be
+        empty_like=lambda array: np.full_like(array, np.nan),
         from_dlpack=np.from_dlpack,
         ascontiguousarray=_ascontiguousarray,
         cuda=SimpleNamespace(

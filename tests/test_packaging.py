@@ -106,8 +106,8 @@ def test_metadata(archives):
 # the environment that runs the tests answers instead; its other packages are added as a plain folder.
 FIND = """
 import site, sys
-sys.path.append(sys.argv[2])
 site.addsitedir(sys.argv[1])
+sys.path.append(sys.argv[2])
 import cupy_msda
 from cupy_msda.compile import assemble, kernel_dir
 print(cupy_msda.__file__)
