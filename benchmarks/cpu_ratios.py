@@ -236,6 +236,8 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numba": importlib.import_module("numba").__version__,
+        # Spinning OpenMP threads suffer most from other processes: ratios of a busy machine flatter.
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     print(

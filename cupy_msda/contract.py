@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_LIBRARIES = ("numpy", "torch", "cupy")
 INT32_MAX = 2**31 - 1
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # The namespace has the from_dlpack by which results become arrays of the caller's library.
@@ -79,12 +80,12 @@ class Problem(NamedTuple):
 
 
 def library(array: object) -> str:
-    """The top-level module of an array's type: "numpy", "torch", "cupy", ..."""
-    for base in type(array).__mro__:
-        name = base.__module__.partition(".")[0]
-        if name in ("numpy", "torch", "cupy"):
-            return name
-    return type(array).__module__.partition(".")[0]
+    """The top-level module of an array's type or of the first base of it that is known here."""
+    own = type(array).__module__.partition(".")[0]
+    if own in _LIBRARIES:  # before the bases, which older versions of Dynamo cannot walk
+        return own
+    names = (base.__module__.partition(".")[0] for base in type(array).__mro__)
+    return next((name for name in names if name in _LIBRARIES), own)
 
 
 def dtype_name(array: Any) -> str:

@@ -9,9 +9,10 @@ Forward: a task is a stretch of consecutive rows, so locations, weights and outp
 one row is summed the cells of the next are on their way to the cache. Backward: a task is one
 (image, level, head), which alone owns a plane of grad_value, so nothing is shared or atomic.
 
-Tasks are handed out by an atomic counter to the calling thread and to threads of our own that help it.
-Unlike Numba's own threading layers this survives fork and calls from several threads at once, and
-what a task computes does not depend on who runs it: results are the same for any number of threads.
+An atomic counter hands out tasks to the calling thread and to helper threads, as far as these wake
+in time. Unlike Numba's own threading layers this survives fork and calls from several threads at
+once. What a task computes does not depend on who runs it: results are the same for any number of
+threads.
 """
 
 # Numba's own types are partial, differ between versions, and say nothing of what it compiles.
@@ -38,6 +39,7 @@ _Array = np.ndarray[Any, Any]
 
 _REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
 _LINE_BYTES = 64
+_CELLS_AHEAD = 2  # rows between the prefetch of the cells that a row samples and their use
 _STREAM_AHEAD = 4  # rows of a task between the prefetch of what is read once and its use
 _GRAIN = 2**17  # multiply-adds per corner that are worth waking a thread for, some 50 microseconds
 _SPINS = 20_000  # polls, some 100 microseconds, before a wait for helpers goes to sleep
@@ -198,7 +200,7 @@ _helpers: list[Thread]
 
 def _forget_helpers() -> None:
     """Start anew without helpers, as after a fork, which threads do not survive."""
-    global _jobs, _helpers  # noqa: PLW0603
+    global _jobs, _helpers
     _jobs, _helpers = SimpleQueue(), []
 
 
@@ -396,8 +398,9 @@ def _prefetch_line(context: Any, array: Any, index: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], function)
         address = _address(context, builder, signature.args[0], *arguments)
-        read, keep_close, data = i32(0), i32(3), i32(1)
-        builder.call(prefetch, [builder.bitcast(address, byte), read, keep_close, data])
+        # Into the second level: it keeps more lines on their way at once than the first.
+        read, second_level, data = i32(0), i32(2), i32(1)
+        builder.call(prefetch, [builder.bitcast(address, byte), read, second_level, data])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
@@ -702,8 +705,8 @@ def _backward_kernel(head_dim: int, lanes: int) -> Any:
             for query in range(num_queries):
                 row = (image * num_queries + query) * num_heads + head
                 point = row * row_points + part[0] * table[0, 3]
-                if not packed and query + 1 < num_queries:
-                    after = point + num_heads * row_points
+                if not packed and query + _CELLS_AHEAD < num_queries:
+                    after = point + _CELLS_AHEAD * num_heads * row_points
                     _prefetch_cells((source, origin, pitch), head_dim, levels, locations, after)
                     _prefetch_cells((target, origin, pitch), head_dim, levels, locations, after)
                 stream = point + _STREAM_AHEAD * num_heads * row_points

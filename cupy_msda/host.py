@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -21,11 +22,7 @@ def backend() -> ModuleType:
 
     A Numba that is installed and broken raises its own error.
     """
-    if find_spec("numba") is None:
-        return reference
-    from cupy_msda import cpu
-
-    return cpu
+    return reference if find_spec("numba") is None else import_module("cupy_msda.cpu")
 
 
 def forward(problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any) -> Any:

@@ -76,6 +76,8 @@ def torch_obstacle() -> str | None:
         return 'torch is not installed: pip install "cupy-msda[torch]"'
     import torch
 
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for AMD GPUs, and the kernels need an NVIDIA one: use CPU tensors"
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is a CPU build: pip install --force-reinstall torch from an index of CUDA "
@@ -129,8 +131,9 @@ def _torch_version() -> str:
         return "not installed"
     import torch
 
-    build = "CPU build" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
-    return f"{torch.__version__} ({build})"
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    of = [f"built for {name} {number}" for name, number in builds.items() if number is not None]
+    return f"{torch.__version__} ({', '.join(of) or 'CPU build'})"
 
 
 def _cupy_version() -> str:

@@ -109,6 +109,71 @@ def test_report_reads_nvidia_smi(tmp_path, monkeypatch):
     assert said["device 1"] == "B, 10.0, 1 MiB"
 
 
+def raising(message: str):
+    def function():
+        raise RuntimeError(message)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("function", "replacement", "expected"),
+    [
+        ("runtime.getDeviceCount", lambda: 0, r"the driver offers no CUDA device: see nvidia-smi"),
+        (
+            "runtime.getDeviceCount",
+            raising("cudaErrorNoDevice: none"),
+            r"no usable .*cudaErrorNoDevice",
+        ),
+        (
+            "runtime.getDeviceCount",
+            raising("lost"),
+            r'does not work .*lost\): pip install "cupy-msda\[',
+        ),
+        (
+            "nvrtc.getVersion",
+            raising("no libnvrtc"),
+            r'NVRTC does not load .*: pip install "cupy-msda\[',
+        ),
+        ("nvrtc.getVersion", lambda: (13, 0), None),
+    ],
+)
+def test_report_tells_what_keeps_cupy_from_running(function, replacement, expected, monkeypatch):
+    cuda = pytest.importorskip("cupy", reason="looks into CuPy").cuda
+    monkeypatch.setattr(cuda.runtime, "getDeviceCount", lambda: 1)
+    module, name = function.split(".")
+    monkeypatch.setattr(getattr(cuda, module), name, replacement)
+    said = report.cupy_obstacle.__wrapped__()
+    assert said is None if expected is None else re.search(expected, said)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "available", "expected"),
+    [
+        (None, None, False, r"is a CPU build: pip install"),
+        (None, "7.0", True, r"built for AMD GPUs"),
+        ("13.0", None, False, r"for CUDA 13\.0 finds no usable device: install"),
+        ("13.0", None, True, None),
+    ],
+)
+def test_report_tells_what_keeps_torch_from_running(cuda, hip, available, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(report, "cupy_obstacle", lambda: None)
+    said = report.torch_obstacle.__wrapped__()
+    assert said is None if expected is None else re.search(expected, said)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extra"), [(None, "cuda12x"), ("12.8", "cuda12x"), ("13.0", "cuda13x")]
+)
+def test_report_names_the_cupy_that_fits_torch(cuda, extra, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "cupy" else True)
+    assert report.cupy_obstacle.__wrapped__().endswith(f'pip install "cupy-msda[{extra}]"')
+
+
 @pytest.mark.parametrize("wrong", ["value", "not finite", "raises"])
 def test_self_check_fails_on_a_wrong_backend(wrong, monkeypatch, capsys):
     backend = host.backend()

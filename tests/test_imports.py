@@ -17,10 +17,11 @@ MAY_IMPORT = {
     "torch": {"torch.py", "modules.py", "report.py", "demo.py", "integrations"},
     "cupy": {"compile.py", "launch.py", "report.py"},
     "numba": {"cpu.py"},
+    "llvmlite": {"cpu.py"},
     "matplotlib": {"demo.py"},
     "PIL": {"demo.py"},
 }
-HEAVY = [*MAY_IMPORT, "cupy_backends", "llvmlite"]
+HEAVY = [*MAY_IMPORT, "cupy_backends"]
 
 
 def run(code: str, *absent: str) -> subprocess.CompletedProcess[str]:
