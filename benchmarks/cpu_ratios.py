@@ -236,8 +236,6 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numba": importlib.import_module("numba").__version__,
-        # Spinning OpenMP threads suffer most from other processes: ratios of a busy machine flatter.
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     print(
@@ -249,6 +247,10 @@ def main() -> None:
         found = implementations(case, arguments.threads)
         check(case, found)
         rows += report(shape, measure(found, arguments.repeats))
+    if hasattr(os, "getloadavg"):
+        # OpenMP's threads wait busily for one another: what else runs slows the peers most.
+        machine["load"] = round(os.getloadavg()[0], 1)
+        print(f"load average {machine['load']}: above {arguments.threads}, ratios flatter us")
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -91,7 +91,7 @@ def forward(
     threads = _worthwhile(threads, weights.size * d)
     stretch = min(max(n * rows // (16 * threads), 64), 1024)
     _share_out(
-        _forward_kernel(d, _lanes(d, target.itemsize)),
+        _forward_kernel(d, target.itemsize),
         threads,
         target.reshape(-1),
         tuple(array.reshape(-1) for array in inputs),
@@ -142,7 +142,7 @@ def backward(
     parts = _parts(levels, s, lq * points)
     scratch = d * max(rows * packed for *_, rows, packed in parts)
     _share_out(
-        _backward_kernel(d, _lanes(d, by_value.itemsize)),
+        _backward_kernel(d, by_value.itemsize),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
         tuple(array.reshape(-1) for array in inputs),
@@ -538,8 +538,9 @@ def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, po
 
 
 @cache
-def _forward_kernel(head_dim: int, lanes: int) -> Any:
-    """The forward kernel for D channels, `lanes` at a time."""
+def _forward_kernel(head_dim: int, itemsize: int) -> Any:
+    """The forward kernel for D channels of `itemsize` bytes."""
+    lanes = _lanes(head_dim, itemsize)
 
     @_compiled
     def forward(state: Any, out: Any, inputs: Any, table: Any, sizes: Any) -> None:
@@ -666,8 +667,9 @@ def _scatter_row(
 
 
 @cache
-def _backward_kernel(head_dim: int, lanes: int) -> Any:
-    """The backward kernel for D channels, `lanes` at a time."""
+def _backward_kernel(head_dim: int, itemsize: int) -> Any:
+    """The backward kernel for D channels of `itemsize` bytes."""
+    lanes = _lanes(head_dim, itemsize)
 
     @_compiled
     def backward(
