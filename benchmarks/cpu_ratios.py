@@ -5,8 +5,9 @@
 
 Peers are the formulation by torch's `grid_sample` and, where it is installed, the C++ kernel of
 torch-ms-deform-attn. Ours is timed bare, on NumPy arrays, and as users call it, on torch tensors
-with autograd. In every repeat all of them run once, in random order, so that what disturbs the
-machine disturbs all; before that their results are compared with `grid_sample` in float64.
+with autograd. In every repeat all of them run, in random order, so that what disturbs the machine
+disturbs all: once untimed, since the one before left its own data and code in the caches, and once
+timed. Before that their results are compared with `grid_sample` in float64.
 """
 
 from __future__ import annotations
@@ -187,17 +188,17 @@ def measure(found: dict[str, Implementation], repeats: int) -> dict[str, dict[st
         "forward": {name: [] for name in found},
         "forward+backward": {name: [] for name in found},
     }
-    for repeat in range(repeats + 1):  # the first one warms up
+    for _ in range(repeats):
         names = list(found)
         order.shuffle(names)
         for what, by_name in times.items():
             for name in names:
                 call = found[name].forward if what == "forward" else found[name].both
+                call()
                 begin = time.perf_counter()
                 call()
                 elapsed = 1e3 * (time.perf_counter() - begin)
-                if repeat:
-                    by_name[name].append(elapsed)
+                by_name[name].append(elapsed)
     return times
 
 
