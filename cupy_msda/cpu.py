@@ -13,6 +13,8 @@ An atomic counter hands out tasks to the calling thread and to helper threads, a
 in time. Unlike Numba's own threading layers this survives fork and calls from several threads at
 once. What a task computes does not depend on who runs it: results are the same for any number of
 threads.
+
+All in one file, because Numba's disk cache notices a change only in the file of the kernel itself.
 """
 
 # Numba's own types are partial, differ between versions, and say nothing of what it compiles.

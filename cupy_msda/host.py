@@ -25,25 +25,48 @@ def backend() -> ModuleType:
     return reference if find_spec("numba") is None else import_module("cupy_msda.cpu")
 
 
-def forward(problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any) -> Any:
+def forward(
+    problem: Problem,
+    table: LevelTable,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    *,
+    threads: int | None = None,
+) -> Any:
     """The output of the operator on host arrays of any library, as a NumPy array.
 
-    It is in float32, or in float64 for float64 values: for the caller to round.
+    It is in float32, or in float64 for float64 values: for the caller to round. `threads` limits
+    the Numba kernels, which otherwise use NUMBA_NUM_THREADS.
     """
     arrays = [_readable(problem, array) for array in (value, locations, weights)]
     with np.errstate(all="ignore"):  # of infinities and overflow, only NumPy would warn
-        return backend().forward(arrays[0], table.levels, *arrays[1:])
+        return backend().forward(arrays[0], table.levels, *arrays[1:], **_limits(threads))
 
 
 def backward(
-    problem: Problem, table: LevelTable, grad_output: Any, value: Any, locations: Any, weights: Any
+    problem: Problem,
+    table: LevelTable,
+    grad_output: Any,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    *,
+    threads: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
     arrays = [_readable(problem, array) for array in (grad_output, value, locations, weights)]
     grad, value, *points = arrays
     with np.errstate(all="ignore"):
-        gradients: tuple[Any, Any, Any] = backend().backward(grad, value, table.levels, *points)
+        gradients: tuple[Any, Any, Any] = backend().backward(
+            grad, value, table.levels, *points, **_limits(threads)
+        )
     return gradients
+
+
+def _limits(threads: int | None) -> dict[str, int | None]:
+    """The keyword by which the Numba kernels are told; the reference leaves it to its library."""
+    return {} if backend() is reference else {"threads": threads}
 
 
 def _readable(problem: Problem, array: Any) -> Any:

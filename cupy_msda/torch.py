@@ -375,8 +375,9 @@ def _forward(value: Tensor, *arguments: Any) -> Tensor:
     problem, table = check(value, *_given(*table_arguments), locations, weights)
     inputs = (value, locations, weights)
     if not value.is_cuda:
-        output = torch.from_numpy(host.forward(problem, table, *map(_numpy, inputs)))
-        return output.to(value.dtype)
+        arrays = map(_numpy, inputs)
+        output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
+        return torch.from_numpy(output).to(value.dtype)
     return _device_forward(problem, table, *inputs)
 
 
@@ -393,7 +394,8 @@ def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tens
     elif value.is_cuda:
         gradients = _device_backward(problem, table, grad_output, *inputs, *needs[:2])
     else:
-        arrays = host.backward(problem, table, *map(_numpy, (grad_output, *inputs)))
+        sources = map(_numpy, (grad_output, *inputs))
+        arrays = host.backward(problem, table, *sources, threads=torch.get_num_threads())
         gradients = tuple(
             torch.from_numpy(array).to(tensor.dtype) if need else None
             for array, tensor, need in zip(arrays, inputs, needs, strict=True)

@@ -522,3 +522,19 @@ def test_float64_values_take_float32_locations_and_compute_in_float64():
     )
     assert output.dtype == np.float64
     assert np.array_equal(output, expected)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
+def test_an_empty_level_contributes_nothing_whatever_its_weights(size):
+    """-0.5, where all its points lie, would pass the comparisons with a size of 0."""
+    value = torch.randn(1, 6, 1, 2, dtype=torch.float64)
+    locations = torch.rand(1, 3, 1, 2, 2, 2, dtype=torch.float64)
+    weights = torch.rand(1, 3, 1, 2, 2, dtype=torch.float64)
+    weights[:, :, :, 1] = torch.nan
+    levels = [Level(2, 3, 0), Level(*size, 6)]
+    output = reference.forward(value, levels, locations, weights)
+    alone = reference.forward(value, levels[:1], locations[:, :, :, :1], weights[:, :, :, :1])
+    assert torch.equal(output, alone)
+    gradients = reference.backward(torch.ones_like(output), value, levels, locations, weights)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert (gradients[1][:, :, :, 1] == 0).all()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 
@@ -225,14 +226,35 @@ def test_host_tensors_are_shared_with_numpy_not_copied(monkeypatch):
     seen = []
     real = host.forward
 
-    def spy(problem, table, *arrays):
+    def spy(problem, table, *arrays, threads):
         seen.extend(arrays)
-        return real(problem, table, *arrays)
+        return real(problem, table, *arrays, threads=threads)
 
     monkeypatch.setattr(host, "forward", spy)
     call(inputs)
     for array, tensor in zip(seen, inputs.tensors, strict=True):
         assert array.ctypes.data == tensor.data_ptr()
+
+
+def test_cpu_kernels_use_as_many_threads_as_torch(monkeypatch):
+    """A DataLoader's worker, say, is told to use one."""
+    cpu = pytest.importorskip("cupy_msda.cpu", reason="needs Numba")
+    seen = []
+
+    def spy(real, *arguments, threads):
+        seen.append(threads)
+        return real(*arguments, threads=threads)
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, functools.partial(spy, getattr(cpu, name)))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        inputs = with_grad(random_inputs())
+        call(inputs).backward(inputs.grad_output)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
 
 
 def test_gradients_flow_past_leaves():

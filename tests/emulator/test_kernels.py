@@ -61,7 +61,7 @@ SPECIALISED = {
     "d128": problem(1, THREE, 2, 128, 11, 4),
     "d256-f16": problem(1, ((5, 6),), 1, 256, 9, 4, (F16, F16, F32)),
     "one-point": problem(3, ((5, 6),), 1, 32, 5, 1),
-    "one-pixel": problem(1, ((1, 1), (1, 7), (5, 1)), 2, 32, 12, 4, reach=1.0),
+    "one-pixel": problem(1, ((1, 1), (1, 7), (0, 4), (5, 1)), 2, 32, 12, 4, reach=1.0),
     "inside-only": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, reach=-0.2),
     "inside-only-f16": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, (F16, F32, F32), reach=-0.2),
 }
