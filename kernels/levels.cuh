@@ -47,6 +47,7 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
   const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest && width <= largest &&
                     start <= p.spatial_size - height * width;
   if (!fits) return {0, 0, -1};
+  if (height == 0 || width == 0) return {0, 0, 0};  // its other size may be too large to compute with
   return {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)};
 }
 

@@ -405,3 +405,15 @@ def test_invalid_tables_under_the_sanitizers(inputs: Inputs) -> None:
         options = {"table": UNKNOWN, "tables": (sizes, given), "sanitize": True}
         assert forward(inputs, **options).isnan().all()
         backward(inputs, **options)
+
+
+@on(TABLES)
+def test_an_empty_level_may_have_any_width(inputs: Inputs) -> None:
+    """Under the sanitizers: the width must not be computed with."""
+    sizes = inputs.shapes()
+    sizes[1] = torch.tensor([0, 2**31 - 1])
+    options = {"table": UNKNOWN, "tables": (sizes, inputs.starts()), "sanitize": True}
+    empty = copied(inputs)
+    empty.weights[:, :, :, 1] = 0
+    assert torch.equal(forward(inputs, **options), forward(empty))
+    assert (backward(inputs, **options)[1][:, :, :, 1] == 0).all()
