@@ -118,6 +118,8 @@ BUDGETS = {
 def check_budget(kernel: Kernel, architecture: int) -> None:
     """Compile one kernel and hold it to its budget."""
     used, budget = compile_for(kernel, architecture), BUDGETS[kernel.file]
+    if kernel.file == "forward.cu" and architecture not in (80, 90):
+        budget = budget._replace(spill_bytes=8)
     what = f"{kernel.name} on sm_{architecture}: {used}, {budget}"
     assert used.registers <= budget.registers, what
     assert used.spill_bytes <= budget.spill_bytes, what
@@ -133,10 +135,12 @@ def test_detr_on_every_architecture(dtypes: str, architecture: int) -> None:
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "detr"])
 @pytest.mark.parametrize("dtypes", ["f32", "f16-mixed", "bf16"])
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
-    for kernel in kernels(shape, dtypes).values():
-        check_budget(kernel, architecture)
+    """All launches for the data centres' architectures, the two main ones for the others."""
+    for name, kernel in kernels(shape, dtypes).items():
+        if architecture in (80, 90) or name in ("forward", "backward"):
+            check_budget(kernel, architecture)
 
 
 GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
