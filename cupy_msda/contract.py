@@ -126,7 +126,7 @@ def check(
         raise TypeError(f"value must have dtype {', '.join(VALUE_DTYPES)}, got {dtype}")
     where = place(value)
     if not where.startswith(("cpu", "cuda", "meta")):
-        raise ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
+        raise unsupported_device(where)
     if dtype == "bfloat16" and where.startswith("cuda") and library(value) != "torch":
         raise TypeError(
             "value must have dtype float16, float32 or float64 on a CUDA device, since CuPy has no "
@@ -161,6 +161,11 @@ def check(
     )
     table = _level_table(spatial_shapes, level_start_index, value, sampling_locations)
     return Problem(n, s, m, d, lq, levels, p, *dtypes), table
+
+
+def unsupported_device(where: str) -> ValueError:
+    """The error for values on a device without kernels, for callers that know more of devices."""
+    return ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
 
 
 def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:

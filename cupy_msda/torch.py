@@ -29,6 +29,7 @@ from cupy_msda.contract import (
     Problem,
     check,
     check_grad_output,
+    unsupported_device,
 )
 
 # The level table as the operators take it: each half as a tensor that is passed on unread, or as
@@ -306,9 +307,7 @@ def _require_tensors(
     kind = value.device.type
     if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and torch.version.hip is not None):
         build = " of a ROCm build of torch" if kind == "cuda" else ""
-        raise ValueError(
-            f"value must be on the CPU or on an NVIDIA CUDA device, got {value.device}{build}"
-        )
+        raise unsupported_device(f"{value.device}{build}")
 
 
 def _table(

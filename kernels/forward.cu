@@ -35,6 +35,7 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
   const bool interior = __all_sync(ALL_LANES, corners == ALL_CORNERS);
   __syncwarp();
   const int slot = threadIdx.x - member;
+  // Two points at a time, and four blocks to a multiprocessor below: unrolled further, the loads spill registers.
   if (interior) {
 #pragma unroll 2
     for (int j = 0; j < COUNT; ++j)
