@@ -19,6 +19,8 @@ import numpy as np
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LIBRARIES = ("numpy", "torch", "cupy")
 INT32_MAX = 2**31 - 1
+# A CUDA launch takes the table by value, in at most 4 KB; as in generic.cu.
+MAX_HOST_LEVELS = 320
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # The namespace has the from_dlpack by which results become arrays of the caller's library.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
@@ -293,6 +295,12 @@ def _level_table(
     elif sizes is not None:
         starts = tuple(accumulate((h * w for h, w in sizes), initial=0))[:-1]
     _check_levels(sizes, starts, value.shape[1])
+    known = len(sizes or starts or ())
+    if known > MAX_HOST_LEVELS and place(value).startswith("cuda"):
+        raise ValueError(
+            f"spatial_shapes and level_start_index must hold at most {MAX_HOST_LEVELS} levels where value "
+            f"is on a CUDA device and they are not, got {known}"
+        )
     return LevelTable(
         sizes,
         starts,

@@ -11,27 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_msda.compile import Kernel, load
-from cupy_msda.contract import LevelTable, Problem
+from cupy_msda.contract import MAX_HOST_LEVELS, LevelTable, Problem
 
 BLOCK = 256
 WARP = 32
 MAX_GRID_YZ = 65535
 ALIGNMENT = 16  # bytes: the widest load
-# As in levels.cuh.
-MAX_LEVELS_BY_VALUE = 16
-DERIVED_START = -1
-PARAMS = np.dtype(
-    [
-        ("batch", "i4"),
-        ("spatial_size", "i4"),
-        ("num_heads", "i4"),
-        ("head_dim", "i4"),
-        ("num_queries", "i4"),
-        ("num_levels", "i4"),
-        ("num_points", "i4"),
-        ("levels", "i4", (MAX_LEVELS_BY_VALUE, 3)),
-    ]
-)
+MAX_LEVELS_SPECIALISED = 16
+DERIVED_START = -1  # as in levels.cuh
 
 _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -53,11 +40,12 @@ def plan_forward(problem: Problem, table: LevelTable, multiprocessors: int = 1) 
     """Choose the forward kernel; `table` holds host facts only."""
     vector = 16 // _SIZE[problem.value_dtype]
     if not _specialised(problem, vector):
-        return _plan(problem, table, "generic.cu", "msda_forward_generic", (), BLOCK // WARP)
+        return _generic_plan(problem, table, "msda_forward_generic")
     group = problem.head_dim // vector
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
-    return _plan(problem, table, "forward.cu", "msda_forward", arguments, BLOCK // (group * split))
+    queries = BLOCK // (group * split)
+    return _plan(problem, "forward.cu", "msda_forward", arguments, queries, _params(problem, table))
 
 
 @lru_cache(maxsize=1024)
@@ -70,7 +58,7 @@ def plan_backward(
 ) -> Plan:
     """Choose the backward kernel for the gradients that are needed; `table` holds host facts only."""
     if not _specialised(problem, 4):
-        return _plan(problem, table, "generic.cu", "msda_backward_generic", (), BLOCK // WARP)
+        return _generic_plan(problem, table, "msda_backward_generic")
     group = problem.head_dim // 4
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
@@ -78,9 +66,9 @@ def plan_backward(
     arguments = (
         *_shape_arguments(problem), split, str(needs_value).lower(), str(needs_points).lower()
     )  # fmt: skip
-    return _plan(
-        problem, table, "backward.cu", "msda_backward", arguments, BLOCK // (group * split)
-    )
+    queries = BLOCK // (group * split)
+    params = _params(problem, table)
+    return _plan(problem, "backward.cu", "msda_backward", arguments, queries, params)
 
 
 def _specialised(problem: Problem, vector: int) -> bool:
@@ -93,7 +81,7 @@ def _specialised(problem: Problem, vector: int) -> bool:
         and problem.head_dim % 8 == 0
         and group <= WARP
         and group & (group - 1) == 0
-        and problem.num_levels <= MAX_LEVELS_BY_VALUE
+        and problem.num_levels <= MAX_LEVELS_SPECIALISED
         and problem.spatial_size < 2**22
         and problem.spatial_size * pixel_bytes < 2**31
     )
@@ -115,13 +103,19 @@ def _split(problem: Problem, group: int, most: int, multiprocessors: int) -> int
     return split
 
 
+def _generic_plan(problem: Problem, table: LevelTable, name: str) -> Plan:
+    """One warp for each row."""
+    params = _params(problem, table, MAX_HOST_LEVELS)
+    return _plan(problem, "generic.cu", name, (), BLOCK // WARP, params)
+
+
 def _plan(
     problem: Problem,
-    table: LevelTable,
     file: str,
     name: str,
     arguments: tuple[object, ...],
     queries_per_block: int,
+    params: np.ndarray,
 ) -> Plan:
     """Put the plan together: x covers the queries, y and z the (image, head) pairs."""
     types = (problem.value_dtype, problem.location_dtype, problem.weight_dtype)
@@ -129,21 +123,21 @@ def _plan(
     image_heads = problem.batch * problem.num_heads
     grid_z = -(-image_heads // MAX_GRID_YZ)
     grid = (-(-problem.num_queries // queries_per_block), -(-image_heads // grid_z), grid_z)
-    return Plan(Kernel(file, f"{name}<{template}>"), grid, (BLOCK, 1, 1), _params(problem, table))
+    return Plan(Kernel(file, f"{name}<{template}>"), grid, (BLOCK, 1, 1), params)
 
 
-def _params(problem: Problem, table: LevelTable) -> np.ndarray:
+def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.ndarray:
     """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
-    params = np.zeros((), PARAMS)
-    for field in PARAMS.names[:-1]:  # type: ignore[index]
-        params[field] = getattr(problem, field)
+    scalars = [(name, "i4") for name in Problem._fields[:7]]
+    params = np.zeros((), [*scalars, ("levels", "i4", (room or problem.num_levels, 3))])
+    for name, _ in scalars:
+        params[name] = getattr(problem, name)
     levels = params["levels"]
     levels[:, 2] = DERIVED_START
-    if problem.num_levels <= MAX_LEVELS_BY_VALUE:
-        if table.sizes is not None and table.sizes:
-            levels[: problem.num_levels, :2] = table.sizes
-        if table.starts is not None:
-            levels[: problem.num_levels, 2] = table.starts
+    if table.sizes:
+        levels[: problem.num_levels, :2] = table.sizes
+    if table.starts is not None:
+        levels[: problem.num_levels, 2] = table.starts
     return params
 
 
@@ -245,32 +239,13 @@ def backward(
 
 def _launch(plan: Plan, device: int, arrays: tuple[Any, ...], table: LevelTable) -> None:
     """Append the level table and the parameters to the arrays and launch."""
-    pointers = [_as_cupy(array) for array in (*arrays, *_device_part(table, device))]
+    pointers = map(_as_cupy, (*arrays, table.device_sizes, table.device_starts))
     load(plan.kernel, device)(plan.grid, plan.block, (*pointers, plan.params))
 
 
 def _host_part(table: LevelTable) -> LevelTable:
     """The table without its device arrays, as a key of the plan."""
     return LevelTable(table.sizes, table.starts)
-
-
-def _device_part(table: LevelTable, device: int) -> tuple[Any, Any]:
-    """The int64 arrays of sizes and starts that a kernel reads instead of its parameters, or None."""
-    sizes, starts = table.device_sizes, table.device_starts
-    if table.sizes is not None and len(table.sizes) > MAX_LEVELS_BY_VALUE:
-        sizes = _uploaded(table.sizes, device)
-    if table.starts is not None and len(table.starts) > MAX_LEVELS_BY_VALUE:
-        starts = _uploaded(table.starts, device)
-    return sizes, starts
-
-
-@lru_cache(maxsize=64)
-def _uploaded(numbers: tuple[Any, ...], device: int) -> Any:
-    """A table too long for the parameters as an array on `device`, the current one; waits once per table."""
-    cupy = require_cupy()
-    array = cupy.asarray(numbers, cupy.int64)
-    cupy.cuda.get_current_stream().synchronize()  # later calls may be on any stream
-    return array
 
 
 @cache

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(BLOCK)
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
                   float* __restrict__ grad_value, Location* __restrict__ grad_locations,
                   Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                  const long long* __restrict__ starts, const __grid_constant__ Params p) {
+                  const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
   constexpr int G = D / VEC, K = L * P, PART = K / SPLIT;
   constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
   using T = Traits<Value, G, PIXEL, P, VALUE, POINTS>;
@@ -149,6 +149,6 @@ __global__ void __launch_bounds__(BLOCK)
     backward_stage<T, G>(walk, slots, levels, row.member, row.active, first, locations, weights, grad_locations,
                          grad_weights);
   if constexpr (TAIL != 0)
-    backward_stage<T, TAIL>(walk, slots, levels, row.member, row.active, PART - TAIL, locations, weights,
-                            grad_locations, grad_weights);
+    backward_stage<T, TAIL>(walk, slots, levels, row.member, row.active, end - TAIL, locations, weights, grad_locations,
+                            grad_weights);
 }

@@ -52,7 +52,7 @@ template <typename Value, typename Location, typename Weight, int M, int D, int 
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
                  const Weight* __restrict__ weights, Value* __restrict__ output, const long long* __restrict__ sizes,
-                 const long long* __restrict__ starts, const __grid_constant__ Params p) {
+                 const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PART = K / SPLIT;
   constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");

@@ -8,9 +8,8 @@
 #include "bilinear.cuh"
 #include "scalar.cuh"
 
-constexpr int BLOCK = 256;
-constexpr int WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int MAX_LEVELS = 320;  // by value: a launch may pass 4 KB
+using GenericParams = Params<MAX_LEVELS>;
 
 template <typename Real>
 struct Slot {
@@ -26,7 +25,7 @@ struct Row {
   long long index;  // among N * Lq * M
 };
 
-__device__ inline Row this_row(const Params& p) {
+__device__ inline Row this_row(const Shape& p) {
   const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
   Row row;
   row.image = image_head / p.num_heads;
@@ -49,7 +48,7 @@ struct Point {
 template <typename Real, typename Location, typename Weight>
 __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const Location* locations,
                                  const Weight* weights, const long long* sizes, const long long* starts,
-                                 const Params& p) {
+                                 const GenericParams& p) {
   const long long at = row.index * (p.num_levels * p.num_points) + k;
   Point<Real> point;
   point.level = read_level(k / p.num_points, sizes, starts, p);
@@ -69,7 +68,7 @@ __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const 
 
 // Element index of corner i of a slot.
 template <typename Real>
-__device__ __forceinline__ long long corner_index(const Slot<Real>& slot, int corner, const Params& p) {
+__device__ __forceinline__ long long corner_index(const Slot<Real>& slot, int corner, const Shape& p) {
   return slot.corner + (corner & 1 ? static_cast<long long>(p.num_heads) * p.head_dim : 0) +
          (corner & 2 ? slot.pitch : 0);
 }
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(BLOCK)
     msda_forward_generic(const Value* __restrict__ value, const Location* __restrict__ locations,
                          const Weight* __restrict__ weights, Value* __restrict__ output,
                          const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                         const __grid_constant__ Params p) {
+                         const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   __shared__ Slot<Real> slots[BLOCK];
   const Row row = this_row(p);
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(BLOCK)
 // The four dot products of one point over all channels, in every lane; its corners' gradients go to memory on the way.
 template <typename Value, typename Real>
 __device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value, Real* grad_value,
-                            const Params& p) {
+                            const Shape& p) {
   Four<Real> dot = {};
   for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
     const Real grad = static_cast<Real>(widen(grad_row[channel]));
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(BLOCK)
                           const Location* __restrict__ locations, const Weight* __restrict__ weights,
                           typename Compute<Value>::type* __restrict__ grad_value, Location* __restrict__ grad_locations,
                           Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                          const long long* __restrict__ starts, const __grid_constant__ Params p) {
+                          const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   __shared__ Slot<Real> slots[BLOCK];
   const Row row = this_row(p);

@@ -2,19 +2,25 @@
 // The level table: by value in the launch parameters where the host knows it, from device arrays where only they do.
 #pragma once
 
-constexpr int MAX_LEVELS_BY_VALUE = 16;
+constexpr int BLOCK = 256;  // threads
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int DERIVED_START = -1;
 
-// One struct for every scalar of a launch; launch.py builds the same layout.
-struct Params {
-  int batch;                           // N
-  int spatial_size;                    // S
-  int num_heads;                       // M
-  int head_dim;                        // D
-  int num_queries;                     // Lq
-  int num_levels;                      // L
-  int num_points;                      // P
-  int levels[MAX_LEVELS_BY_VALUE][3];  // H, W, start
+struct Shape {
+  int batch;         // N
+  int spatial_size;  // S
+  int num_heads;     // M
+  int head_dim;      // D
+  int num_queries;   // Lq
+  int num_levels;    // L
+  int num_points;    // P
+};
+
+// Every scalar of a launch in one struct, with room for LEVELS levels; launch.py builds the same layout.
+template <int LEVELS>
+struct Params : Shape {
+  int levels[LEVELS][3];  // H, W, start
 };
 
 struct Level {
@@ -23,7 +29,9 @@ struct Level {
 };
 
 // sizes (L, 2) and starts (L,) override the table in p where they are not null. Nothing on the host has checked them.
-__device__ inline Level read_level(int level, const long long* sizes, const long long* starts, const Params& p) {
+template <int LEVELS>
+__device__ inline Level read_level(int level, const long long* sizes, const long long* starts,
+                                   const Params<LEVELS>& p) {
   long long height, width, start;
   if (sizes != nullptr) {
     height = sizes[2 * level];
@@ -34,7 +42,7 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
   }
   if (starts != nullptr) {
     start = starts[level];
-  } else if (level < MAX_LEVELS_BY_VALUE && p.levels[level][2] != DERIVED_START) {
+  } else if (level < LEVELS && p.levels[level][2] != DERIVED_START) {
     start = p.levels[level][2];
   } else {
     unsigned long long sum = 0;  // unsigned: a nonsensical table may wrap, it is refused below
@@ -54,8 +62,8 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
 // The table in shared memory, once per block.
 template <int L>
 __device__ inline void load_levels(Level (&table)[L], const long long* sizes, const long long* starts,
-                                   const Params& p) {
-  static_assert(L <= MAX_LEVELS_BY_VALUE, "one thread reads one level");
+                                   const Params<L>& p) {
+  static_assert(L <= BLOCK, "one thread reads one level");
   if (threadIdx.x < L) table[threadIdx.x] = read_level(threadIdx.x, sizes, starts, p);
   __syncthreads();
 }

@@ -10,10 +10,6 @@
 #include "bilinear.cuh"
 #include "scalar.cuh"
 
-constexpr int BLOCK = 256;
-constexpr int WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
 struct Slots {
   float4 shares[BLOCK];  // of the four corners
   int2 places[BLOCK];    // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
@@ -41,7 +37,7 @@ struct Row {
 
   static constexpr int QUERIES = BLOCK / (G * SPLIT);  // per block
 
-  __device__ Row(const Params& p, unsigned thread) {
+  __device__ Row(const Shape& p, unsigned thread) {
     const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
     const int group = thread / G;
     image = image_head / M;
@@ -53,13 +49,13 @@ struct Row {
   }
 
   // Index of the row among N * Lq * M.
-  __device__ long long index(const Params& p) const {
+  __device__ long long index(const Shape& p) const {
     return (static_cast<long long>(image) * p.num_queries + query) * M + head;
   }
 
   // Index of the row's first element of position 0 in an array of shape (N, S, M, D).
   template <int D>
-  __device__ long long base(const Params& p) const {
+  __device__ long long base(const Shape& p) const {
     return (static_cast<long long>(image) * p.spatial_size * M + head) * D;
   }
 };

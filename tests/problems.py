@@ -104,6 +104,15 @@ def random_inputs(
     )
 
 
+def ragged(inputs: Inputs, points: Sequence[int]) -> Inputs:
+    """The same with so many points on each level: those beyond lie outside, with zero weights."""
+    locations, weights = inputs.locations.clone(), inputs.weights.clone()
+    for level, count in enumerate(points):
+        locations[:, :, :, level, count:] = -2
+        weights[:, :, :, level, count:] = 0
+    return inputs._replace(locations=locations, weights=weights)
+
+
 def away_from_edges(inputs: Inputs) -> Inputs:
     """The same in float64 with every point well inside a cell, where the operator is smooth."""
     inputs = inputs.to(torch.float64)

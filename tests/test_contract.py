@@ -1029,6 +1029,26 @@ def test_bad_input_on_a_device(changed, message):
         check_with(CUDA, **changed)
 
 
+@pytest.mark.parametrize("where", ["host", "starts-on-the-device", "device"])
+def test_levels_beyond_what_a_launch_takes_by_value(where):
+    sizes = [(0, 0)] * 321
+    changed = {
+        "spatial_shapes": CUDA.integers(sizes) if where == "device" else sizes,
+        "level_start_index": None if where == "host" else CUDA.integers([0] * 321),
+        "sampling_locations": CUDA.array((N, LQ, M, 321, P, 2)),
+        "attention_weights": CUDA.array((N, LQ, M, 321, P)),
+    }
+    if where == "device":
+        check_with(CUDA, **changed)
+        return
+    message = (
+        "spatial_shapes and level_start_index must hold at most 320 levels where value "
+        "is on a CUDA device and they are not, got 321"
+    )
+    with pytest.raises(ValueError, match=pattern(message)):
+        check_with(CUDA, **changed)
+
+
 def test_levels_on_the_device_of_another_library():
     class OtherLibrary(OnDevice):
         __module__ = "other"

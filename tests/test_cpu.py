@@ -124,6 +124,27 @@ def test_shapes_of_models(name: str) -> None:
     check(make(**MODELS[name]))
 
 
+def test_another_number_of_points_on_each_level() -> None:
+    """D-FINE's decoder: three, six and three points, filled up with points outside that weigh nothing."""
+    case = make(consecutive((20, 20), (10, 10), (5, 5)), n=3, m=8, p=6)
+    for level in (0, 2):
+        case.locations[:, :, :, level, 3:] = -2
+        case.weights[:, :, :, level, 3:] = 0
+    output, _, by_locations, by_weights = check(case)
+    parts = [
+        reference.forward(
+            case.value,
+            case.levels[level : level + 1],
+            case.locations[:, :, :, level : level + 1, :points],
+            case.weights[:, :, :, level : level + 1, :points],
+        )
+        for level, points in enumerate((3, 6, 3))
+    ]
+    np.testing.assert_allclose(output, sum(parts), atol=1e-6)
+    assert not by_locations[:, :, :, ::2, 3:].any()
+    assert not by_weights[:, :, :, ::2, 3:].any()
+
+
 @pytest.mark.parametrize("d", [1, 30, 64, 71, 128, 256])
 def test_any_head_dim(d: int) -> None:
     check(make(DETR, d=d))

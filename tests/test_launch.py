@@ -36,7 +36,7 @@ class FakeDevice:
 def emulated_device(monkeypatch):
     """CuPy arrays are NumPy arrays, and a compiled kernel is an emulated one."""
     runtime = SimpleNamespace(getDevice=lambda: 0)
-    names = ("ndarray", "asarray", "zeros", "zeros_like", "int64", "float32", "float64")
+    names = ("ndarray", "zeros", "zeros_like", "float32", "float64")
     cupy = SimpleNamespace(
         **{name: getattr(np, name) for name in names},
         empty=lambda shape, dtype: np.full(shape, np.nan, dtype),  # as poisonous as it may be
@@ -46,13 +46,10 @@ def emulated_device(monkeypatch):
         cuda=SimpleNamespace(
             runtime=runtime,
             Device=FakeDevice,
-            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
         ),
     )
     monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
-    caches = (launch._multiprocessors, launch._uploaded)
-    for cache in caches:
-        cache.cache_clear()
+    launch._multiprocessors.cache_clear()
 
     def load(kernel, device):
         assert device == 0
@@ -65,8 +62,7 @@ def emulated_device(monkeypatch):
 
     monkeypatch.setattr(launch, "load", load)
     yield
-    for cache in caches:
-        cache.cache_clear()
+    launch._multiprocessors.cache_clear()
 
 
 class Array(np.ndarray):
@@ -194,10 +190,14 @@ def test_cupy_takes_the_parameters_by_value() -> None:
         pass
     else:
         pytest.skip("a null function must not be launched where there is a driver")
-    parameters = np.zeros((), launch.PARAMS)
-    for arguments, error in (((object(),), TypeError), ((parameters,), runtime.CUDARuntimeError)):
-        with pytest.raises(error):
-            function.__new__(function)((1,), (1,), arguments, stream=SimpleNamespace(ptr=0))
+    null = function.__new__(function)
+    with pytest.raises(TypeError):
+        null((1,), (1,), (object(),), stream=SimpleNamespace(ptr=0))
+    for inputs in (random_inputs(d=32), random_inputs(d=5)):
+        case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+        parameters = launch.plan_forward(*case).params
+        with pytest.raises(runtime.CUDARuntimeError):
+            null((1,), (1,), (parameters,), stream=SimpleNamespace(ptr=0))
 
 
 def test_compile_error_names_kernel_architecture_options_and_log(monkeypatch) -> None:

@@ -15,7 +15,7 @@ from cupy_msda.contract import LevelTable
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated, EmulatorError
 from tests.emulator.launches import backward, checked, forward
-from tests.problems import Inputs, random_inputs
+from tests.problems import Inputs, ragged, random_inputs
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 MANY = 10**6  # multiprocessors: so many that rows are split as far as they go
@@ -65,14 +65,14 @@ SPECIALISED = {
     "inside-only": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, reach=-0.2),
     "inside-only-f16": problem(1, ((20, 20), (16, 18)), 2, 32, 24, 4, (F16, F32, F32), reach=-0.2),
 }
-# Those with few queries. D-FINE's and RT-DETRv2's ragged points are not supported; with as many on each level they are
-# rtdetr-decoder.
+# Those with few queries.
 SPLIT = {
     "detr-decoder": problem(2, FOUR, 8, 32, 13, 4),
     "dino-decoder": problem(1, FOUR, 8, 32, 21, 4),
     "dino-decoder-f16": problem(1, FOUR, 8, 32, 13, 4, (F16, F32, F32)),
     "rtdetr-decoder": problem(2, THREE, 8, 32, 13, 4),
     "rtdetr-decoder-bf16": problem(1, THREE, 8, 32, 13, 4, (BF16, F32, BF16)),
+    "dfine-decoder": ragged(problem(1, THREE, 8, 32, 13, 6), (3, 6, 3)),
     "d8-f16": problem(1, FOUR, 2, 8, 6, 8, (F16, F32, F32)),
 }
 GENERIC = {
@@ -83,6 +83,7 @@ GENERIC = {
     "float64": problem(2, FOUR, 4, 32, 9, 4, (F64, F64, F64)),
     "float64-mixed": problem(1, THREE, 2, 5, 9, 4, (F64, F32, F32)),
     "seventeen-levels": problem(1, ((3, 2),) * 17, 2, 8, 4, 3),
+    "most-levels": problem(1, ((3, 2),) * 320, 2, 8, 1, 3),
 }
 
 
@@ -158,11 +159,8 @@ def test_split_backward(inputs: Inputs) -> None:
 @on(GENERIC)
 def test_generic(inputs: Inputs) -> None:
     assert forward_kernel(inputs).file == backward_kernel(inputs).file == "generic.cu"
-    options = {}
-    if len(inputs.sizes) > launch.MAX_LEVELS_BY_VALUE:
-        options["tables"] = (inputs.shapes(), inputs.starts())
-    check_forward(inputs, forward(inputs, **options))
-    check_backward(inputs, backward(inputs, **options))
+    check_forward(inputs, forward(inputs))
+    check_backward(inputs, backward(inputs))
 
 
 def test_generic_backward_takes_what_only_the_forward_specialises() -> None:
