@@ -128,6 +128,60 @@ def backward(
     )
 
 
+def tangent(
+    value: Any,
+    levels: Sequence[Level],
+    sampling_locations: Any,
+    attention_weights: Any,
+    tangents: tuple[Any, Any, Any],
+) -> Any:
+    """The directional derivative of `forward`, written out.
+
+    Parameters
+    ----------
+    value, levels, sampling_locations, attention_weights
+        As `forward` takes them.
+    tangents : tuple of three arrays
+        Directions of value, sampling_locations and attention_weights, with their shapes.
+
+    Returns
+    -------
+    array, shape (N, Lq, M*D), dtype of `value`
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    xp = array_namespace(value)
+    n, s, m, d = value.shape
+    lq, p = sampling_locations.shape[1], sampling_locations.shape[4]
+    wide = _wide(xp, value)
+    flat, flat_tangent = (xp.reshape(array, (n * s * m, d)) for array in (value, tangents[0]))
+    output = xp.zeros((n, lq, m, d), dtype=wide, device=device(value))
+    if 0 not in (*flat.shape, lq, p):
+        for index, level in enumerate(levels):
+            cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
+            by_x, by_y, by_weight = (
+                _masked(xp, cells.inside, xp.astype(direction, wide) * unit)
+                for direction, unit in (
+                    (tangents[1][:, :, :, index, :, 0], level.width),
+                    (tangents[1][:, :, :, index, :, 1], level.height),
+                    (tangents[2][:, :, :, index], 1),
+                )
+            )
+            sampled, moved = 0, 0
+            for corner in cells.corners:
+                share = _share(cells, corner)[..., None]
+                slope = (1 if corner.right else -1) * _along_y(cells, corner) * by_x
+                slope = slope + (1 if corner.bottom else -1) * _along_x(cells, corner) * by_y
+                pixel = _gather(xp, flat, corner)
+                sampled = sampled + share * pixel
+                moved = moved + share * _gather(xp, flat_tangent, corner) + slope[..., None] * pixel
+            change = cells.weight[..., None] * moved + by_weight[..., None] * sampled
+            output = output + xp.sum(change, axis=3)
+    return xp.astype(xp.reshape(output, (n, lq, m * d)), value.dtype)
+
+
 def _wide(xp: Any, value: Any) -> Any:
     """The dtype to compute in: that of value, or float32 where it is narrower."""
     return xp.result_type(value.dtype, xp.float32)

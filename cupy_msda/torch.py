@@ -1,54 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch: registered operators, the autograd Function around them, and the exchange with CuPy by DLPack.
-
-The operators check the contract themselves, on real tensors: a call is as safe from a compiled
-graph or from `torch.ops.cupy_msda` as from the public functions, and tracing never reads the level
-table.
-"""
+"""torch: the functions on tensors, and the autograd Function around the operators."""
 
 from __future__ import annotations
 
 import operator
-import warnings
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from itertools import accumulate, compress
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from cupy_msda import host, reference
-from cupy_msda.contract import (
-    INT32_MAX,
-    Level,
-    LevelTable,
-    Problem,
-    check,
-    check_grad_output,
-    unsupported_device,
-)
-
-# The level table as the operators take it: each half as a tensor that is passed on unread, or as
-# flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
-_TABLE = "Tensor? spatial_shapes, Tensor? level_start_index, SymInt[]? sizes, SymInt[]? starts"
-_POINTS = "Tensor sampling_locations, Tensor attention_weights"
-_SCHEMAS = {
-    "ms_deform_attn_forward": f"(Tensor value, {_TABLE}, {_POINTS}) -> Tensor",
-    # A gradient that is not needed comes back without elements: operators cannot return None.
-    "ms_deform_attn_backward": f"(Tensor grad_output, Tensor value, {_TABLE}, {_POINTS}, "
-    "bool needs_value, bool needs_points) -> (Tensor, Tensor, Tensor)",
-}
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
-_FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
-_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
-
-_HALF = (torch.float16, torch.bfloat16)
-_ALIGNMENT = 16  # bytes: the kernels load vectors of this size
+from cupy_msda import transforms
+from cupy_msda.contract import INT32_MAX, check, check_grad_output, unsupported_device
+from cupy_msda.operators import BACKWARD, FORWARD
 
 
 def ms_deform_attn(
@@ -81,10 +44,9 @@ def ms_deform_attn(
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
-    output: Tensor = MSDeformAttnFunction.apply(  # type: ignore[no-untyped-call]
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, None
+    return MSDeformAttnFunction.apply(
+        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
     )
-    return output
 
 
 def ms_deform_attn_backward(
@@ -121,10 +83,9 @@ def ms_deform_attn_backward(
     _require_tensors(*inputs)
     if not _dense(grad_output) or grad_output.is_meta:
         check_grad_output(check(*inputs)[0], grad_output, value)
-    gradients: tuple[Tensor, Tensor, Tensor] = _Gradients.apply(  # type: ignore[no-untyped-call]
+    return transforms.gradients(
         grad_output, value, *_table(*inputs), sampling_locations, attention_weights, True, True
     )
-    return gradients
 
 
 def ms_deform_attn_core_pytorch(
@@ -185,12 +146,21 @@ class MSDeformAttnFunction(torch.autograd.Function):
 
     Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
     not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
-    any order themselves, at the speed of the reference.
+    any order themselves, in both modes and under the transforms of `torch.func`, at the speed of
+    the reference.
 
     References
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Tensor:
+        """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
+        if not torch.compiler.is_compiling() and transforms.active():
+            return _transformed(*arguments)
+        output: Tensor = super().apply(*arguments)  # type: ignore[no-untyped-call]
+        return output
 
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
     @staticmethod
@@ -210,7 +180,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         shapes, start_index, sizes, starts = _table(*inputs)
         ctx.integers = sizes, starts
         ctx.save_for_backward(value, shapes, start_index, sampling_locations, attention_weights)
-        output: Tensor = _FORWARD(
+        output: Tensor = FORWARD(
             value, shapes, start_index, sizes, starts, sampling_locations, attention_weights
         )
         return output
@@ -224,7 +194,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         flags = needed[0], needed[3] or needed[4]
         # Grad mode is on only under create_graph, which a compiled backward refuses by itself.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run: Callable[..., Any] = _Gradients.apply if twice else _BACKWARD
+        run = transforms.gradients if twice else BACKWARD
         gradients = run(grad_outputs[0], value, *table, locations, weights, *flags)
         by_value, by_locations, by_weights = gradients
         return (
@@ -237,49 +207,22 @@ class MSDeformAttnFunction(torch.autograd.Function):
         )
 
 
-class _Gradients(torch.autograd.Function):
-    """The backward operator, with its arguments, differentiable through the reference."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the backward operator."""
-        *tensors, sizes, starts, locations, weights, needs_value, needs_points = arguments
-        ctx.integers = sizes, starts
-        ctx.computed = needs_value, needs_points, needs_points
-        ctx.save_for_backward(*tensors, locations, weights)
-        gradients: tuple[Tensor, Tensor, Tensor] = _BACKWARD(*arguments)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        """Differentiate the gradient of the reference."""
-        grad_output, value, shapes, start_index, locations, weights = ctx.saved_tensors
-        given = _given(shapes, start_index, *ctx.integers)
-        _, table = check(value, *given, locations, weights)
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, since one input may be computed from another and these are partial derivatives.
-            sources = [
-                tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-                for tensor in (grad_output, value, locations, weights)
-            ]
-            levels = _levels(table, value.shape[1])
-            output = reference.forward(sources[1], levels, *sources[2:])
-            if not output.requires_grad:  # an empty problem
-                return (None,) * 10
-            first = torch.autograd.grad(output, sources[1:], sources[0], create_graph=True)
-        needed = [ctx.needs_input_grad[i] for i in (0, 1, 6, 7)]
-        second = iter(
-            torch.autograd.grad(
-                list(compress(first, ctx.computed)),
-                list(compress(sources, needed)),
-                list(compress(grad_outputs, ctx.computed)),
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        )
-        by_grad, by_value, *by_points = (next(second) if need else None for need in needed)
-        return (by_grad, by_value, None, None, None, None, *by_points, None, None)
+def _transformed(
+    value: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: Any = None,
+) -> Tensor:
+    """`MSDeformAttnFunction.apply` in forward mode and under the transforms of `torch.func`."""
+    del im2col_step
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    _require_tensors(*inputs)
+    output: Tensor = transforms.Attention.apply(  # type: ignore[no-untyped-call]
+        value, *_table(*inputs), sampling_locations, attention_weights
+    )
+    return output
 
 
 def _dense(*arrays: Any) -> bool:
@@ -335,225 +278,3 @@ def _table(
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         raise
     return shapes, start_index, sizes, starts
-
-
-def _given(
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sizes: list[int] | None,
-    starts: list[int] | None,
-) -> tuple[Any, Any]:
-    """spatial_shapes and level_start_index as `check` takes them, from what the operators take."""
-    pairs = None if sizes is None else list(zip(sizes[::2], sizes[1::2], strict=True))
-    return (
-        pairs if spatial_shapes is None else spatial_shapes,
-        starts if level_start_index is None else level_start_index,
-    )
-
-
-def _levels(table: LevelTable, spatial_size: int) -> list[Level]:
-    """The levels for the reference: of ints, or of 0-dim tensors where only a device knows them."""
-    if table.levels is not None:
-        return list(table.levels)
-    sizes: Any = table.sizes if table.device_sizes is None else table.device_sizes.long()
-    starts: Any = table.starts if table.device_starts is None else table.device_starts.long()
-    if starts is None:
-        starts = accumulate((h * w for h, w in sizes), initial=0)
-    levels = []
-    for (h, w), start in zip(sizes, starts, strict=False):
-        # A level that does not fit S shrinks to nothing, so that no index leaves value.
-        fits = (h >= 0) & (h <= spatial_size) & (w >= 0) & (w <= spatial_size)
-        fits = fits & (start >= 0) & (start + h * w <= spatial_size)
-        levels.append(Level(h * fits, w * fits, start * fits))
-    return levels
-
-
-def _forward(value: Tensor, *arguments: Any) -> Tensor:
-    """The forward operator on real tensors, with the arguments of its schema."""
-    *table_arguments, locations, weights = arguments
-    problem, table = check(value, *_given(*table_arguments), locations, weights)
-    inputs = (value, locations, weights)
-    if not value.is_cuda:
-        arrays = map(_numpy, inputs)
-        output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
-        return torch.from_numpy(output).to(value.dtype)
-    return _device_forward(problem, table, *inputs)
-
-
-def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The backward operator on real tensors, with the arguments of its schema."""
-    *table_arguments, locations, weights, needs_value, needs_points = arguments
-    problem, table = check(value, *_given(*table_arguments), locations, weights)
-    check_grad_output(problem, grad_output, value)
-    inputs = (value, locations, weights)
-    needs = (needs_value, needs_points, needs_points)
-    gradients: tuple[Tensor | None, ...]
-    if not any(needs):
-        gradients = (None, None, None)
-    elif value.is_cuda:
-        gradients = _device_backward(problem, table, grad_output, *inputs, *needs[:2])
-    else:
-        sources = map(_numpy, (grad_output, *inputs))
-        arrays = host.backward(problem, table, *sources, threads=torch.get_num_threads())
-        gradients = tuple(
-            torch.from_numpy(array).to(tensor.dtype) if need else None
-            for array, tensor, need in zip(arrays, inputs, needs, strict=True)
-        )
-    return tuple(
-        tensor.new_empty(0) if gradient is None else gradient
-        for gradient, tensor in zip(gradients, inputs, strict=True)
-    )
-
-
-def _fake_forward(value: Tensor, *arguments: Any) -> Tensor:
-    """Shape, dtype and device of the output; the operator checks its inputs when it runs."""
-    n, _, m, d = value.shape
-    locations = arguments[4]
-    return value.new_empty((n, locations.shape[1], m * d))
-
-
-def _fake_backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Shapes, dtypes and devices of the gradients."""
-    *_, locations, weights, needs_value, needs_points = arguments
-    needs = (needs_value, needs_points, needs_points)
-    return tuple(
-        tensor.new_empty(tensor.shape if need else 0)
-        for tensor, need in zip((value, locations, weights), needs, strict=True)
-    )
-
-
-for _name, _run, _fake in (
-    ("ms_deform_attn_forward", _forward, _fake_forward),
-    ("ms_deform_attn_backward", _backward, _fake_backward),
-):
-    # One function for both: a table on a GPU with host values dispatches as CUDA.
-    torch.library.impl(f"cupy_msda::{_name}", ("cpu", "cuda"), _run)
-    torch.library.register_fake(f"cupy_msda::{_name}", _fake)
-
-
-def _numpy(tensor: Tensor) -> Any:
-    """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
-    tensor = tensor.detach()
-    if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
-        tensor = tensor.float()
-    return tensor.contiguous().numpy()
-
-
-def _device_forward(
-    problem: Problem, table: LevelTable, value: Tensor, locations: Tensor, weights: Tensor
-) -> Tensor:
-    """The output, computed by the CUDA kernels on torch's current stream."""
-    if problem.is_empty:
-        return value.new_zeros(problem.output_shape)
-    launch = _launch()
-    inputs = [_readable(tensor) for tensor in (value, locations, weights)]
-    output = value.new_empty(problem.output_shape)
-    with launch.on_stream(*_place(value)):
-        launch.forward(problem, _exported(table), *map(_Exporter, (*inputs, output)))
-    return output
-
-
-def _device_backward(
-    problem: Problem,
-    table: LevelTable,
-    grad_output: Tensor,
-    value: Tensor,
-    locations: Tensor,
-    weights: Tensor,
-    needs_value: bool,
-    needs_points: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients that are needed, computed by the CUDA kernels on torch's current stream."""
-    by_value, by_locations, by_weights = None, None, None
-    if needs_value:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        by_value = value.new_zeros(value.shape, dtype=wide)
-    if needs_points:
-        make = Tensor.new_zeros if problem.is_empty else Tensor.new_empty
-        by_locations, by_weights = (make(tensor, tensor.shape) for tensor in (locations, weights))
-    if not problem.is_empty:
-        if needs_value:
-            _warn_of_order()
-        launch = _launch()
-        inputs = [_readable(tensor) for tensor in (grad_output, value, locations, weights)]
-        gradients = (by_value, by_locations, by_weights)
-        with launch.on_stream(*_place(value)):
-            launch.backward(
-                problem,
-                _exported(table),
-                *map(_Exporter, inputs),
-                *(None if tensor is None else _Exporter(tensor) for tensor in gradients),
-            )
-    return None if by_value is None else by_value.to(value.dtype), by_locations, by_weights
-
-
-@cache
-def _launch() -> ModuleType:
-    """`cupy_msda.launch`, or an error that names the CuPy package for this build of torch."""
-    if find_spec("cupy") is None:
-        major = str(torch.version.cuda).partition(".")[0]
-        raise ModuleNotFoundError(
-            "the CUDA kernels need CuPy, which is not installed: "
-            f'pip install "cupy-msda[cuda{major}x]" fits this torch, built for CUDA {major}',
-            name="cupy",
-        )
-    from cupy_msda import launch
-
-    return launch
-
-
-def _place(value: Tensor) -> tuple[int, int]:
-    """The device of value and the pointer of torch's current stream there."""
-    stream = torch.cuda.current_stream(value.device)
-    return value.get_device(), stream.cuda_stream
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    """The tensor as the kernels read it: C-contiguous and aligned."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
-
-
-def _exported(table: LevelTable) -> LevelTable:
-    """The table with its device tensors, if any, as DLPack exporters of contiguous int64."""
-    if table.device_sizes is None and table.device_starts is None:
-        return table
-    sizes, starts = (
-        None if tensor is None else _Exporter(tensor.long().contiguous()) for tensor in table[2:]
-    )
-    return table._replace(device_sizes=sizes, device_starts=starts)
-
-
-class _Exporter:
-    """A tensor for one `from_dlpack`, several times cheaper than through `Tensor.__dlpack__`.
-
-    Nothing waits for a stream: whoever imports it already works on the tensor's own. Half dtypes
-    travel as int16, since CuPy has no bfloat16.
-    """
-
-    __slots__ = ("_capsule", "_device")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._capsule = to_dlpack(tensor.view(torch.int16) if tensor.dtype in _HALF else tensor)
-        self._device = (2, tensor.get_device()) if tensor.is_cuda else (1, 0)  # kDLCUDA, kDLCPU
-
-    def __dlpack__(self, **_: Any) -> Any:
-        """The capsule, whatever stream or version is asked for."""
-        return self._capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """DLPack's device type and index."""
-        return self._device
-
-
-def _warn_of_order() -> None:
-    """Follow torch's rule for operators whose result depends on the order of atomic additions."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        "the CUDA backward of cupy_msda.ms_deform_attn adds to the gradient of value in an order "
-        "that varies from run to run, so torch.use_deterministic_algorithms(True) rules it out"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)

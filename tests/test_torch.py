@@ -20,6 +20,7 @@ from cupy_msda import (
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
+    operators,
     reference,
 )
 from cupy_msda import torch as backend
@@ -155,13 +156,13 @@ def test_the_backward_function_is_differentiable_itself():
 def test_level_table_of_tensors_in_the_reference():
     sizes, starts = [(2, 3), (3, 2)], [2, 8]
     tensors = torch.tensor(sizes, dtype=torch.int32), torch.tensor(starts)
-    both = backend._levels(LevelTable(None, None, *tensors), 14)
+    both = operators.levels_of(14, *tensors, None, None)
     assert [tuple(map(int, level)) for level in both] == [(2, 3, 2), (3, 2, 8)]
-    derived = backend._levels(LevelTable(None, None, tensors[0]), 14)
+    derived = operators.levels_of(14, tensors[0], None, None, None)
     assert [tuple(map(int, level)) for level in derived] == [(2, 3, 0), (3, 2, 6)]
-    mixed = backend._levels(LevelTable(tuple(sizes), None, None, tensors[1]), 14)
+    mixed = operators.levels_of(14, None, tensors[1], [2, 3, 3, 2], None)
     assert [tuple(map(int, level)) for level in mixed] == [(2, 3, 2), (3, 2, 8)]
-    assert backend._levels(LevelTable((), None, None, tensors[1][:0]), 14) == []
+    assert operators.levels_of(14, None, tensors[1][:0], [], None) == []
     inputs = random_inputs(sizes, s=14)
     expected = reference.forward(inputs.value, both, inputs.locations, inputs.weights)
     got = ms_deform_attn(inputs.value, sizes, starts, inputs.locations, inputs.weights)
@@ -173,7 +174,7 @@ def test_level_table_of_tensors_in_the_reference():
         [(2, 3), (2**40, 2**40)],
         [(2, 3), (3, 2**33)],
     ):
-        levels = backend._levels(LevelTable(None, None, torch.tensor(bad), tensors[1]), 14)
+        levels = operators.levels_of(14, torch.tensor(bad), tensors[1], None, None)
         assert tuple(map(int, levels[0])) == (2, 3, 2)
         assert tuple(map(int, levels[1])) == (0, 0, 0)
 
@@ -195,7 +196,7 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
         flags.append(arguments[-2:])
         return BACKWARD(*arguments)
 
-    monkeypatch.setattr(backend, "_BACKWARD", spy)
+    monkeypatch.setattr(backend, "BACKWARD", spy)
     output = ms_deform_attn(leaves[0], inputs.sizes, None, *leaves[1:])
     assert output.requires_grad == bool(needed)
     if needed:
@@ -415,16 +416,6 @@ def test_autocast_changes_nothing(dtypes):
         assert torch.equal(a, b)
 
 
-# torch 2.13 scripts its own decompositions on first use.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
-def test_forward_mode_is_refused_not_dropped():
-    inputs = random_inputs()
-    with torch.autograd.forward_ad.dual_level():
-        value = torch.autograd.forward_ad.make_dual(inputs.value, torch.ones_like(inputs.value))
-        with pytest.raises(RuntimeError, match="forward mode AD"):
-            call(inputs._replace(value=value))
-
-
 # --- what torch's compiler needs -------------------------------------------------------------------
 
 
@@ -578,10 +569,10 @@ def test_rocm_is_refused(monkeypatch):
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cuda12x"), ("13.0", "cuda13x")])
 def test_without_cupy_the_error_names_the_extra_that_fits_torch(cuda, extra, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
-    backend._launch.cache_clear()
+    monkeypatch.setattr(operators, "find_spec", lambda name: None)
+    operators._launch.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "cupy-msda\[{extra}\]"'):
-        backend._launch()
+        operators._launch()
 
 
 # --- the exchange with the kernels -----------------------------------------------------------------
@@ -642,15 +633,16 @@ class FakeLaunch:
         arrays = [
             None if array is None else self._import(array, torch.int64) for array in table[2:]
         ]
-        return backend._levels(LevelTable(*table[:2], *arrays), problem.spatial_size)
+        flat = None if table.sizes is None else [n for size in table.sizes for n in size]
+        return operators.levels_of(problem.spatial_size, *arrays, flat, table.starts)
 
 
 @pytest.fixture
 def fake_launch(monkeypatch):
     """Let the code of CUDA tensors run on host tensors, up to the launch."""
     fake = FakeLaunch()
-    monkeypatch.setattr(backend, "_launch", lambda: fake)
-    monkeypatch.setattr(backend, "_place", lambda value: (3, 77))
+    monkeypatch.setattr(operators, "_launch", lambda: fake)
+    monkeypatch.setattr(operators, "_place", lambda value: (3, 77))
     return fake
 
 
@@ -665,10 +657,10 @@ TABLES = {
 def on_pretended_device(inputs, table, needs=(True, True)):
     """The output and the gradients by the code of CUDA tensors."""
     problem, _ = check(inputs.value, inputs.sizes, None, *inputs.tensors[1:])
-    gradients = backend._device_backward(
+    gradients = operators._device_backward(
         problem, table, inputs.grad_output, *inputs.tensors, *needs
     )
-    return backend._device_forward(problem, table, *inputs.tensors), gradients
+    return operators._device_forward(problem, table, *inputs.tensors), gradients
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

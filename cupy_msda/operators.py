@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registered torch operators, and the exchange of their tensors with the kernels.
+
+They check the contract themselves, on real tensors: a call is as safe from a compiled graph or
+from `torch.ops.cupy_msda` as from the public functions, and tracing never reads the level table.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from itertools import accumulate
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from cupy_msda import host
+from cupy_msda.contract import Level, LevelTable, Problem, check, check_grad_output
+
+# The level table as the operators take it: each half as a tensor that is passed on unread, or as
+# flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
+_TABLE = "Tensor? spatial_shapes, Tensor? level_start_index, SymInt[]? sizes, SymInt[]? starts"
+_POINTS = "Tensor sampling_locations, Tensor attention_weights"
+_SCHEMAS = {
+    "ms_deform_attn_forward": f"(Tensor value, {_TABLE}, {_POINTS}) -> Tensor",
+    # A gradient that is not needed comes back without elements: operators cannot return None.
+    "ms_deform_attn_backward": f"(Tensor grad_output, Tensor value, {_TABLE}, {_POINTS}, "
+    "bool needs_value, bool needs_points) -> (Tensor, Tensor, Tensor)",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
+BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+
+_HALF = (torch.float16, torch.bfloat16)
+_ALIGNMENT = 16  # bytes: the kernels load vectors of this size
+
+
+def _given(
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sizes: list[int] | None,
+    starts: list[int] | None,
+) -> tuple[Any, Any]:
+    """spatial_shapes and level_start_index as `check` takes them, from what the operators take."""
+    pairs = None if sizes is None else list(zip(sizes[::2], sizes[1::2], strict=True))
+    return (
+        pairs if spatial_shapes is None else spatial_shapes,
+        starts if level_start_index is None else level_start_index,
+    )
+
+
+def levels_of(
+    spatial_size: int,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sizes: list[int] | None,
+    starts: list[int] | None,
+) -> list[Level]:
+    """The levels for the reference, unread: ints where all are ints, else 0-dim tensors."""
+    known = spatial_shapes is None and level_start_index is None
+    shapes, begins = (
+        given.long() if isinstance(given, Tensor) else given
+        for given in _given(spatial_shapes, level_start_index, sizes, starts)
+    )
+    if begins is None:
+        begins = list(accumulate((h * w for h, w in shapes), initial=0))[:-1]
+    table = [Level(h, w, start) for (h, w), start in zip(shapes, begins, strict=True)]
+    return table if known else [_shrunk(level, spatial_size) for level in table]
+
+
+def _shrunk(level: Level, spatial_size: int) -> Level:
+    """The level, or an empty one where it does not fit S, so that no index leaves value."""
+    h, w, start = level
+    fits = (h >= 0) & (h <= spatial_size) & (w >= 0) & (w <= spatial_size)
+    fits = fits & (start >= 0) & (start + h * w <= spatial_size)
+    return Level(h * fits, w * fits, start * fits)
+
+
+def _forward(value: Tensor, *arguments: Any) -> Tensor:
+    """The forward operator on real tensors, with the arguments of its schema."""
+    *table_arguments, locations, weights = arguments
+    problem, table = check(value, *_given(*table_arguments), locations, weights)
+    inputs = (value, locations, weights)
+    if not value.is_cuda:
+        arrays = map(_numpy, inputs)
+        output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
+        return torch.from_numpy(output).to(value.dtype)
+    return _device_forward(problem, table, *inputs)
+
+
+def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The backward operator on real tensors, with the arguments of its schema."""
+    *table_arguments, locations, weights, needs_value, needs_points = arguments
+    problem, table = check(value, *_given(*table_arguments), locations, weights)
+    check_grad_output(problem, grad_output, value)
+    inputs = (value, locations, weights)
+    needs = (needs_value, needs_points, needs_points)
+    gradients: tuple[Tensor | None, ...]
+    if not any(needs):
+        gradients = (None, None, None)
+    elif value.is_cuda:
+        gradients = _device_backward(problem, table, grad_output, *inputs, *needs[:2])
+    else:
+        sources = map(_numpy, (grad_output, *inputs))
+        arrays = host.backward(problem, table, *sources, threads=torch.get_num_threads())
+        gradients = tuple(
+            torch.from_numpy(array).to(tensor.dtype) if need else None
+            for array, tensor, need in zip(arrays, inputs, needs, strict=True)
+        )
+    return tuple(
+        tensor.new_empty(0) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, inputs, strict=True)
+    )
+
+
+def _fake_forward(value: Tensor, *arguments: Any) -> Tensor:
+    """Shape, dtype and device of the output; the operator checks its inputs when it runs."""
+    n, _, m, d = value.shape
+    locations = arguments[4]
+    return value.new_empty((n, locations.shape[1], m * d))
+
+
+def _fake_backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Shapes, dtypes and devices of the gradients."""
+    *_, locations, weights, needs_value, needs_points = arguments
+    needs = (needs_value, needs_points, needs_points)
+    return tuple(
+        tensor.new_empty(tensor.shape if need else 0)
+        for tensor, need in zip((value, locations, weights), needs, strict=True)
+    )
+
+
+for _name, _run, _fake in (
+    ("ms_deform_attn_forward", _forward, _fake_forward),
+    ("ms_deform_attn_backward", _backward, _fake_backward),
+):
+    # One function for both: a table on a GPU with host values dispatches as CUDA.
+    torch.library.impl(f"cupy_msda::{_name}", ("cpu", "cuda"), _run)
+    torch.library.register_fake(f"cupy_msda::{_name}", _fake)
+
+
+def _numpy(tensor: Tensor) -> Any:
+    """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
+    tensor = tensor.detach()
+    if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
+        tensor = tensor.float()
+    return tensor.contiguous().numpy()
+
+
+def _device_forward(
+    problem: Problem, table: LevelTable, value: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """The output, computed by the CUDA kernels on torch's current stream."""
+    if problem.is_empty:
+        return value.new_zeros(problem.output_shape)
+    launch = _launch()
+    inputs = [_readable(tensor) for tensor in (value, locations, weights)]
+    output = value.new_empty(problem.output_shape)
+    with launch.on_stream(*_place(value)):
+        launch.forward(problem, _exported(table), *map(_Exporter, (*inputs, output)))
+    return output
+
+
+def _device_backward(
+    problem: Problem,
+    table: LevelTable,
+    grad_output: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    needs_value: bool,
+    needs_points: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that are needed, computed by the CUDA kernels on torch's current stream."""
+    by_value, by_locations, by_weights = None, None, None
+    if needs_value:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        by_value = value.new_zeros(value.shape, dtype=wide)
+    if needs_points:
+        make = Tensor.new_zeros if problem.is_empty else Tensor.new_empty
+        by_locations, by_weights = (make(tensor, tensor.shape) for tensor in (locations, weights))
+    if not problem.is_empty:
+        if needs_value:
+            _warn_of_order()
+        launch = _launch()
+        inputs = [_readable(tensor) for tensor in (grad_output, value, locations, weights)]
+        gradients = (by_value, by_locations, by_weights)
+        with launch.on_stream(*_place(value)):
+            launch.backward(
+                problem,
+                _exported(table),
+                *map(_Exporter, inputs),
+                *(None if tensor is None else _Exporter(tensor) for tensor in gradients),
+            )
+    return None if by_value is None else by_value.to(value.dtype), by_locations, by_weights
+
+
+@cache
+def _launch() -> ModuleType:
+    """`cupy_msda.launch`, or an error that names the CuPy package for this build of torch."""
+    if find_spec("cupy") is None:
+        major = str(torch.version.cuda).partition(".")[0]
+        raise ModuleNotFoundError(
+            "the CUDA kernels need CuPy, which is not installed: "
+            f'pip install "cupy-msda[cuda{major}x]" fits this torch, built for CUDA {major}',
+            name="cupy",
+        )
+    from cupy_msda import launch
+
+    return launch
+
+
+def _place(value: Tensor) -> tuple[int, int]:
+    """The device of value and the pointer of torch's current stream there."""
+    stream = torch.cuda.current_stream(value.device)
+    return value.get_device(), stream.cuda_stream
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor as the kernels read it: C-contiguous and aligned."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+
+def _exported(table: LevelTable) -> LevelTable:
+    """The table with its device tensors, if any, as DLPack exporters of contiguous int64."""
+    if table.device_sizes is None and table.device_starts is None:
+        return table
+    sizes, starts = (
+        None if tensor is None else _Exporter(tensor.long().contiguous()) for tensor in table[2:]
+    )
+    return table._replace(device_sizes=sizes, device_starts=starts)
+
+
+class _Exporter:
+    """A tensor for one `from_dlpack`, several times cheaper than through `Tensor.__dlpack__`.
+
+    Nothing waits for a stream: whoever imports it already works on the tensor's own. Half dtypes
+    travel as int16, since CuPy has no bfloat16.
+    """
+
+    __slots__ = ("_capsule", "_device")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._capsule = to_dlpack(tensor.view(torch.int16) if tensor.dtype in _HALF else tensor)
+        self._device = (2, tensor.get_device()) if tensor.is_cuda else (1, 0)  # kDLCUDA, kDLCPU
+
+    def __dlpack__(self, **_: Any) -> Any:
+        """The capsule, whatever stream or version is asked for."""
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """DLPack's device type and index."""
+        return self._device
+
+
+def _warn_of_order() -> None:
+    """Follow torch's rule for operators whose result depends on the order of atomic additions."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the CUDA backward of cupy_msda.ms_deform_attn adds to the gradient of value in an order "
+        "that varies from run to run, so torch.use_deterministic_algorithms(True) rules it out"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Derivatives of any order in both modes, and the transforms of `torch.func`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+from torch import func  # noqa: E402
+from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
+
+from cupy_msda import (  # noqa: E402
+    MSDeformAttnFunction,
+    ms_deform_attn,
+    ms_deform_attn_backward,
+    reference,
+)
+from tests.problems import Inputs, away_from_edges, random_inputs  # noqa: E402
+
+# torch scripts its own forward-mode decompositions on first use, and its linearize warns of its own graph.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
+]
+
+
+@pytest.fixture
+def smooth() -> Inputs:
+    """A small float64 problem away from cell edges."""
+    return away_from_edges(random_inputs(n=1, d=3, lq=2, p=2))
+
+
+def by_operator(inputs: Inputs):
+    """The operator as a function of its three tensors."""
+    return lambda value, *points: ms_deform_attn(value, inputs.sizes, None, *points)
+
+
+def by_function(inputs: Inputs):
+    """The same by the Function, with the table in tensors."""
+    table = inputs.shapes(), inputs.starts()
+    return lambda value, *points: MSDeformAttnFunction.apply(value, *table, *points, 64)
+
+
+def by_reference(inputs: Inputs):
+    """The same by the reference, which is differentiable by torch alone."""
+    return lambda value, *points: reference.forward(value, inputs.levels, *points)
+
+
+FUNCTIONS = pytest.mark.parametrize("make", [by_operator, by_function], ids=["integers", "tensors"])
+
+
+def directions(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """One tangent for each tensor."""
+    generator = torch.Generator().manual_seed(5)
+    return tuple(
+        torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        for tensor in inputs.tensors
+    )
+
+
+def close(actual, expected) -> None:
+    """Trees of tensors that differ by rounding at most."""
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+# --- forward mode ----------------------------------------------------------------------------------
+
+
+@FUNCTIONS
+def test_forward_mode_by_finite_differences(smooth, make) -> None:
+    inputs = [tensor.requires_grad_() for tensor in smooth.tensors]
+    assert gradcheck(make(smooth), inputs, check_forward_ad=True, check_batched_forward_grad=True)
+
+
+def test_forward_over_reverse_by_finite_differences(smooth) -> None:
+    inputs = [tensor.requires_grad_() for tensor in smooth.tensors]
+    assert gradgradcheck(by_operator(smooth), inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "moving", [c for k in (1, 2, 3) for c in itertools.combinations(range(3), k)], ids=str
+)
+def test_dual_tensors(smooth, moving) -> None:
+    results = []
+    for make in (by_operator, by_reference):
+        with forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(tensor, tangent) if i in moving else tensor
+                for i, (tensor, tangent) in enumerate(
+                    zip(smooth.tensors, directions(smooth), strict=True)
+                )
+            ]
+            results.append(forward_ad.unpack_dual(make(smooth)(*duals)))
+    close(results[0].primal, results[1].primal)
+    close(results[0].tangent, results[1].tangent)
+
+
+def test_a_dual_level_changes_nothing_where_no_input_has_a_tangent(smooth) -> None:
+    with forward_ad.dual_level():
+        output = by_operator(smooth)(*smooth.tensors)
+    close(output, by_operator(smooth)(*smooth.tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_tangents_have_the_dtype_of_the_output(dtype) -> None:
+    inputs = random_inputs(dtypes=(dtype, torch.float32))
+    output, tangent = func.jvp(by_operator(inputs), inputs.tensors, directions(inputs))
+    assert output.dtype == tangent.dtype == dtype
+    exact = inputs.to(torch.float64)
+    along = tuple(tensor.double() for tensor in directions(inputs))
+    _, expected = func.jvp(by_reference(exact), exact.tensors, along)
+    unit = torch.finfo(dtype).eps
+    assert (tangent.double() - expected).abs().max() <= 8 * unit * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", ["n", "lq", "m", "d", "p"])
+def test_tangents_of_empty_problems_are_zero(size) -> None:
+    inputs = random_inputs(**{size: 0})
+    output, tangent = func.jvp(by_operator(inputs), inputs.tensors, directions(inputs))
+    assert tangent.shape == output.shape
+    assert not tangent.any()
+
+
+# --- torch.func ------------------------------------------------------------------------------------
+
+
+def loss_of(function):
+    """A scalar with curvature."""
+    return lambda *tensors: function(*tensors).square().sum()
+
+
+ALL = (0, 1, 2)
+TRANSFORMS = {
+    "grad": lambda f, x, _: func.grad(loss_of(f), ALL)(*x),
+    "vjp": lambda f, x, _: func.vjp(f, *x)[1](f(*x)),
+    "jvp": func.jvp,
+    "jvp(jvp)": lambda f, x, t: func.jvp(lambda *y: func.jvp(f, y, t)[1], x, t),
+    "jvp(grad)": lambda f, x, t: func.jvp(func.grad(loss_of(f), ALL), x, t),
+    "jvp(jvp(grad))": lambda f, x, t: func.jvp(
+        lambda *y: func.jvp(func.grad(loss_of(f), ALL), y, t)[1], x, t
+    ),
+    "grad(jvp)": lambda f, x, t: func.grad(lambda *y: func.jvp(loss_of(f), y, t)[1], ALL)(*x),
+    "grad(grad)": lambda f, x, _: func.grad(
+        lambda *y: sum(g.square().sum() for g in func.grad(loss_of(f), ALL)(*y)), ALL
+    )(*x),
+    "jacrev": lambda f, x, _: func.jacrev(f, ALL)(*x),
+    "jacfwd": lambda f, x, _: func.jacfwd(f, ALL)(*x),
+    "hessian": lambda f, x, _: func.hessian(loss_of(f), ALL)(*x),
+    "linearize": lambda f, x, t: func.linearize(f, *x)[1](*t),
+}
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_agree_with_those_of_the_reference(smooth, make, transform) -> None:
+    along = directions(smooth)
+    got = transform(make(smooth), smooth.tensors, along)
+    close(got, transform(by_reference(smooth), smooth.tensors, along))
+
+
+BATCHED = [c for k in (1, 2, 3) for c in itertools.combinations(range(3), k)]
+
+
+def samples(inputs: Inputs, batched: tuple[int, ...], dim: int, count: int = 3):
+    """Inputs of which some have a dimension of samples, and the in_dims that say so."""
+    tensors = [
+        torch.stack([tensor * (1 - 0.1 * k) for k in range(count)], dim) if i in batched else tensor
+        for i, tensor in enumerate(inputs.tensors)
+    ]
+    return tensors, tuple(dim if i in batched else None for i in range(3))
+
+
+def one_by_one(function, tensors, in_dims, count: int = 3):
+    """What vmap must give: the function of each sample."""
+    return torch.stack(
+        [
+            function(*(t if d is None else t.select(d, k) for t, d in zip(tensors, in_dims, strict=True)))
+            for k in range(count)
+        ]
+    )  # fmt: skip
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("batched", BATCHED, ids=str)
+def test_vmap_over_any_input(smooth, make, batched, dim) -> None:
+    tensors, in_dims = samples(smooth, batched, dim)
+    expected = one_by_one(make(smooth), tensors, in_dims)
+    close(func.vmap(make(smooth), in_dims)(*tensors), expected)
+    moved = func.vmap(make(smooth), in_dims, out_dims=1)(*tensors)
+    close(moved, expected.movedim(0, 1))
+
+
+@pytest.mark.parametrize("batched", BATCHED, ids=str)
+def test_vmap_of_gradients(smooth, batched) -> None:
+    tensors, in_dims = samples(smooth, batched, 0)
+    for argument in range(3):
+        gradient = func.grad(loss_of(by_operator(smooth)), argument)
+        expected = one_by_one(gradient, tensors, in_dims)
+        close(func.vmap(gradient, in_dims)(*tensors), expected)
+
+
+@pytest.mark.parametrize("batched", BATCHED, ids=str)
+def test_gradients_of_vmap(smooth, batched) -> None:
+    tensors, in_dims = samples(smooth, batched, 0)
+
+    def mapped(*arguments):
+        return func.vmap(by_operator(smooth), in_dims)(*arguments).square().sum()
+
+    def plain(*arguments):
+        return one_by_one(by_reference(smooth), arguments, in_dims).square().sum()
+
+    close(func.grad(mapped, ALL)(*tensors), func.grad(plain, ALL)(*tensors))
+
+
+def test_vmap_inside_vmap(smooth) -> None:
+    tensors, in_dims = samples(smooth, (0, 1), 0)
+    wide = tensors[2] * torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1, 1, 1)
+    inner = func.vmap(by_operator(smooth), in_dims)
+    got = func.vmap(inner, (None, None, 0))(*tensors[:2], wide)
+    close(got, torch.stack([inner(*tensors[:2], part) for part in wide]))
+
+
+def test_vmap_over_a_shared_value_runs_it_once(smooth, monkeypatch) -> None:
+    """Samples become queries of one call, so that value is not copied for each."""
+    from cupy_msda import transforms
+
+    shapes = []
+
+    def spy(*arguments):
+        shapes.append((arguments[0].shape, arguments[5].shape[:2]))
+        return forward(*arguments)
+
+    forward = transforms.FORWARD
+    monkeypatch.setattr(transforms, "FORWARD", spy)
+    tensors, in_dims = samples(smooth, (1, 2), 0)
+    func.vmap(by_operator(smooth), in_dims)(*tensors)
+    assert shapes == [(smooth.value.shape, (1, 3 * 2))]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_the_first_derivative_keeps_the_kernels(smooth, monkeypatch, kernel) -> None:
+    """No transform of first order may fall back to the reference."""
+    monkeypatch.setattr(reference, kernel, lambda *_: pytest.fail("the reference ran"))
+    monkeypatch.setattr(reference, "tangent", lambda *_: pytest.fail("the reference ran"))
+    tensors, in_dims = samples(smooth, ALL, 0)
+    gradient = func.grad(loss_of(by_operator(smooth)), ALL)
+    func.vmap(gradient, in_dims)(*tensors)
+
+
+@pytest.mark.parametrize("name", ["spatial_shapes", "level_start_index"])
+def test_a_level_table_for_each_sample_is_refused(smooth, name) -> None:
+    tables = {"spatial_shapes": smooth.shapes(), "level_start_index": smooth.starts()}
+    tables[name] = torch.stack([tables[name]] * 3)
+
+    def function(table, value):
+        other = {**tables, name: table}
+        return ms_deform_attn(value, *other.values(), smooth.locations, smooth.weights)
+
+    with pytest.raises(ValueError, match=f"^{name} must be the same for all samples"):
+        func.vmap(function, (0, None))(tables[name], smooth.value)
+
+
+def test_the_backward_function_under_transforms(smooth) -> None:
+    def ours(grad_output, value, *points):
+        return tuple(ms_deform_attn_backward(grad_output, value, smooth.sizes, None, *points))
+
+    def plain(grad_output, value, *points):
+        _, pull = func.vjp(by_reference(smooth), value, *points)
+        return pull(grad_output)
+
+    inputs = (smooth.grad_output, *smooth.tensors)
+    along = tuple(torch.ones_like(tensor) for tensor in inputs)
+    close(func.jvp(ours, inputs, along), func.jvp(plain, inputs, along))
+    stacked = [torch.stack([tensor, 0.9 * tensor]) for tensor in inputs]
+    close(func.vmap(ours)(*stacked), func.vmap(plain)(*stacked))
