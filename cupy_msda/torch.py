@@ -44,9 +44,10 @@ def ms_deform_attn(
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
-    return MSDeformAttnFunction.apply(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-    )
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
+        return _transformed(*inputs)
+    return MSDeformAttnFunction.apply(*inputs)
 
 
 def ms_deform_attn_backward(
@@ -157,7 +158,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        if not torch.compiler.is_compiling() and transforms.active():
+        if transforms.active():
             return _transformed(*arguments)
         output: Tensor = super().apply(*arguments)  # type: ignore[no-untyped-call]
         return output
@@ -175,6 +176,11 @@ class MSDeformAttnFunction(torch.autograd.Function):
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
         del im2col_step
+        if torch.compiler.is_compiling() and transforms.active():
+            raise RuntimeError(
+                "MSDeformAttnFunction.apply must not be compiled under a transform of torch.func, where "
+                "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
+            )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         _require_tensors(*inputs)
         shapes, start_index, sizes, starts = _table(*inputs)
@@ -219,10 +225,7 @@ def _transformed(
     del im2col_step
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     _require_tensors(*inputs)
-    output: Tensor = transforms.Attention.apply(  # type: ignore[no-untyped-call]
-        value, *_table(*inputs), sampling_locations, attention_weights
-    )
-    return output
+    return transforms.attention(value, *_table(*inputs), sampling_locations, attention_weights)
 
 
 def _dense(*arrays: Any) -> bool:

@@ -23,12 +23,29 @@ def active() -> bool:
     return transforming or forward_ad._current_level >= 0
 
 
+def attention(value: Tensor, *arguments: Any) -> Tensor:
+    """The forward operator with the arguments of its schema, for calls where `active()` holds."""
+    if not torch.compiler.is_compiling():
+        return Attention.apply(value, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+    # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
+    *table, locations, weights = arguments
+    levels = levels_of(value.shape[1], *table)
+    return reference.forward(value, levels, locations, weights)  # type: ignore[no-any-return]
+
+
 def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The backward operator with the arguments of its schema, differentiable."""
-    # Dynamo takes no Function that has a forward mode.
-    function = _Gradients if torch.compiler.is_compiling() else Gradients
-    results: tuple[Tensor, Tensor, Tensor] = function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return results
+    if not torch.compiler.is_compiling():
+        return Gradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    if not active():
+        return _CompiledGradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    grad_output, value, *table, locations, weights, _, _ = arguments
+    levels = levels_of(value.shape[1], *table)
+
+    def forward(value: Tensor, *points: Tensor) -> Any:
+        return reference.forward(value, levels, *points)
+
+    return torch.func.vjp(forward, value, locations, weights)[1](grad_output)  # type: ignore[no-any-return]
 
 
 class Attention(Function):
@@ -43,7 +60,10 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
-        _keep(ctx, *inputs)
+        value, shapes, start_index, *ctx.integers, locations, weights = inputs
+        tensors = (value, shapes, start_index, locations, weights)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -83,21 +103,18 @@ class Attention(Function):
         return output.unflatten(0, (size, output.shape[0] // size)), 0
 
 
-class _Gradients(Function):
-    """The backward operator and its derivatives in reverse mode."""
+class _CompiledGradients(Function):
+    """The backward operator as Dynamo takes it: `forward` with a context, and no forward mode."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Run the backward operator with the arguments of its schema."""
+        grad_output, value, shapes, start_index, *integers, locations, weights, _, _ = arguments
+        ctx.integers = integers
+        ctx.computed = arguments[8], arguments[9], arguments[9]
+        ctx.save_for_backward(value, shapes, start_index, locations, weights, grad_output)
         results: tuple[Tensor, Tensor, Tensor] = BACKWARD(*arguments)
         return results
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep the inputs."""
-        grad_output, *arguments, needs_value, needs_points = inputs
-        ctx.computed = needs_value, needs_points, needs_points
-        _keep(ctx, *arguments, grad_output)
 
     @staticmethod
     def backward(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
@@ -113,6 +130,27 @@ class _Gradients(Function):
         by_value, by_locations, by_weights = pull(grad_output)
         by_points = by_locations, by_weights
         return (by_grad, by_value, *(None,) * 4, *by_points, None, None)
+
+
+class Gradients(Function):
+    """The backward operator and its derivatives under every transform."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the backward operator with the arguments of its schema."""
+        results: tuple[Tensor, Tensor, Tensor] = BACKWARD(*arguments)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keep the inputs."""
+        ctx.integers = inputs[4:6]
+        ctx.computed = inputs[8], inputs[9], inputs[9]
+        tensors = (*inputs[1:4], *inputs[6:8], inputs[0])
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    backward = _CompiledGradients.backward
 
     @staticmethod
     def vmap(
@@ -136,10 +174,6 @@ class _Gradients(Function):
         )
         return samples, tuple(0 if need else None for need in needs)
 
-
-class Gradients(_Gradients):
-    """The backward operator and its derivatives in both modes."""
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         """Differentiate, by the inputs, what grad_output and its tangent weigh."""
@@ -156,24 +190,8 @@ class Gradients(_Gradients):
             return _where(ctx.computed, pull((tangents[0], grad_output)), inputs, _no_elements)
 
 
-def _keep(
-    ctx: Any,
-    value: Tensor,
-    shapes: Tensor | None,
-    start_index: Tensor | None,
-    sizes: Any,
-    starts: Any,
-    *others: Tensor,
-) -> None:
-    """Save for both modes."""
-    ctx.integers = sizes, starts
-    tensors = (value, shapes, start_index, *others)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
 def _kept(ctx: Any) -> tuple[Any, ...]:
-    """What `_keep` saved, the table as levels."""
+    """The tensors that were kept, the table among them as levels."""
     value, shapes, start_index, *others = ctx.saved_tensors
     return value, levels_of(value.shape[1], shapes, start_index, *ctx.integers), *others
 

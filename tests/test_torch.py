@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from cupy_msda import (
+    MSDeformAttn,
     MSDeformAttnFunction,
     host,
     ms_deform_attn,
@@ -448,22 +449,95 @@ def test_operators_pass_opcheck(table, layout, needed):
 
 
 # torch 2.13's own tracer makes a Function and warns about it.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_compiles_whole(dynamic, as_tensor):
-    inputs = with_grad(random_inputs())
-    shapes = inputs.shapes() if as_tensor else inputs.sizes
+COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def step_through(entry, inputs, shapes):
+    """A function of the three tensors that ends in one of the three ways to call the operator."""
+    if entry == "module":
+        torch.manual_seed(0)
+        module = MSDeformAttn(16, len(inputs.sizes), 2, 3).to(inputs.value.dtype)
+
+        def step(value, locations, weights):
+            query = weights.flatten(2)[..., :1].expand(-1, -1, 16) * 1
+            points = locations[:, :, 0, :, 0]
+            return module(query, points, value.flatten(2), shapes, None).tanh()
+
+        return step
 
     def step(value, locations, weights):
-        output = ms_deform_attn(value * 1, shapes, None, locations, weights)
+        if entry == "function":
+            output = ms_deform_attn(value * 1, shapes, None, locations, weights)
+        else:
+            output = MSDeformAttnFunction.apply(value * 1, shapes, None, locations, weights, 64)
         return output.tanh()
 
+    return step
+
+
+ENTRIES = pytest.mark.parametrize("entry", ["function", "apply", "module"])
+
+
+def results_of(step, inputs):
+    """The output of a step and the gradients by its tensors."""
+    output = step(*inputs.tensors)
+    return output, *torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+
+
+@COMPILES
+@ENTRIES
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_compiles_whole(entry, dynamic, as_tensor):
+    inputs = with_grad(random_inputs())
+    step = step_through(entry, inputs, inputs.shapes() if as_tensor else inputs.sizes)
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    expected = torch.autograd.grad(step(*inputs.tensors), inputs.tensors, inputs.grad_output)
-    got = torch.autograd.grad(compiled(*inputs.tensors), inputs.tensors, inputs.grad_output)
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(results_of(compiled, inputs), results_of(step, inputs))
+
+
+@COMPILES
+@ENTRIES
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_other_contents_compile_nothing_again(entry, as_tensor):
+    inputs = with_grad(random_inputs())
+    shapes = inputs.shapes() if as_tensor else inputs.sizes
+    step = step_through(entry, inputs, shapes)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results_of(compiled, inputs)
+    if as_tensor:  # other levels in the same tensor
+        shapes.copy_(shapes.flip(-1))
+    others = with_grad(random_inputs(seed=1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = results_of(compiled, others)
+    torch.testing.assert_close(got, results_of(step, others))
+
+
+@COMPILES
+def test_other_sizes_compile_nothing_again_where_they_are_dynamic():
+    inputs = [with_grad(random_inputs(n=n, lq=lq)) for n, lq in ((6, 5), (7, 9))]
+    step = step_through("function", inputs[0], inputs[0].sizes)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    results_of(compiled, inputs[0])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = results_of(compiled, inputs[1])
+    torch.testing.assert_close(got, results_of(step, inputs[1]))
+
+
+@COMPILES
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_inductor_calls_the_operators():
+    inputs = with_grad(random_inputs())
+    step = step_through("function", inputs, inputs.sizes)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    with torch.profiler.profile() as profile:
+        got = results_of(compiled, inputs)
+    torch.testing.assert_close(got, results_of(step, inputs))
+    called = {event.name for event in profile.events()}
+    assert {f"cupy_msda::ms_deform_attn_{way}" for way in ("forward", "backward")} <= called
 
 
 def test_meta_and_fake_tensors_give_shapes():

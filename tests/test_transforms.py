@@ -277,3 +277,77 @@ def test_the_backward_function_under_transforms(smooth) -> None:
     close(func.jvp(ours, inputs, along), func.jvp(plain, inputs, along))
     stacked = [torch.stack([tensor, 0.9 * tensor]) for tensor in inputs]
     close(func.vmap(ours)(*stacked), func.vmap(plain)(*stacked))
+
+
+# --- compiled --------------------------------------------------------------------------------------
+
+
+def traced(test):
+    """Let torch's own tracer warn: it makes a Function, and looks through caches of array-api-compat."""
+    for warning in (
+        "ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning",
+        "ignore:.*should not be instantiated:DeprecationWarning",
+    ):
+        test = pytest.mark.filterwarnings(warning)(test)
+    return test
+
+
+COMPILED = {
+    "grad": lambda f, inputs: func.grad(loss_of(f), (1, 2, 3)),
+    "jvp": lambda f, inputs: (
+        lambda *tensors: func.jvp(f, tensors, tuple(torch.ones_like(t) for t in tensors))
+    ),
+    "vmap": lambda f, inputs: func.vmap(f, (None, 1, 1, 1)),
+}
+
+
+def backward_function(inputs: Inputs):
+    """The gradients as a function of four tensors."""
+    return lambda *tensors: torch.cat(
+        [
+            g.flatten()
+            for g in ms_deform_attn_backward(*tensors[:2], inputs.sizes, None, *tensors[2:])
+        ]
+    )
+
+
+def forward_function(inputs: Inputs):
+    """The output as a function of four tensors, of which it does without the first."""
+    return lambda _, *tensors: by_operator(inputs)(*tensors)
+
+
+@traced
+@pytest.mark.parametrize("make", [forward_function, backward_function], ids=["forward", "backward"])
+@pytest.mark.parametrize("transform", COMPILED.values(), ids=COMPILED)
+def test_compiled_transforms(smooth, make, transform) -> None:
+    inputs = (smooth.grad_output, *smooth.tensors)
+    if transform is COMPILED["vmap"]:
+        inputs = inputs[0], *(torch.stack([t, 0.9 * t], 1) for t in inputs[1:])
+    function = transform(make(smooth), smooth)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    close(compiled(*inputs), function(*inputs))
+
+
+@traced
+def test_a_compiled_transform_of_the_function_says_what_to_call(smooth) -> None:
+    """Dynamo would leave its gradients zero."""
+    gradient = func.grad(loss_of(by_function(smooth)), ALL)
+    torch.compiler.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"call cupy_msda\.ms_deform_attn"):
+        compiled(*smooth.tensors)
+    with_breaks = torch.compile(gradient, backend="aot_eager")
+    close(with_breaks(*smooth.tensors), gradient(*smooth.tensors))
+
+
+@traced
+def test_the_compiled_backward_function_has_gradients(smooth) -> None:
+    inputs = [tensor.requires_grad_() for tensor in (smooth.grad_output, *smooth.tensors)]
+    function = backward_function(smooth)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got, expected = (
+        torch.autograd.grad(f(*inputs).square().sum(), inputs) for f in (compiled, function)
+    )
+    close(got, expected)
