@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from reprlib import repr as short_repr
 from typing import Any, NamedTuple
@@ -53,7 +54,13 @@ class LevelTable(NamedTuple):
         """The whole table, or None while a part of it is only on a device."""
         if self.sizes is None or self.starts is None:
             return None
-        return tuple(Level(h, w, s) for (h, w), s in zip(self.sizes, self.starts, strict=True))
+        return _levels(self.sizes, self.starts)
+
+
+@lru_cache(maxsize=1024)
+def _levels(sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...]) -> tuple[Level, ...]:
+    """The table level by level."""
+    return tuple(Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=True))
 
 
 class Problem(NamedTuple):

@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from queue import SimpleQueue
 from threading import Thread
@@ -97,7 +97,7 @@ def forward(
         threads,
         target.reshape(-1),
         tuple(array.reshape(-1) for array in inputs),
-        _table(levels, points),
+        _table(tuple(levels), points),
         (n, s, m, rows, stretch),
     )
     if target is not out:
@@ -141,16 +141,15 @@ def backward(
     # Fresh zeros come from the system, page by page when a task touches them; zeros_like would fill.
     by_value = np.zeros(value.shape, inputs[1].dtype)
     by_points = [np.empty(array.shape, array.dtype) for array in inputs[2:]]
-    parts = _parts(levels, s, lq * points)
-    scratch = d * max(rows * packed for *_, rows, packed in parts)
+    parts, packed = _parts(tuple(levels), s, lq * points)
     _share_out(
         _backward_kernel(d, by_value.itemsize),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
         tuple(array.reshape(-1) for array in inputs),
-        _table(levels, points),
-        np.array(parts, np.int64),
-        (n, s, m, lq, scratch),
+        _table(tuple(levels), points),
+        parts,
+        (n, s, m, lq, d * packed),
     )
     by_value, *by_points = (
         array.astype(source.dtype, copy=False)
@@ -164,16 +163,20 @@ def _widened(array: _Array) -> _Array:
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
 
-def _table(levels: Sequence[tuple[int, int, int]], points: int) -> _Array:
+@lru_cache(maxsize=1024)
+def _table(levels: tuple[tuple[int, int, int], ...], points: int) -> _Array:
     """(H, W, start, P) of each level; an empty one has a size that no point is inside of."""
     rows = [(h, w, start, points) if h * w else (-1, -1, 0, points) for h, w, start in levels]
     return np.array(rows, np.int64)
 
 
+@lru_cache(maxsize=1024)
 def _parts(
-    levels: Sequence[tuple[int, int, int]], spatial_size: int, points: int
-) -> list[tuple[int, int, int, int, bool]]:
+    levels: tuple[tuple[int, int, int], ...], spatial_size: int, points: int
+) -> tuple[_Array, int]:
     """What tasks own of a head's grad_value: (first level, end, first position, positions, packed).
+
+    And how many positions are packed at most.
 
     One level each; all of them if some overlap, since two tasks must not add to one cell. A part
     with more points than positions pays for being packed: copied to where these lie side by side.
@@ -182,7 +185,8 @@ def _parts(
     parts = [(i, i + 1, start, h * w) for i, (h, w, start) in enumerate(levels)]
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         parts = [(0, len(levels), 0, spatial_size)]
-    return [(*part, points * (part[1] - part[0]) > part[3] > 0) for part in parts]
+    rows = [(*part, points * (part[1] - part[0]) > part[3] > 0) for part in parts]
+    return np.array(rows, np.int64), max(positions * packed for *_, positions, packed in rows)
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:

@@ -40,8 +40,7 @@ def forward(
     the Numba kernels, which otherwise use NUMBA_NUM_THREADS.
     """
     arrays = [_readable(problem, array) for array in (value, locations, weights)]
-    with np.errstate(all="ignore"):  # of infinities and overflow, only NumPy would warn
-        return backend().forward(arrays[0], table.levels, *arrays[1:], **_limits(threads))
+    return _run("forward", threads, arrays[0], table.levels, *arrays[1:])
 
 
 def backward(
@@ -56,17 +55,19 @@ def backward(
 ) -> tuple[Any, Any, Any]:
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
     arrays = [_readable(problem, array) for array in (grad_output, value, locations, weights)]
-    grad, value, *points = arrays
-    with np.errstate(all="ignore"):
-        gradients: tuple[Any, Any, Any] = backend().backward(
-            grad, value, table.levels, *points, **_limits(threads)
-        )
+    gradients: tuple[Any, Any, Any] = _run(
+        "backward", threads, *arrays[:2], table.levels, *arrays[2:]
+    )
     return gradients
 
 
-def _limits(threads: int | None) -> dict[str, int | None]:
-    """The keyword by which the Numba kernels are told; the reference leaves it to its library."""
-    return {} if backend() is reference else {"threads": threads}
+def _run(name: str, threads: int | None, *arguments: Any) -> Any:
+    """Call a function of the backend; the reference leaves threads to its library."""
+    module = backend()
+    if module is not reference:
+        return getattr(module, name)(*arguments, threads=threads)
+    with np.errstate(all="ignore"):  # of infinities and overflow, only NumPy would warn
+        return getattr(reference, name)(*arguments)
 
 
 def _readable(problem: Problem, array: Any) -> Any:

@@ -7,6 +7,7 @@ from `torch.ops.cupy_msda` as from the public functions, and tracing never reads
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
@@ -81,40 +82,97 @@ def _shrunk(level: Level, spatial_size: int) -> Level:
     return Level(h * fits, w * fits, start * fits)
 
 
+_accepted: dict[tuple[Any, ...], tuple[Problem, LevelTable]] = {}
+_MOST_ACCEPTED = 4096  # problems, of which a process has few
+
+
+def _checked(
+    grad_output: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sizes: list[int] | None,
+    starts: list[int] | None,
+    locations: Tensor,
+    weights: Tensor,
+) -> tuple[Problem, LevelTable]:
+    """`check`, done once for all calls that are alike in everything it looks at."""
+    # Spelled out: this is most of what a small call costs.
+    key = (
+        (value.shape, value.dtype, value.device),
+        (locations.shape, locations.dtype, locations.device),
+        (weights.shape, weights.dtype, weights.device),
+        None if grad_output is None else (grad_output.shape, grad_output.dtype, grad_output.device),
+        None if spatial_shapes is None else _contents(spatial_shapes, value),
+        None if level_start_index is None else _contents(level_start_index, value),
+        None if sizes is None else tuple(sizes),
+        None if starts is None else tuple(starts),
+    )
+    found = _accepted.get(key)
+    if found is None:
+        given = _given(spatial_shapes, level_start_index, sizes, starts)
+        problem, table = check(value, *given, locations, weights)
+        if grad_output is not None:
+            check_grad_output(problem, grad_output, value)
+        if len(_accepted) >= _MOST_ACCEPTED:
+            _accepted.clear()
+        found = _accepted[key] = problem, LevelTable(table.sizes, table.starts)
+    problem, table = found
+    if table.sizes is None or table.starts is None:
+        table = LevelTable(
+            table.sizes,
+            table.starts,
+            spatial_shapes if table.sizes is None else None,
+            level_start_index if table.starts is None else None,
+        )
+    return problem, table
+
+
+def _contents(given: Tensor, value: Tensor) -> Any:
+    """What a check sees of a table: all of it where it is read, its kind where it is not."""
+    if not given.is_cuda:
+        return given.dtype, given.shape, given.device, given.numpy().tobytes()
+    kind = given.dtype, given.shape, given.device
+    if value.is_cuda and os.environ.get("CUPY_MSDA_CHECK") != "1":
+        return kind
+    return *kind, given.cpu().numpy().tobytes()
+
+
 def _forward(value: Tensor, *arguments: Any) -> Tensor:
     """The forward operator on real tensors, with the arguments of its schema."""
-    *table_arguments, locations, weights = arguments
-    problem, table = check(value, *_given(*table_arguments), locations, weights)
-    inputs = (value, locations, weights)
-    if not value.is_cuda:
-        arrays = map(_numpy, inputs)
-        output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
-        return torch.from_numpy(output).to(value.dtype)
-    return _device_forward(problem, table, *inputs)
+    *_, locations, weights = arguments
+    problem, table = _checked(None, value, *arguments)
+    if value.is_cuda:
+        return _device_forward(problem, table, value, locations, weights)
+    arrays = _numpy(value), _numpy(locations), _numpy(weights)
+    output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
+    return torch.from_numpy(output).to(value.dtype)
 
 
 def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The backward operator on real tensors, with the arguments of its schema."""
-    *table_arguments, locations, weights, needs_value, needs_points = arguments
-    problem, table = check(value, *_given(*table_arguments), locations, weights)
-    check_grad_output(problem, grad_output, value)
-    inputs = (value, locations, weights)
-    needs = (needs_value, needs_points, needs_points)
+    *_, locations, weights, needs_value, needs_points = arguments
+    problem, table = _checked(grad_output, value, *arguments[:-2])
     gradients: tuple[Tensor | None, ...]
-    if not any(needs):
+    if not (needs_value or needs_points):
         gradients = (None, None, None)
     elif value.is_cuda:
-        gradients = _device_backward(problem, table, grad_output, *inputs, *needs[:2])
+        gradients = _device_backward(
+            problem, table, grad_output, value, locations, weights, needs_value, needs_points
+        )
     else:
-        sources = map(_numpy, (grad_output, *inputs))
-        arrays = host.backward(problem, table, *sources, threads=torch.get_num_threads())
-        gradients = tuple(
-            torch.from_numpy(array).to(tensor.dtype) if need else None
-            for array, tensor, need in zip(arrays, inputs, needs, strict=True)
+        arrays = _numpy(grad_output), _numpy(value), _numpy(locations), _numpy(weights)
+        by_value, *by_points = host.backward(
+            problem, table, *arrays, threads=torch.get_num_threads()
+        )
+        gradients = (
+            torch.from_numpy(by_value).to(value.dtype) if needs_value else None,
+            torch.from_numpy(by_points[0]).to(locations.dtype) if needs_points else None,
+            torch.from_numpy(by_points[1]).to(weights.dtype) if needs_points else None,
         )
     return tuple(
-        tensor.new_empty(0) if gradient is None else gradient
-        for gradient, tensor in zip(gradients, inputs, strict=True)
+        value.new_empty(0, dtype=tensor.dtype) if gradient is None else gradient
+        for gradient, tensor in zip(gradients, (value, locations, weights), strict=True)
     )
 
 
@@ -146,10 +204,9 @@ for _name, _run, _fake in (
 
 def _numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
-    tensor = tensor.detach()
     if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
-    return tensor.contiguous().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
 def _device_forward(

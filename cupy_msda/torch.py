@@ -46,7 +46,7 @@ def ms_deform_attn(
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
-        return _transformed(*inputs)
+        return transforms.attention(*_operands(*inputs))
     return MSDeformAttnFunction.apply(*inputs)
 
 
@@ -81,12 +81,10 @@ def ms_deform_attn_backward(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    _require_tensors(*inputs)
+    operands = _operands(*inputs)
     if not _dense(grad_output) or grad_output.is_meta:
         check_grad_output(check(*inputs)[0], grad_output, value)
-    return transforms.gradients(
-        grad_output, value, *_table(*inputs), sampling_locations, attention_weights, True, True
-    )
+    return transforms.gradients(grad_output, *operands, True, True)
 
 
 def ms_deform_attn_core_pytorch(
@@ -159,9 +157,10 @@ class MSDeformAttnFunction(torch.autograd.Function):
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
         if transforms.active():
-            return _transformed(*arguments)
-        output: Tensor = super().apply(*arguments)  # type: ignore[no-untyped-call]
-        return output
+            return transforms.attention(*_operands(*arguments))
+        if not torch.is_grad_enabled():
+            return FORWARD(*_operands(*arguments))  # type: ignore[no-any-return]
+        return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
     @staticmethod
@@ -175,20 +174,17 @@ class MSDeformAttnFunction(torch.autograd.Function):
         im2col_step: Any = None,
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
-        del im2col_step
         if torch.compiler.is_compiling() and transforms.active():
             raise RuntimeError(
                 "MSDeformAttnFunction.apply must not be compiled under a transform of torch.func, where "
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
-        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        _require_tensors(*inputs)
-        shapes, start_index, sizes, starts = _table(*inputs)
-        ctx.integers = sizes, starts
-        ctx.save_for_backward(value, shapes, start_index, sampling_locations, attention_weights)
-        output: Tensor = FORWARD(
-            value, shapes, start_index, sizes, starts, sampling_locations, attention_weights
+        operands = _operands(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         )
+        ctx.integers = operands[3:5]
+        ctx.save_for_backward(*operands[:3], sampling_locations, attention_weights)
+        output: Tensor = FORWARD(*operands)
         return output
 
     @staticmethod
@@ -213,47 +209,36 @@ class MSDeformAttnFunction(torch.autograd.Function):
         )
 
 
-def _transformed(
-    value: Tensor,
-    spatial_shapes: Any,
-    level_start_index: Any,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: Any = None,
-) -> Tensor:
-    """`MSDeformAttnFunction.apply` in forward mode and under the transforms of `torch.func`."""
-    del im2col_step
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    _require_tensors(*inputs)
-    return transforms.attention(value, *_table(*inputs), sampling_locations, attention_weights)
-
-
-def _dense(*arrays: Any) -> bool:
-    """Whether all are torch tensors of a layout that the operators take."""
-    return all(
-        isinstance(array, Tensor) and array.layout is torch.strided and not array.is_nested
-        for array in arrays
-    )
-
-
-def _require_tensors(
+def _operands(
     value: Any,
     spatial_shapes: Any,
     level_start_index: Any,
     sampling_locations: Any,
     attention_weights: Any,
-) -> None:
-    """Refuse what does not reach the operators, or reaches what stands for them while tracing."""
+    im2col_step: Any = None,
+) -> tuple[Any, ...]:
+    """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if not _dense(value, sampling_locations, attention_weights):
+    if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
         check(*inputs)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
-    if any(isinstance(given, Tensor) and given.is_meta for given in inputs):
-        check(*inputs)
     kind = value.device.type
-    if kind not in ("cpu", "cuda", "meta") or (kind == "cuda" and torch.version.hip is not None):
-        build = " of a ROCm build of torch" if kind == "cuda" else ""
-        raise unsupported_device(f"{value.device}{build}")
+    if kind not in ("cpu", "cuda", "meta"):
+        raise unsupported_device(str(value.device))
+    if kind == "cuda" and torch.version.hip is not None:
+        raise unsupported_device(f"{value.device} of a ROCm build of torch")
+    table = _table(*inputs)
+    # Where only shapes are computed, nothing else checks them.
+    if any(
+        given is not None and given.is_meta for given in (*inputs[::3], *inputs[4:], *table[:2])
+    ):
+        check(*inputs)
+    return value, *table, sampling_locations, attention_weights
+
+
+def _dense(array: Any) -> bool:
+    """Whether it is a torch tensor of a layout that the operators take."""
+    return isinstance(array, Tensor) and array.layout is torch.strided and not array.is_nested
 
 
 def _table(
@@ -269,15 +254,21 @@ def _table(
         if isinstance(spatial_shapes, Tensor):
             shapes = spatial_shapes
         else:
-            sizes = [operator.index(n) for h, w in spatial_shapes for n in (h, w)]
+            sizes = [_int32(number) for h, w in spatial_shapes for number in (h, w)]
         if isinstance(level_start_index, Tensor):
             start_index = level_start_index
         elif level_start_index is not None:
-            starts = [operator.index(start) for start in level_start_index]
-        if any(abs(number) > INT32_MAX for number in (*(sizes or ()), *(starts or ()))):
-            raise OverflowError  # beyond what the operators' integers may hold
+            starts = [_int32(start) for start in level_start_index]
     except (OverflowError, TypeError, ValueError):
         # Says which argument is wrong, and in what.
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         raise
     return shapes, start_index, sizes, starts
+
+
+def _int32(number: Any) -> int:
+    """An integer of a size that the operators may be given."""
+    index = operator.index(number)
+    if -INT32_MAX <= index <= INT32_MAX:
+        return index
+    raise OverflowError
