@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from cupy_msda.contract import check, check_module
 from cupy_msda.torch import ms_deform_attn
 
+# What depends on sizes and types stays whole in a graph of torch.fx, which knows neither.
+for _name in ("check_module", "_sampling_locations", "ms_deform_attn"):
+    torch.fx.wrap(_name)
+
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its four projections.
@@ -147,25 +151,34 @@ class MSDeformAttn(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
         weights = weights.softmax(-1).unflatten(-1, samples[1:])  # N, Lq, M, L, P
-        wide = torch.promote_types(value.dtype, torch.float32)
-        reference = reference_points.to(wide)[:, :, None, :, None]  # N, Lq, 1, L or 1, 1, 2 or 4
-        offsets = offsets.to(wide)  # N, Lq, M, L, P, 2
-        if reference.shape[-1] == 2:
-            try:
-                pixels = _widths_and_heights(input_spatial_shapes, offsets)
-            except (IndexError, RuntimeError, TypeError, ValueError):
-                # Says what is wrong with the levels.
-                check(value, input_spatial_shapes, input_level_start_index, offsets, weights)
-                raise
-            locations = reference + offsets / pixels
-        else:
-            centres, sizes = reference[..., :2], reference[..., 2:]
-            locations = centres + offsets / self.n_points * sizes * 0.5
-        output = ms_deform_attn(
-            value, input_spatial_shapes, input_level_start_index, locations, weights
-        )
-        projected: Tensor = self.output_proj(output)
+        table = input_spatial_shapes, input_level_start_index
+        locations = _sampling_locations(reference_points, offsets, value, weights, *table)
+        projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
+
+
+def _sampling_locations(
+    reference_points: Tensor,
+    offsets: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+) -> Tensor:
+    """Where to sample, shape (N, Lq, M, L, P, 2), for offsets of that shape."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    reference = reference_points.to(wide)[:, :, None, :, None]  # N, Lq, 1, L or 1, 1, 2 or 4
+    offsets = offsets.to(wide)
+    if reference.shape[-1] == 4:
+        centres, sizes = reference[..., :2], reference[..., 2:]
+        return centres + offsets / offsets.shape[4] * sizes * 0.5
+    try:
+        pixels = _widths_and_heights(spatial_shapes, offsets)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        # Says what is wrong with the levels.
+        check(value, spatial_shapes, level_start_index, offsets, weights)
+        raise
+    return reference + offsets / pixels
 
 
 def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:

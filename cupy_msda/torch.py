@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import transforms
 from cupy_msda.contract import INT32_MAX, check, check_grad_output, unsupported_device
@@ -45,6 +46,8 @@ def ms_deform_attn(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if has_torch_function(inputs):  # a proxy of torch.fx, say
+        return handle_torch_function(ms_deform_attn, inputs, *inputs)
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
         return transforms.attention(*_operands(*inputs))
     return MSDeformAttnFunction.apply(*inputs)

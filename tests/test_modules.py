@@ -6,13 +6,16 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
 from cupy_msda import modules as module_file
+from cupy_msda.torch import ms_deform_attn
 
 SIZES = [(4, 5), (2, 3)]
 C, M, L, P = 24, 3, 2, 4  # D = 8
@@ -200,6 +203,52 @@ def test_autocast_stays_close_to_float32():
     torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_values_are_half_and_locations_are_not(dtype, monkeypatch):
+    seen = []
+
+    def spy(value, shapes, starts, locations, weights):
+        for tensor in (value, locations, weights):
+            tensor.retain_grad()
+            seen.append(tensor)
+        return ms_deform_attn(value, shapes, starts, locations, weights)
+
+    monkeypatch.setattr(module_file, "ms_deform_attn", spy)
+    module, inputs = trained(), example()
+    with torch.autocast("cpu", dtype=dtype):
+        output = module(*inputs, SIZES, None)
+    output.float().square().sum().backward()
+    # On a CPU autocast leaves softmax, and so the weights, in half precision.
+    assert [tensor.dtype for tensor in seen] == [dtype, torch.float32, dtype]
+    assert [tensor.grad.dtype for tensor in seen] == [dtype, torch.float32, dtype]
+    assert all(tensor.grad.abs().sum() > 0 for tensor in seen)
+    assert output.dtype == dtype
+
+
+def test_a_training_step_with_a_scaler():
+    module, inputs = trained(), example()
+    before = copy.deepcopy(module.state_dict())
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+
+    def step(factor):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = module(*inputs, SIZES, None).float().square().mean() * factor
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1e9)  # overflows half precision: the scaler must notice
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    step(1.0)
+    assert scaler.get_scale() == 2.0**9
+    for name, tensor in module.state_dict().items():
+        assert torch.isfinite(tensor).all()
+        assert not torch.equal(tensor, before[name]), name
+
+
 def test_a_training_step_moves_every_parameter():
     module = trained()
     before = copy.deepcopy(module.state_dict())
@@ -218,8 +267,53 @@ def test_copies_compute_the_same():
     buffer.seek(0)
     loaded = MSDeformAttn(C, L, M, P)
     loaded.load_state_dict(torch.load(buffer))
-    for other in (copy.deepcopy(module), loaded):
+    whole = io.BytesIO()
+    torch.save(module, whole)
+    whole.seek(0)
+    unpickled = pickle.loads(pickle.dumps(module))
+    for other in (
+        copy.deepcopy(module),
+        loaded,
+        torch.load(whole, weights_only=False),
+        unpickled,
+    ):
         assert torch.equal(other(*inputs, SIZES, None), expected)
+        assert other.extra_repr() == module.extra_repr()
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_graphs_of_fx_compute_the_same(form, coordinates):
+    module, inputs = trained(), example(coordinates)
+    traced = torch.fx.symbolic_trace(module)
+    traced.graph.lint()
+    for mask in (None, torch.rand(2, 26) > 0.5):
+        concrete = torch.fx.symbolic_trace(
+            module, {} if mask is not None else {"input_padding_mask": None}
+        )
+        arguments = (*inputs, form(SIZES), None, *(() if mask is None else (mask,)))
+        assert torch.equal(concrete(*arguments), module(*inputs, form(SIZES), None, mask))
+    assert "ms_deform_attn" in [node.name for node in traced.graph.nodes]
+    with pytest.raises(ValueError, match="query must have shape"):
+        traced(
+            inputs.query[0], *inputs[1:], form(SIZES), None, torch.zeros(2, 26, dtype=torch.bool)
+        )
+
+
+def test_shapes_on_meta_and_with_fake_tensors():
+    with torch.device("meta"):
+        module = MSDeformAttn(C, L, M, P)
+        output = module(*example(), SIZES, None)
+    assert output.is_meta
+    assert output.shape == (2, 5, C)
+    with pytest.raises(ValueError, match="inside the S = 26 positions"):
+        module(*(tensor.to("meta") for tensor in example()), [(4, 5), (2, 4)], None)
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(tensor) for tensor in example()]
+        output = MSDeformAttn(C, L, M, P)(*inputs, SIZES, None)
+        assert isinstance(output, FakeTensor)
+        output.sum().backward()
+    assert output.shape == (2, 5, C)
 
 
 def test_head_dim_need_not_be_a_power_of_two():

@@ -526,6 +526,26 @@ def test_other_sizes_compile_nothing_again_where_they_are_dynamic():
     torch.testing.assert_close(got, results_of(step, inputs[1]))
 
 
+def test_the_profiler_shows_the_operators_by_name():
+    inputs = with_grad(random_inputs())
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
+    names = [event.name for event in profile.events()]
+    for way in ("forward", "backward"):
+        assert names.count(f"cupy_msda::ms_deform_attn_{way}") == 1
+
+
+def test_fx_keeps_the_function_whole():
+    inputs = random_inputs()
+
+    def function(value, locations, weights):
+        return ms_deform_attn(value.neg(), inputs.sizes, None, locations, weights).tanh()
+
+    traced = torch.fx.symbolic_trace(function)
+    assert [n.name for n in traced.graph.nodes if n.op == "call_function"] == ["ms_deform_attn"]
+    assert torch.equal(traced(*inputs.tensors), function(*inputs.tensors))
+
+
 @COMPILES
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 def test_inductor_calls_the_operators():
