@@ -11,7 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cupy_msda.api import MSDeformAttnGradients, ms_deform_attn, ms_deform_attn_backward
+    from cupy_msda.api import (
+        MSDeformAttnGradients,
+        ms_deform_attn,
+        ms_deform_attn_backward,
+        warmup,
+    )
     from cupy_msda.compile import KernelCompileError
     from cupy_msda.modules import MSDeformAttn
     from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
@@ -26,6 +31,7 @@ _HOMES = {
     "ms_deform_attn": "cupy_msda.api",
     "ms_deform_attn_backward": "cupy_msda.api",
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",
+    "warmup": "cupy_msda.api",
 }
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_core_pytorch",
+    "warmup",
 ]
 
 

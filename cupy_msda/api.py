@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
 
 from cupy_msda import host
-from cupy_msda.contract import check, check_grad_output, library, on_host
+from cupy_msda.contract import check, check_described, check_grad_output, library, on_host
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -133,6 +134,53 @@ def ms_deform_attn_backward(
     else:
         gradients = host.backward(problem, table, *arrays)
     return MSDeformAttnGradients(*map(_like, arrays[1:], gradients))
+
+
+def warmup(
+    value_shape: Sequence[int],
+    sampling_locations_shape: Sequence[int],
+    *,
+    dtype: Any = "float32",
+    points_dtype: Any = None,
+    backward: bool = True,
+    device: str = "cuda",
+) -> None:
+    """Compile what calls of these shapes and dtypes will run, so that none of them compiles anything.
+
+    A server's first request then takes no longer than its second, and a CUDA graph can be captured
+    at once. On a GPU a kernel is compiled for M, D, L, P, the dtypes and, where there are few queries,
+    for how many: warm up for each number that is to come. What is compiled stays in the process and, by
+    CuPy's and Numba's caches, on disk.
+
+    Parameters
+    ----------
+    value_shape : sequence of ints, (N, S, M, D)
+    sampling_locations_shape : sequence of ints, (N, Lq, M, L, P, 2)
+    dtype : str or dtype of any library
+        Of `value`: float16, bfloat16, float32 or float64.
+    points_dtype : str or dtype, optional
+        Of `sampling_locations` and `attention_weights`: float32, the default, or that of `value`;
+        float64 by default for float64.
+    backward : bool
+        Also the backward, for whichever gradients may be needed.
+    device : str
+        "cuda", the current device, "cuda:1", ..., or "cpu".
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+        As `ms_deform_attn`; a ValueError for a device that is none of these.
+    """
+    problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype)
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:INDEX", got {device!r}')
+    if kind == "cpu":
+        host.compile_ahead(problem, backward)
+    else:
+        from cupy_msda import launch
+
+        launch.compile_ahead(problem, backward, int(index) if index else None)
 
 
 def _like(array: Any, result: Any) -> Any:

@@ -172,6 +172,46 @@ def check(
     return Problem(n, s, m, d, lq, levels, p, *dtypes), table
 
 
+class _Described:
+    """Stands for a host array of which only shape and dtype are known."""
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        self.shape = tuple(map(operator.index, shape))
+        self.dtype = dtype
+
+    def __dlpack__(self) -> None:
+        """Never called: what is checked is not read."""
+
+    __array_namespace__ = __dlpack__
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """The host."""
+        return 1, 0
+
+
+def check_described(
+    value_shape: Sequence[int],
+    sampling_locations_shape: Sequence[int],
+    dtype: Any,
+    points_dtype: Any,
+) -> Problem:
+    """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64."""
+    name = _name_of(dtype)
+    points = (
+        ("float64" if name == "float64" else "float32") if points_dtype is None else points_dtype
+    )
+    value = _Described(value_shape, name)
+    locations = _Described(sampling_locations_shape, _name_of(points))
+    weights = _Described(locations.shape[:-1], locations.dtype)
+    levels = locations.shape[3] if len(locations.shape) > 3 else 0
+    return check(value, [(0, 0)] * levels, None, locations, weights)[0]
+
+
+def _name_of(dtype: Any) -> str:
+    """The name of a dtype of any library, of a NumPy scalar type, or its name itself."""
+    return str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
+
+
 def unsupported_device(where: str) -> ValueError:
     """The error for values on a device without kernels, for callers that know more of devices."""
     return ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")

@@ -61,6 +61,20 @@ def backward(
     return gradients
 
 
+def compile_ahead(problem: Problem, with_backward: bool) -> None:
+    """Compile the Numba kernels for a problem by running the smallest that is like it."""
+    wide = np.float64 if problem.value_dtype == "float64" else np.float32
+    small = problem._replace(
+        batch=1, spatial_size=1, num_heads=1, num_queries=1, num_levels=1, num_points=1
+    )
+    value = np.zeros((1, 1, 1, problem.head_dim), wide)
+    locations, weights = np.zeros((1, 1, 1, 1, 1, 2), wide), np.zeros((1, 1, 1, 1, 1), wide)
+    table = LevelTable(((1, 1),), (0,))
+    output = forward(small, table, value, locations, weights)
+    if with_backward:
+        backward(small, table, output, value, locations, weights)
+
+
 def _run(name: str, threads: int | None, *arguments: Any) -> Any:
     """Call a function of the backend; the reference leaves threads to its library."""
     module = backend()

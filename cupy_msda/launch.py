@@ -141,14 +141,17 @@ def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.
     return params
 
 
-def require_cupy() -> Any:
-    """CuPy, or an error that says what to install."""
+def require_cupy(torch_cuda: str | None = None) -> Any:
+    """CuPy, or an error that says what to install, for a torch of this CUDA version if given."""
     try:
         import cupy
     except ModuleNotFoundError as error:
+        what = '"cupy-msda[cuda12x]" or, for a driver and torch of CUDA 13, "cupy-msda[cuda13x]"'
+        if torch_cuda is not None:
+            major = torch_cuda.partition(".")[0]
+            what = f'"cupy-msda[cuda{major}x]" fits this torch, built for CUDA {major}'
         raise ModuleNotFoundError(
-            "value is on a CUDA device, where the kernels run through CuPy, and CuPy is not installed: "
-            'pip install "cupy-msda[cuda12x]" or, for a driver and torch of CUDA 13, "cupy-msda[cuda13x]"',
+            f"the CUDA kernels run through CuPy, which is not installed: pip install {what}",
             name="cupy",
         ) from error
     return cupy
@@ -235,6 +238,19 @@ def backward(
     plan = plan_backward(problem, _host_part(table), multiprocessors, *needs)
     arrays = (grad_output, value, locations, weights, grad_value, grad_locations, grad_weights)
     _launch(plan, device, arrays, table)
+
+
+def compile_ahead(problem: Problem, with_backward: bool, device: int | None = None) -> None:
+    """Compile what `forward` and `backward` will launch for a problem, on `device` or CuPy's current one."""
+    with require_cupy().cuda.Device(device):
+        index, multiprocessors = _current_device()
+        table = LevelTable(None, None)
+        plans = [plan_forward(problem, table, multiprocessors)]
+        if with_backward:
+            needs = ((True, True), (True, False), (False, True))
+            plans += [plan_backward(problem, table, multiprocessors, *need) for need in needs]
+        for plan in plans:
+            load(plan.kernel, index)
 
 
 def _launch(plan: Plan, device: int, arrays: tuple[Any, ...], table: LevelTable) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from importlib.util import find_spec
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
@@ -259,16 +258,10 @@ def _device_backward(
 
 @cache
 def _launch() -> ModuleType:
-    """`cupy_msda.launch`, or an error that names the CuPy package for this build of torch."""
-    if find_spec("cupy") is None:
-        major = str(torch.version.cuda).partition(".")[0]
-        raise ModuleNotFoundError(
-            "the CUDA kernels need CuPy, which is not installed: "
-            f'pip install "cupy-msda[cuda{major}x]" fits this torch, built for CUDA {major}',
-            name="cupy",
-        )
+    """`cupy_msda.launch`, once CuPy is known to be there."""
     from cupy_msda import launch
 
+    launch.require_cupy(torch.version.cuda)
     return launch
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 import threading
 
 import numpy as np
@@ -663,7 +664,7 @@ def test_rocm_is_refused(monkeypatch):
 @pytest.mark.parametrize(("cuda", "extra"), [("12.8", "cuda12x"), ("13.0", "cuda13x")])
 def test_without_cupy_the_error_names_the_extra_that_fits_torch(cuda, extra, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(operators, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cupy", None)
     operators._launch.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "cupy-msda\[{extra}\]"'):
         operators._launch()

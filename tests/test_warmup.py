@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`warmup`: after it, calls of the same shapes and dtypes compile nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cupy_msda
+from cupy_msda import launch, ms_deform_attn, ms_deform_attn_backward
+from cupy_msda.compile import Kernel
+from cupy_msda.contract import LevelTable, Problem
+
+VALUE, LOCATIONS = (2, 26, 3, 16), (2, 5, 3, 2, 4, 2)
+
+
+class FakeDevice:
+    """cupy.cuda.Device of a machine with two devices."""
+
+    current = 0
+
+    def __init__(self, device: int | None = None) -> None:
+        self.device = FakeDevice.current if device is None else device
+        self.attributes = {"MultiProcessorCount": 132}
+
+    def __enter__(self) -> None:
+        self.before, FakeDevice.current = FakeDevice.current, self.device
+
+    def __exit__(self, *_: object) -> None:
+        FakeDevice.current = self.before
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Pretend to have two GPUs; the kernels that were asked for, with their devices."""
+    found: set[tuple[Kernel, int]] = set()
+    runtime = SimpleNamespace(getDevice=lambda: FakeDevice.current)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=FakeDevice))
+    monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
+    monkeypatch.setattr(launch, "load", lambda *key: found.add(key) or (lambda *_: None))
+    launch._multiprocessors.cache_clear()
+    yield found
+    launch._multiprocessors.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("dtypes", [("float32", None), ("float16", "float16"), ("float64", None)])
+@pytest.mark.parametrize("head_dim", [16, 5])
+def test_calls_find_their_kernels_compiled(compiled, dtypes, head_dim, device) -> None:
+    shape = (*VALUE[:3], head_dim)
+    cupy_msda.warmup(shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1], device=device)
+    warm = set(compiled)
+    compiled.clear()
+    points = dtypes[1] or ("float64" if dtypes[0] == "float64" else "float32")
+    problem = Problem(2, 26, 3, head_dim, 5, 2, 4, dtypes[0], points, points)
+    table = LevelTable(((4, 5), (2, 3)), (0, 20))
+    array = np.intp(0)  # a null pointer
+    with FakeDevice(1 if device == "cuda:1" else 0):
+        launch.forward(problem, table, *[None] * 4)
+        for value, locations, weights in ((array,) * 3, (array, None, None), (None, array, array)):
+            launch.backward(problem, table, *[None] * 4, value, locations, weights)
+    assert compiled == warm
+
+
+def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:
+    cupy_msda.warmup(VALUE, LOCATIONS, backward=False)
+    ((kernel, device),) = compiled
+    assert (kernel.file, device) == ("forward.cu", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", np.float16, np.dtype("float64")])
+def test_host_calls_compile_nothing_any_more(dtype) -> None:
+    cpu = pytest.importorskip("cupy_msda.cpu", reason="needs Numba")
+    name = np.dtype(dtype).name
+    wide = np.float64 if name == "float64" else np.float32
+    head_dim = {"float32": 23, "float16": 29, "float64": 31}[name]  # that no other test has
+    shape = (*VALUE[:3], head_dim)
+    cupy_msda.warmup(shape, LOCATIONS, dtype=dtype, device="cpu")
+    itemsize = np.dtype(wide).itemsize
+    kernels = [kernel(head_dim, itemsize) for kernel in (cpu._forward_kernel, cpu._backward_kernel)]
+    before = [len(kernel.signatures) for kernel in kernels]
+    assert before == [1, 1]
+    value, locations = np.ones(shape, dtype), np.full(LOCATIONS, 0.5, wide)
+    weights = np.ones(LOCATIONS[:-1], wide)
+    table = [(4, 5), (2, 3)], None
+    output = ms_deform_attn(value, *table, locations, weights)
+    ms_deform_attn_backward(output, value, *table, locations, weights)
+    assert [len(kernel.signatures) for kernel in kernels] == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"device": "xpu"}, ValueError, 'device must be "cpu", "cuda" or "cuda:INDEX", got \'xpu\''),
+        ({"device": "cpu:0"}, ValueError, "device must be"),
+        ({"dtype": "int8"}, TypeError, "value must have dtype float16, bfloat16, float32, float64, got int8"),
+        ({"points_dtype": "float16"}, TypeError, "sampling_locations must have dtype float32, got float16"),
+        ({"value_shape": (2, 26, 3)}, ValueError, "value must have shape"),
+        ({"sampling_locations_shape": (2, 5, 3)}, ValueError, "sampling_locations must have shape"),
+        ({"sampling_locations_shape": (2, 5, 4, 2, 4, 2)}, ValueError, "since value has shape"),
+        ({"value_shape": (2, 26, 3, 1.5)}, TypeError, "integer"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(changed, error, message) -> None:
+    arguments = {"value_shape": VALUE, "sampling_locations_shape": LOCATIONS, "device": "cpu"}
+    with pytest.raises(error) as caught:
+        cupy_msda.warmup(**{**arguments, **changed})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["torch.bfloat16", "bfloat16", "ml_dtypes.bfloat16"])
+def test_dtypes_of_any_library(compiled, name) -> None:
+    library, _, attribute = name.rpartition(".")
+    dtype = getattr(pytest.importorskip(library), attribute) if library else name
+    cupy_msda.warmup(VALUE, LOCATIONS, dtype=dtype)
+    assert all("<bfloat16_t, float, float" in kernel.name for kernel, _ in compiled)
+    assert len(compiled) == 4
