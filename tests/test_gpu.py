@@ -17,6 +17,8 @@ from cupy_msda import (  # noqa: E402
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
+    reference,
+    warmup,
 )
 from cupy_msda import compile as compile_module  # noqa: E402
 from tests.problems import (  # noqa: E402
@@ -606,6 +608,94 @@ def test_capture_and_replay_with_other_inputs(dtypes, table, d):
             result.fill_(NAN)
         graph.replay()
         check_against_reference(new, output, gradients)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
+@pytest.mark.parametrize("lq", [3, 300])
+def test_capture_at_once_after_warmup(dtypes, lq, monkeypatch):
+    # A P of its own, so that nothing else has compiled its kernels.
+    fixed = random_inputs(d=16, p=7, lq=lq, dtypes=dtypes, device=DEVICE)
+    warmup(fixed.value.shape, fixed.locations.shape, dtype=dtypes[0], device=str(DEVICE))
+    monkeypatch.setattr(compile_module, "_compile", lambda kernel: pytest.fail("compiled"))
+    table = fixed.sizes, None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = ms_deform_attn(fixed.value, *table, *fixed.tensors[1:])
+        gradients = ms_deform_attn_backward(
+            fixed.grad_output, fixed.value, *table, *fixed.tensors[1:]
+        )
+    new = random_inputs(d=16, p=7, lq=lq, dtypes=dtypes, seed=1, device=DEVICE)
+    for target, source in zip(fixed[1:], new[1:], strict=True):
+        target.copy_(source)
+    graph.replay()
+    check_against_reference(new, output, gradients)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_compiled_into_graphs():
+    inputs = random_inputs(d=16, lq=64, device=DEVICE)
+
+    def step(value, locations, weights):
+        return ms_deform_attn(value * 2, inputs.sizes, None, locations, weights).tanh()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):  # records in the second, replays in the third
+        tensors = leaves(inputs)
+        output = compiled(*tensors)
+        got = output.clone(), torch.autograd.grad(output, tensors, inputs.grad_output)
+    tensors = leaves(inputs)
+    output = step(*tensors)
+    same(got, (output, torch.autograd.grad(output, tensors, inputs.grad_output)))
+
+
+# --- transforms and autocast -----------------------------------------------------------------------
+
+
+def test_transforms():
+    inputs = away_from_edges(random_inputs(n=1, d=8, lq=3, p=2, device=DEVICE))
+
+    def ours(value, *points):
+        return ms_deform_attn(value, inputs.sizes, None, *points)
+
+    def plain(value, *points):
+        return reference.forward(value, inputs.levels, *points)
+
+    along = tuple(torch.randn_like(tensor) for tensor in inputs.tensors)
+    stacked = [torch.stack([tensor, 0.9 * tensor]) for tensor in inputs.tensors]
+
+    def results(function):
+        gradient = torch.func.grad(lambda *t: function(*t).square().sum(), (0, 1, 2))
+        return (
+            torch.func.jvp(function, inputs.tensors, along),
+            torch.func.jvp(gradient, inputs.tensors, along),
+            torch.func.vmap(gradient)(*stacked),
+            torch.func.vmap(function, (None, 0, 0))(inputs.value, *stacked[1:]),
+        )
+
+    torch.testing.assert_close(results(ours), results(plain), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_training_step_under_autocast(dtype):
+    module = MSDeformAttn(64, 2, 4, 4).to(DEVICE)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=dtype == torch.float16)
+    query, flat = torch.rand(2, 5, 64, device=DEVICE), torch.rand(2, 47, 64, device=DEVICE)
+    points = torch.rand(2, 5, 2, 2, device=DEVICE)
+    for _ in range(2):  # of the first, the initial offsets have no gradient that passes them
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=dtype):
+            output = module(query, points, flat, [(5, 7), (3, 4)], None)
+        assert output.dtype == dtype
+        scaler.scale(output.float().square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    for parameter, old in zip(module.parameters(), before, strict=True):
+        assert torch.isfinite(parameter).all()
+        assert not torch.equal(parameter, old)
 
 
 # --- CuPy arrays -----------------------------------------------------------------------------------
