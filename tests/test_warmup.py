@@ -37,7 +37,9 @@ def compiled(monkeypatch):
     """Pretend to have two GPUs; the kernels that were asked for, with their devices."""
     found: set[tuple[Kernel, int]] = set()
     runtime = SimpleNamespace(getDevice=lambda: FakeDevice.current)
-    cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime, Device=FakeDevice))
+    cupy = SimpleNamespace(
+        ndarray=np.intp, cuda=SimpleNamespace(runtime=runtime, Device=FakeDevice)
+    )
     monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
     monkeypatch.setattr(launch, "load", lambda *key: found.add(key) or (lambda *_: None))
     launch._multiprocessors.cache_clear()
