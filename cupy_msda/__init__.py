@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cupy_msda.api import MSDeformAttnGradients, ms_deform_attn, ms_deform_attn_backward
     from cupy_msda.compile import KernelCompileError
+    from cupy_msda.export import decompositions
     from cupy_msda.modules import MSDeformAttn
     from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
 
@@ -23,6 +24,7 @@ _HOMES = {
     "MSDeformAttn": "cupy_msda.modules",
     "MSDeformAttnFunction": "cupy_msda.torch",
     "MSDeformAttnGradients": "cupy_msda.api",
+    "decompositions": "cupy_msda.export",
     "ms_deform_attn": "cupy_msda.api",
     "ms_deform_attn_backward": "cupy_msda.api",
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",
@@ -33,6 +35,7 @@ __all__ = [
     "MSDeformAttn",
     "MSDeformAttnFunction",
     "MSDeformAttnGradients",
+    "decompositions",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_core_pytorch",

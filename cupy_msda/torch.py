@@ -210,10 +210,16 @@ class MSDeformAttnFunction(torch.autograd.Function):
         shapes, start_index, sizes, starts = _table(*inputs)
         ctx.integers = sizes, starts
         ctx.save_for_backward(value, shapes, start_index, sampling_locations, attention_weights)
-        output: Tensor = _FORWARD(
-            value, shapes, start_index, sizes, starts, sampling_locations, attention_weights
-        )
-        return output
+        run: Callable[..., Tensor] = _FORWARD
+        # ONNX has standard operators only. The first question is the cheaper one.
+        if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+            from cupy_msda.export import forward as run
+        return run(value, shapes, start_index, sizes, starts, sampling_locations, attention_weights)
+
+    @staticmethod
+    def symbolic(*_: Any) -> None:
+        """Refuse the old exporter to ONNX, which calls this and cannot look into a Function."""
+        raise RuntimeError("torch.onnx.export needs dynamo=True for cupy_msda.ms_deform_attn")
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -323,18 +329,26 @@ def _table(
         if isinstance(spatial_shapes, Tensor):
             shapes = spatial_shapes
         else:
-            sizes = [operator.index(n) for h, w in spatial_shapes for n in (h, w)]
+            sizes = [
+                n if type(n) is int else _integer(n) for h, w in spatial_shapes for n in (h, w)
+            ]
         if isinstance(level_start_index, Tensor):
             start_index = level_start_index
         elif level_start_index is not None:
-            starts = [operator.index(start) for start in level_start_index]
-        if any(abs(number) > INT32_MAX for number in (*(sizes or ()), *(starts or ()))):
+            starts = [_integer(start) for start in level_start_index]
+        numbers = (*(sizes or ()), *(starts or ()))
+        if any(isinstance(number, int) and abs(number) > INT32_MAX for number in numbers):
             raise OverflowError  # beyond what the operators' integers may hold
     except (OverflowError, TypeError, ValueError):
         # Says which argument is wrong, and in what.
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         raise
     return shapes, start_index, sizes, starts
+
+
+def _integer(number: Any) -> Any:
+    """As an int, or a symbol of the tracer as it is: its `__index__` would make it a constant."""
+    return number if isinstance(number, torch.SymInt) else operator.index(number)
 
 
 def _given(

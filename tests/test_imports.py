@@ -14,7 +14,7 @@ import cupy_msda
 PACKAGE = Path(cupy_msda.__file__).parent
 # report.py and demo.py are commands: they say what is installed and draw.
 MAY_IMPORT = {
-    "torch": {"torch.py", "modules.py", "report.py", "demo.py", "integrations"},
+    "torch": {"torch.py", "export.py", "modules.py", "report.py", "demo.py", "integrations"},
     "cupy": {"compile.py", "launch.py", "report.py"},
     "numba": {"cpu.py"},
     "llvmlite": {"cpu.py"},
@@ -133,7 +133,8 @@ def test_without_numba_the_reference_runs():
 
 
 @pytest.mark.parametrize(
-    "name", ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn_core_pytorch"]
+    "name",
+    ["MSDeformAttn", "MSDeformAttnFunction", "decompositions", "ms_deform_attn_core_pytorch"],
 )
 def test_names_that_need_torch_say_so(name):
     finished = run(f"from cupy_msda import {name}", "torch")
