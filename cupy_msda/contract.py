@@ -159,7 +159,7 @@ def check(
     )
     # Here and not in _check_shape, since torch.export would not leave a size dynamic after it.
     for name, array in (("value", value), ("sampling_locations", sampling_locations)):
-        if not traced and max(array.shape) > INT32_MAX:
+        if max(array.shape) > INT32_MAX:
             raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
     _check_shape(
         "attention_weights",

@@ -145,8 +145,7 @@ def _cells(xp: Any, value: Any, level: Level, locations: Any, weights: Any, inde
     x = xp.astype(locations[:, :, :, index, :, 0], wide) * width - 0.5
     y = xp.astype(locations[:, :, :, index, :, 1], wide) * height - 0.5
     inside = (x > -1) & (y > -1) & (x < width) & (y < height)
-    # No point is inside an empty level. An array on the left: height may be a traced integer.
-    inside = inside & (xp.zeros_like(x) < height * width)
+    inside = inside & ((height > 0) & (width > 0))  # no point is inside an empty level
     x, y = _masked(xp, inside, x), _masked(xp, inside, y)
     left, top = xp.floor(x), xp.floor(y)
     column, row = xp.astype(left, xp.int64), xp.astype(top, xp.int64)
