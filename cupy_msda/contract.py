@@ -157,9 +157,9 @@ def check(
         (n, None, m, None, None, 2),
         ("value", value),
     )
-    # Here and not in _check_shape, since torch.export would not leave a size dynamic after it.
+    # Neither of traced inputs nor of the module's: the comparison ties a dynamic size to others.
     for name, array in (("value", value), ("sampling_locations", sampling_locations)):
-        if max(array.shape) > INT32_MAX:
+        if not traced and max(array.shape) > INT32_MAX:
             raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
     _check_shape(
         "attention_weights",
