@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         warmup,
     )
     from cupy_msda.compile import KernelCompileError
+    from cupy_msda.export import decompositions
     from cupy_msda.modules import MSDeformAttn
     from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
 
@@ -28,6 +29,7 @@ _HOMES = {
     "MSDeformAttn": "cupy_msda.modules",
     "MSDeformAttnFunction": "cupy_msda.torch",
     "MSDeformAttnGradients": "cupy_msda.api",
+    "decompositions": "cupy_msda.export",
     "ms_deform_attn": "cupy_msda.api",
     "ms_deform_attn_backward": "cupy_msda.api",
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",
@@ -39,6 +41,7 @@ __all__ = [
     "MSDeformAttn",
     "MSDeformAttnFunction",
     "MSDeformAttnGradients",
+    "decompositions",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_core_pytorch",

@@ -127,8 +127,13 @@ def check(
     level_start_index: Any,
     sampling_locations: Any,
     attention_weights: Any,
+    *,
+    traced: bool = False,
 ) -> tuple[Problem, LevelTable]:
-    """Check the inputs; raise TypeError or ValueError naming argument, contract and fact."""
+    """Check the inputs; raise TypeError or ValueError naming argument, contract and fact.
+
+    Of traced inputs, the contents of level arrays and symbolic sizes are left unchecked.
+    """
     _check_array("value", value)
     dtype = dtype_name(value)
     if dtype not in VALUE_DTYPES:
@@ -161,6 +166,10 @@ def check(
         (n, None, m, None, None, 2),
         ("value", value),
     )
+    # Neither of traced inputs nor of the module's: the comparison ties a dynamic size to others.
+    for name, array in (("value", value), ("sampling_locations", sampling_locations)):
+        if not traced and max(array.shape) > INT32_MAX:
+            raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
     _check_shape(
         "attention_weights",
         attention_weights,
@@ -168,7 +177,7 @@ def check(
         (n, lq, m, levels, p),
         ("sampling_locations", sampling_locations),
     )
-    table = _level_table(spatial_shapes, level_start_index, value, sampling_locations)
+    table = _level_table(spatial_shapes, level_start_index, value, sampling_locations, traced)
     return Problem(n, s, m, d, lq, levels, p, *dtypes), table
 
 
@@ -324,24 +333,28 @@ def _check_shape(
         wanted = "" if set(expected) == {None} else f" = ({sizes}{comma})"
         since = f" since {source[0]} has shape {tuple(source[1].shape)}" if source else ""
         raise ValueError(f"{name} must have shape {letters}{wanted}{since}, got {shape}")
-    if shape and max(shape) > INT32_MAX:
-        raise ValueError(f"{name} must have sizes below 2**31, got shape {shape}")
     return shape
 
 
 def _level_table(
-    spatial_shapes: Any, level_start_index: Any, value: Any, sampling_locations: Any
+    spatial_shapes: Any,
+    level_start_index: Any,
+    value: Any,
+    sampling_locations: Any,
+    traced: bool,
 ) -> LevelTable:
-    """Read the level table where the host can, keep the device arrays where it cannot."""
-    sizes = _integers("spatial_shapes", spatial_shapes, "(L, 2)", value, sampling_locations)
+    """Read the level table where the host can, keep the arrays where it cannot."""
+    sizes = _integers("spatial_shapes", spatial_shapes, "(L, 2)", value, sampling_locations, traced)
     starts: tuple[int, ...] | None = None
     if level_start_index is not None:
         starts = _integers(
-            "level_start_index", level_start_index, "(L,)", value, sampling_locations
+            "level_start_index", level_start_index, "(L,)", value, sampling_locations, traced
         )
     elif sizes is not None:
         starts = tuple(accumulate((h * w for h, w in sizes), initial=0))[:-1]
-    _check_levels(sizes, starts, value.shape[1])
+    numbers = (value.shape[1], *(n for size in sizes or () for n in size), *(starts or ()))
+    if not traced or all(isinstance(number, int) for number in numbers):
+        _check_levels(sizes, starts, value.shape[1])
     known = len(sizes or starts or ())
     if known > MAX_HOST_LEVELS and place(value).startswith("cuda"):
         raise ValueError(
@@ -357,9 +370,9 @@ def _level_table(
 
 
 def _integers(
-    name: str, given: Any, letters: str, value: Any, sampling_locations: Any
+    name: str, given: Any, letters: str, value: Any, sampling_locations: Any, traced: bool
 ) -> tuple[Any, ...] | None:
-    """An int or a pair of ints for each level; None if only a device holds them."""
+    """An int or a pair of ints for each level; None if they are in an array that is not read."""
     num_levels = sampling_locations.shape[3]
     pairs = letters == "(L, 2)"
     if all(hasattr(given, need) for need in ("dtype", "__dlpack__", "__dlpack_device__")):
@@ -369,11 +382,13 @@ def _integers(
             )
         expected = (num_levels, 2) if pairs else (num_levels,)
         _check_shape(name, given, letters, expected, ("sampling_locations", sampling_locations))
-        if _unread(name, given, value):
+        if traced or _unread(name, given, value):
             return None
         given = given.tolist() if hasattr(given, "tolist") else np.from_dlpack(given).tolist()
     try:
-        rows = tuple(_pair(row) if pairs else operator.index(row) for row in given)
+        rows = tuple(
+            given if traced else (_pair(row) if pairs else operator.index(row) for row in given)
+        )
     except TypeError as error:
         raise TypeError(
             f"{name} must be a sequence of {'(H, W) pairs' if pairs else 'integers'} or an integer "

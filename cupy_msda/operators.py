@@ -40,7 +40,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _ALIGNMENT = 16  # bytes: the kernels load vectors of this size
 
 
-def _given(
+def as_given(
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
     sizes: list[int] | None,
@@ -64,8 +64,8 @@ def levels_of(
     """The levels for the reference, unread: ints where all are ints, else 0-dim tensors."""
     known = spatial_shapes is None and level_start_index is None
     shapes, begins = (
-        given.long() if isinstance(given, Tensor) else given
-        for given in _given(spatial_shapes, level_start_index, sizes, starts)
+        half.long() if isinstance(half, Tensor) else half
+        for half in as_given(spatial_shapes, level_start_index, sizes, starts)
     )
     if begins is None:
         begins = list(accumulate((h * w for h, w in shapes), initial=0))[:-1]
@@ -109,7 +109,7 @@ def _checked(
     )
     found = _accepted.get(key)
     if found is None:
-        given = _given(spatial_shapes, level_start_index, sizes, starts)
+        given = as_given(spatial_shapes, level_start_index, sizes, starts)
         problem, table = check(value, *given, locations, weights)
         if grad_output is not None:
             check_grad_output(problem, grad_output, value)

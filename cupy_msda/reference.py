@@ -184,7 +184,7 @@ def tangent(
 
 def _wide(xp: Any, value: Any) -> Any:
     """The dtype to compute in: that of value, or float32 where it is narrower."""
-    return xp.result_type(value.dtype, xp.float32)
+    return xp.float64 if value.dtype == xp.float64 else xp.float32
 
 
 def _masked(xp: Any, mask: Any, array: Any) -> Any:

@@ -162,7 +162,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         if transforms.active():
             return transforms.attention(*_operands(*arguments))
         if not torch.is_grad_enabled():
-            return FORWARD(*_operands(*arguments))  # type: ignore[no-any-return]
+            return _forward(*_operands(*arguments))
         return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
@@ -187,8 +187,12 @@ class MSDeformAttnFunction(torch.autograd.Function):
         )
         ctx.integers = operands[3:5]
         ctx.save_for_backward(*operands[:3], sampling_locations, attention_weights)
-        output: Tensor = FORWARD(*operands)
-        return output
+        return _forward(*operands)
+
+    @staticmethod
+    def symbolic(*_: Any) -> None:
+        """Refuse the old exporter to ONNX, which calls this and cannot look into a Function."""
+        raise RuntimeError("torch.onnx.export needs dynamo=True for cupy_msda.ms_deform_attn")
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -257,11 +261,11 @@ def _table(
         if isinstance(spatial_shapes, Tensor):
             shapes = spatial_shapes
         else:
-            sizes = [_int32(number) for h, w in spatial_shapes for number in (h, w)]
+            sizes = [_integer(number) for h, w in spatial_shapes for number in (h, w)]
         if isinstance(level_start_index, Tensor):
             start_index = level_start_index
         elif level_start_index is not None:
-            starts = [_int32(start) for start in level_start_index]
+            starts = [_integer(start) for start in level_start_index]
     except (OverflowError, TypeError, ValueError):
         # Says which argument is wrong, and in what.
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
@@ -269,9 +273,21 @@ def _table(
     return shapes, start_index, sizes, starts
 
 
-def _int32(number: Any) -> int:
-    """An integer of a size that the operators may be given."""
+def _integer(number: Any) -> Any:
+    """As an int of a size that the operators may be given, or the symbol that a tracer has for one."""
+    if isinstance(number, torch.SymInt):  # its `__index__` would make it a constant
+        return number
     index = operator.index(number)
     if -INT32_MAX <= index <= INT32_MAX:
         return index
     raise OverflowError
+
+
+def _forward(*operands: Any) -> Tensor:
+    """The forward operator or, for ONNX, which has standard operators only, its decomposition."""
+    # The first question is the cheaper one.
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        from cupy_msda import export
+
+        return export.forward(*operands)
+    return FORWARD(*operands)  # type: ignore[no-any-return]

@@ -16,7 +16,6 @@ from torch.autograd import Function, forward_ad
 from cupy_msda import reference
 from cupy_msda.operators import BACKWARD, FORWARD, levels_of
 
-
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
 _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 

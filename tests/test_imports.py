@@ -18,6 +18,8 @@ MAY_IMPORT = {
         "torch.py",
         "operators.py",
         "transforms.py",
+        "export.py",
+        "distributed.py",
         "modules.py",
         "report.py",
         "demo.py",
@@ -141,7 +143,8 @@ def test_without_numba_the_reference_runs():
 
 
 @pytest.mark.parametrize(
-    "name", ["MSDeformAttn", "MSDeformAttnFunction", "ms_deform_attn_core_pytorch"]
+    "name",
+    ["MSDeformAttn", "MSDeformAttnFunction", "decompositions", "ms_deform_attn_core_pytorch"],
 )
 def test_names_that_need_torch_say_so(name):
     finished = run(f"from cupy_msda import {name}", "torch")
