@@ -254,6 +254,8 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Differentiate the gradient of the reference."""
         grad_output, value, shapes, start_index, locations, weights = ctx.saved_tensors
+        if type(value).__name__ == "DTensor":
+            raise NotImplementedError("value must not be a DTensor for gradients of gradients")
         given = _given(shapes, start_index, *ctx.integers)
         _, table = check(value, *given, locations, weights)
         create_graph = torch.is_grad_enabled()
@@ -299,6 +301,8 @@ def _require_tensors(
 ) -> None:
     """Refuse what does not reach the operators, or reaches what stands for them while tracing."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if "DTensor" in [type(given).__name__ for given in inputs]:
+        import cupy_msda.distributed  # noqa: F401 - its import registers the rule for DTensors
     if not _dense(value, sampling_locations, attention_weights):
         check(*inputs)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")

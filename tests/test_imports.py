@@ -14,7 +14,7 @@ import cupy_msda
 PACKAGE = Path(cupy_msda.__file__).parent
 # report.py and demo.py are commands: they say what is installed and draw.
 MAY_IMPORT = {
-    "torch": {"torch.py", "modules.py", "report.py", "demo.py", "integrations"},
+    "torch": {"torch.py", "modules.py", "distributed.py", "report.py", "demo.py", "integrations"},
     "cupy": {"compile.py", "launch.py", "report.py"},
     "numba": {"cpu.py"},
     "llvmlite": {"cpu.py"},
