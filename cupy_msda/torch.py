@@ -226,6 +226,8 @@ def _operands(
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    if "DTensor" in [type(given).__name__ for given in inputs]:
+        import cupy_msda.distributed  # noqa: F401 - its import registers the rule for DTensors
     if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
         check(*inputs)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")

@@ -124,6 +124,8 @@ class _CompiledGradients(Function):
     @staticmethod
     def backward(ctx: Any, *directions: Any) -> tuple[Tensor | None, ...]:
         """Differentiate the inner product of grad_output and the tangent along `directions`."""
+        if type(ctx.saved_tensors[0]).__name__ == "DTensor":
+            raise NotImplementedError("value must not be a DTensor for gradients of gradients")
         value, levels, locations, weights, grad_output = _kept(ctx)
         inputs = value, locations, weights
         along: Any = _where(ctx.computed, directions, inputs, torch.zeros_like)
