@@ -28,8 +28,8 @@ from cupy_msda import (  # noqa: E402
     MSDeformAttn,
     ms_deform_attn,
     ms_deform_attn_backward,
+    operators,
 )
-from cupy_msda import torch as backend  # noqa: E402
 from tests.budget import assert_within_budget  # noqa: E402
 from tests.problems import random_inputs  # noqa: E402
 
@@ -328,7 +328,7 @@ def check_gradients_that_are_not_needed(mesh, variant):
     table = (None, None, [n for pair in inputs.sizes for n in pair], None)
     flags = list(itertools.product((False, True), repeat=2))
     for needs_value, needs_points in (*flags, *flags[::-1]):
-        gradients = backend._BACKWARD(
+        gradients = operators.BACKWARD(
             grad_output, tensors[0], *table, *tensors[1:], needs_value, needs_points
         )
         full = single(inputs, torch.float32)[1:]
@@ -376,7 +376,7 @@ def check_the_operators_by_keyword(mesh):
     inputs = random_inputs(**EVEN)
     value, locations, weights = (t.detach() for t in leaves(inputs, mesh, [R], [QUERY]))
     table = {"spatial_shapes": inputs.shapes(), "level_start_index": None, "sizes": None}
-    output = backend._FORWARD(
+    output = operators.FORWARD(
         value=value, **table, starts=None, sampling_locations=locations, attention_weights=weights
     )
     assert torch.equal(output.full_tensor(), single(inputs)[0])
