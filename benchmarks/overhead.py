@@ -96,12 +96,15 @@ def stages_on_host(problem: Problem) -> Calls:
     arrays = [operators._numpy(tensor) for tensor in problem.inputs]
     gradients = [operators._numpy(problem.grad_output), *arrays]
 
-    def exchanged(*tensors: Tensor) -> Any:
-        return [torch.from_numpy(operators._numpy(tensor)).to(tensor.dtype) for tensor in tensors]
+    def exchanged(tensors: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
+        made = [operators._numpy(tensor) for tensor in tensors]
+        for array, result in zip(made, results, strict=False):
+            torch.from_numpy(array).to(result.dtype)
 
+    backward = (problem.grad_output, *problem.inputs)
     return {
-        "exchange forward": lambda: exchanged(*problem.inputs),
-        "exchange backward": lambda: exchanged(problem.grad_output, *problem.inputs),
+        "exchange forward": lambda: exchanged(problem.inputs, problem.inputs[:1]),
+        "exchange backward": lambda: exchanged(backward, problem.inputs),
         "launch forward": lambda: host.forward(*checked, *arrays, threads=threads),
         "launch backward": lambda: host.backward(*checked, *gradients, threads=threads),
     }

@@ -236,13 +236,16 @@ def _operands(
         raise unsupported_device(str(value.device))
     if kind == "cuda" and torch.version.hip is not None:
         raise unsupported_device(f"{value.device} of a ROCm build of torch")
-    table = _table(*inputs)
-    # Where only shapes are computed, nothing else checks them.
-    if any(
-        given is not None and given.is_meta for given in (*inputs[::3], *inputs[4:], *table[:2])
+    shapes, start_index, sizes, starts = _table(*inputs)
+    if (
+        value.is_meta
+        or sampling_locations.is_meta
+        or attention_weights.is_meta
+        or (shapes is not None and shapes.is_meta)
+        or (start_index is not None and start_index.is_meta)
     ):
-        check(*inputs)
-    return value, *table, sampling_locations, attention_weights
+        check(*inputs)  # where only shapes are computed, nothing else does
+    return value, shapes, start_index, sizes, starts, sampling_locations, attention_weights
 
 
 def _dense(array: Any) -> bool:
