@@ -9,7 +9,6 @@ table.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -464,26 +463,27 @@ def _device_backward(
     needs_points: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are needed, computed by the CUDA kernels on torch's current stream."""
-    by_value, by_locations, by_weights = None, None, None
-    if needs_value:
+    by_value, by_locations, by_weights, sums = None, None, None, None
+    reproducible = torch.are_deterministic_algorithms_enabled() and not problem.is_empty
+    if needs_value and reproducible:
+        by_value = value.new_empty(value.shape)
+        sums = _Exporter(value.new_zeros(_launch().num_sums(problem), dtype=torch.int64))
+    elif needs_value:
         wide = torch.promote_types(value.dtype, torch.float32)
         by_value = value.new_zeros(value.shape, dtype=wide)
     if needs_points:
         make = Tensor.new_zeros if problem.is_empty else Tensor.new_empty
         by_locations, by_weights = (make(tensor, tensor.shape) for tensor in (locations, weights))
     if not problem.is_empty:
-        if needs_value:
-            _warn_of_order()
         launch = _launch()
         inputs = [_readable(tensor) for tensor in (grad_output, value, locations, weights)]
-        gradients = (by_value, by_locations, by_weights)
+        gradients = (
+            None if tensor is None else _Exporter(tensor)
+            for tensor in (by_value, by_locations, by_weights)
+        )
+        exported = tuple(map(_Exporter, inputs)), tuple(gradients)
         with launch.on_stream(*_place(value)):
-            launch.backward(
-                problem,
-                _exported(table),
-                *map(_Exporter, inputs),
-                *(None if tensor is None else _Exporter(tensor) for tensor in gradients),
-            )
+            launch.backward(problem, _exported(table), *exported, sums)
     return None if by_value is None else by_value.to(value.dtype), by_locations, by_weights
 
 
@@ -544,16 +544,3 @@ class _Exporter:
     def __dlpack_device__(self) -> tuple[int, int]:
         """DLPack's device type and index."""
         return self._device
-
-
-def _warn_of_order() -> None:
-    """Follow torch's rule for operators whose result depends on the order of atomic additions."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        "the CUDA backward of cupy_msda.ms_deform_attn adds to the gradient of value in an order "
-        "that varies from run to run, so torch.use_deterministic_algorithms(True) rules it out"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
