@@ -125,23 +125,25 @@ def stages_on_device(problem: Problem) -> Calls:
 
     of_table = exchanged(problem.sizes, problem.starts)
     table = table._replace(device_sizes=of_table[0], device_starts=of_table[1])
-    ways = {
-        "forward": (launch.forward, (*problem.inputs, *results)),
-        "backward": (launch.backward, (problem.grad_output, *problem.inputs, *gradients)),
+    tables = problem.sizes, problem.starts
+    of_forward = (*problem.inputs, *results)
+    of_backward = (problem.grad_output, *problem.inputs, *gradients)
+    arrays, more = exchanged(*of_forward), exchanged(*of_backward)
+
+    def forward() -> None:
+        with launch.on_stream(*place):
+            launch.forward(known, table, *arrays)
+
+    def backward() -> None:
+        with launch.on_stream(*place):
+            launch.backward(known, table, more[:4], more[4:])
+
+    return {
+        "exchange forward": lambda: exchanged(*of_forward, *tables),
+        "exchange backward": lambda: exchanged(*of_backward, *tables),
+        "launch forward": forward,
+        "launch backward": backward,
     }
-    found: Calls = {}
-    for way, (run, tensors) in ways.items():
-        arrays = exchanged(*tensors)
-
-        def launched(run: Any = run, arrays: Any = arrays) -> None:
-            with launch.on_stream(*place):
-                run(known, table, *arrays)
-
-        found[f"exchange {way}"] = lambda tensors=tensors: exchanged(
-            *tensors, problem.sizes, problem.starts
-        )
-        found[f"launch {way}"] = launched
-    return found
 
 
 def microseconds(calls: Calls, rounds: int) -> dict[str, float]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -162,7 +163,8 @@ def warmup(
         Of `sampling_locations` and `attention_weights`: float32, the default, or that of `value`;
         float64 by default for float64.
     backward : bool
-        Also the backward, for whichever gradients may be needed.
+        Also the backward, for whichever gradients may be needed; the reproducible one if
+        `torch.use_deterministic_algorithms(True)` holds now.
     device : str
         "cuda", the current device, "cuda:1", ..., or "cpu".
 
@@ -180,7 +182,9 @@ def warmup(
     else:
         from cupy_msda import launch
 
-        launch.compile_ahead(problem, backward, int(index) if index else None)
+        torch = sys.modules.get("torch")
+        reproducible = torch is not None and torch.are_deterministic_algorithms_enabled()
+        launch.compile_ahead(problem, backward, reproducible, int(index) if index else None)
 
 
 def _like(array: Any, result: Any) -> Any:

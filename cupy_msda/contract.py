@@ -20,7 +20,7 @@ import numpy as np
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _LIBRARIES = ("numpy", "torch", "cupy")
 INT32_MAX = 2**31 - 1
-# A CUDA launch takes the table by value, in at most 4 KB; as in generic.cu.
+# A CUDA launch takes the table by value, in at most 4 KB; as in levels.cuh.
 MAX_HOST_LEVELS = 320
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # The namespace has the from_dlpack by which results become arrays of the caller's library.

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -24,6 +24,8 @@ _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "floa
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
+_BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
+_NO_TABLE = LevelTable(None, None)
 
 
 class Plan(NamedTuple):
@@ -55,20 +57,47 @@ def plan_backward(
     multiprocessors: int = 1,
     needs_value: bool = True,
     needs_points: bool = True,
+    fixed: bool = False,
 ) -> Plan:
-    """Choose the backward kernel for the gradients that are needed; `table` holds host facts only."""
+    """Choose the backward kernel for the gradients that are needed; `table` holds host facts only.
+
+    `fixed`: gradients of value are summed in fixed point, between `plan_scale` and `plan_finish`.
+    """
     if not _specialised(problem, 4):
-        return _generic_plan(problem, table, "msda_backward_generic")
+        return _generic_plan(problem, table, "msda_backward_generic", (_cpp_bool(fixed),))
     group = problem.head_dim // 4
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
     split = _split(problem, group, min(WARP // group, max(1, points // group)), multiprocessors)
-    arguments = (
-        *_shape_arguments(problem), split, str(needs_value).lower(), str(needs_points).lower()
-    )  # fmt: skip
+    flags = map(_cpp_bool, (needs_value, needs_points, fixed))
+    arguments = (*_shape_arguments(problem), split, *flags)
     queries = BLOCK // (group * split)
     params = _params(problem, table)
     return _plan(problem, "backward.cu", "msda_backward", arguments, queries, params)
+
+
+@lru_cache(maxsize=1024)
+def plan_scale(problem: Problem, table: LevelTable, multiprocessors: int = 1) -> Plan:
+    """What finds the quantum of the sums in fixed point; `table` holds host facts only."""
+    name = f"msda_scale<{_types(problem)}>"
+    grid = _filling_grid(problem, problem.num_queries, multiprocessors)
+    params = _params(problem, table, MAX_HOST_LEVELS)
+    return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), params)
+
+
+@lru_cache(maxsize=1024)
+def plan_finish(problem: Problem, multiprocessors: int = 1) -> Plan:
+    """What turns the sums in fixed point into the gradient of value."""
+    name = f"msda_finish<{_CPP[problem.value_dtype]}>"
+    grid = _filling_grid(problem, problem.spatial_size, multiprocessors)
+    return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), _params(problem, _NO_TABLE, 0))
+
+
+def num_sums(problem: Problem) -> int:
+    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh."""
+    limbs = 2 if problem.value_dtype == "float64" else 1
+    image_heads = problem.batch * problem.num_heads
+    return image_heads * (limbs * problem.spatial_size * problem.head_dim + 1)
 
 
 def _specialised(problem: Problem, vector: int) -> bool:
@@ -103,10 +132,12 @@ def _split(problem: Problem, group: int, most: int, multiprocessors: int) -> int
     return split
 
 
-def _generic_plan(problem: Problem, table: LevelTable, name: str) -> Plan:
+def _generic_plan(
+    problem: Problem, table: LevelTable, name: str, arguments: tuple[object, ...] = ()
+) -> Plan:
     """One warp for each row."""
     params = _params(problem, table, MAX_HOST_LEVELS)
-    return _plan(problem, "generic.cu", name, (), BLOCK // WARP, params)
+    return _plan(problem, "generic.cu", name, arguments, BLOCK // WARP, params)
 
 
 def _plan(
@@ -117,19 +148,42 @@ def _plan(
     queries_per_block: int,
     params: np.ndarray,
 ) -> Plan:
-    """Put the plan together: x covers the queries, y and z the (image, head) pairs."""
-    types = (problem.value_dtype, problem.location_dtype, problem.weight_dtype)
-    template = ", ".join([*(_CPP[t] for t in types), *map(str, arguments)])
-    image_heads = problem.batch * problem.num_heads
-    grid_z = -(-image_heads // MAX_GRID_YZ)
-    grid = (-(-problem.num_queries // queries_per_block), -(-image_heads // grid_z), grid_z)
+    """Put the plan together: x covers the queries."""
+    template = ", ".join([_types(problem), *map(str, arguments)])
+    grid = _grid(problem, -(-problem.num_queries // queries_per_block))
     return Plan(Kernel(file, f"{name}<{template}>"), grid, (BLOCK, 1, 1), params)
+
+
+def _types(problem: Problem) -> str:
+    """The dtypes among the template arguments: of value, locations and weights."""
+    types = (problem.value_dtype, problem.location_dtype, problem.weight_dtype)
+    return ", ".join(_CPP[name] for name in types)
+
+
+def _cpp_bool(flag: bool) -> str:
+    """A truth value as a template argument."""
+    return str(flag).lower()
+
+
+def _grid(problem: Problem, x: int) -> tuple[int, int, int]:
+    """A grid of so many blocks for each (image, head), which y and z cover."""
+    image_heads = problem.batch * problem.num_heads
+    z = -(-image_heads // MAX_GRID_YZ)
+    return x, -(-image_heads // z), z
+
+
+def _filling_grid(problem: Problem, rows: int, multiprocessors: int) -> tuple[int, int, int]:
+    """A grid of as many warps as the device holds, or as there are rows of every (image, head)."""
+    wanted = multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
+    blocks = max(1, -(-wanted // (problem.batch * problem.num_heads)))
+    return _grid(problem, min(blocks, -(-rows // (BLOCK // WARP))))
 
 
 def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.ndarray:
     """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
+    room = problem.num_levels if room is None else room
     scalars = [(name, "i4") for name in Problem._fields[:7]]
-    params = np.zeros((), [*scalars, ("levels", "i4", (room or problem.num_levels, 3))])
+    params = np.zeros((), [*scalars, ("levels", "i4", (room, 3))])
     for name, _ in scalars:
         params[name] = getattr(problem, name)
     levels = params["levels"]
@@ -203,9 +257,9 @@ def backward_arrays(
         grad, *arrays = [_aligned(array) for array in (grad_output, value, locations, weights)]
         accumulator = cupy.float64 if problem.value_dtype == "float64" else cupy.float32
         of_points = map(cupy.zeros_like if problem.is_empty else cupy.empty_like, arrays[1:])
-        gradients = [cupy.zeros(value.shape, accumulator), *of_points]
+        gradients = (cupy.zeros(value.shape, accumulator), *of_points)
         if not problem.is_empty:
-            backward(problem, _aligned_table(table), grad, *arrays, *gradients)
+            backward(problem, _aligned_table(table), (grad, *arrays), gradients)
         return gradients[0].astype(arrays[0].dtype, copy=False), gradients[1], gradients[2]
 
 
@@ -215,48 +269,65 @@ def forward(
     """Launch the forward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned."""
     device, multiprocessors = _current_device()
     plan = plan_forward(problem, _host_part(table), multiprocessors)
-    _launch(plan, device, (value, locations, weights, output), table)
+    arrays = (value, locations, weights, output, *table[2:])
+    _launch(plan, device, map(_as_cupy, arrays))
 
 
 def backward(
     problem: Problem,
     table: LevelTable,
-    grad_output: Any,
-    value: Any,
-    locations: Any,
-    weights: Any,
-    grad_value: Any,
-    grad_locations: Any,
-    grad_weights: Any,
+    inputs: tuple[Any, Any, Any, Any],
+    gradients: tuple[Any, Any, Any],
+    sums: Any = None,
 ) -> None:
     """Launch the backward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned.
 
-    `grad_value` is a zeroed float32 (float64 for float64) accumulator; it may be None, and so may the other two.
+    `inputs` are grad_output, value, locations and weights. Of the gradients, that of value may be
+    None, and so may the other two; it is a zeroed float32 (float64 for float64) accumulator, added
+    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements, it is of the
+    dtype of value instead, written whole, and reproducible bit for bit.
     """
     device, multiprocessors = _current_device()
-    needs = grad_value is not None, grad_locations is not None
-    plan = plan_backward(problem, _host_part(table), multiprocessors, *needs)
-    arrays = (grad_output, value, locations, weights, grad_value, grad_locations, grad_weights)
-    _launch(plan, device, arrays, table)
+    known, needs_points = _host_part(table), gradients[1] is not None
+    grad_output, *others = map(_as_cupy, inputs)
+    grad_value, *of_points = map(_as_cupy, gradients)
+    levels = [_as_cupy(array) for array in table[2:]]
+    if sums is None:
+        plan = plan_backward(
+            problem, known, multiprocessors, gradients[0] is not None, needs_points
+        )
+        _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
+        return
+    sums = _as_cupy(sums)
+    plan = plan_scale(problem, known, multiprocessors)
+    _launch(plan, device, (grad_output, *others[1:], sums, *levels))
+    plan = plan_backward(problem, known, multiprocessors, True, needs_points, True)
+    _launch(plan, device, (grad_output, *others, sums, *of_points, *levels))
+    _launch(plan_finish(problem, multiprocessors), device, (sums, grad_value))
 
 
-def compile_ahead(problem: Problem, with_backward: bool, device: int | None = None) -> None:
-    """Compile what `forward` and `backward` will launch for a problem, on `device` or CuPy's current one."""
+def compile_ahead(
+    problem: Problem, with_backward: bool, reproducible: bool, device: int | None = None
+) -> None:
+    """Compile what `forward` and `backward`, with sums or without, will launch on `device` or CuPy's current one."""
     with require_cupy().cuda.Device(device):
         index, multiprocessors = _current_device()
         table = LevelTable(None, None)
         plans = [plan_forward(problem, table, multiprocessors)]
         if with_backward:
-            needs = ((True, True), (True, False), (False, True))
-            plans += [plan_backward(problem, table, multiprocessors, *need) for need in needs]
+            for needs in ((True, True), (True, False), (False, True)):
+                fixed = reproducible and needs[0]
+                plans.append(plan_backward(problem, table, multiprocessors, *needs, fixed))
+        if with_backward and reproducible:
+            plans.append(plan_scale(problem, table, multiprocessors))
+            plans.append(plan_finish(problem, multiprocessors))
         for plan in plans:
             load(plan.kernel, index)
 
 
-def _launch(plan: Plan, device: int, arrays: tuple[Any, ...], table: LevelTable) -> None:
-    """Append the level table and the parameters to the arrays and launch."""
-    pointers = map(_as_cupy, (*arrays, table.device_sizes, table.device_starts))
-    load(plan.kernel, device)(plan.grid, plan.block, (*pointers, plan.params))
+def _launch(plan: Plan, device: int, arrays: Iterable[Any]) -> None:
+    """Launch on CuPy arrays, which the parameters follow."""
+    load(plan.kernel, device)(plan.grid, plan.block, (*arrays, plan.params))
 
 
 def _host_part(table: LevelTable) -> LevelTable:

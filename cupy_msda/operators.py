@@ -8,7 +8,6 @@ from `torch.ops.cupy_msda` as from the public functions, and tracing never reads
 from __future__ import annotations
 
 import os
-import warnings
 from functools import cache
 from itertools import accumulate
 from types import ModuleType
@@ -152,26 +151,25 @@ def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tens
     """The backward operator on real tensors, with the arguments of its schema."""
     *_, locations, weights, needs_value, needs_points = arguments
     problem, table = _checked(grad_output, value, *arguments[:-2])
-    gradients: tuple[Tensor | None, ...]
     if not (needs_value or needs_points):
-        gradients = (None, None, None)
+        by_value, by_locations, by_weights = None, None, None
     elif value.is_cuda:
-        gradients = _device_backward(
+        by_value, by_locations, by_weights = _device_backward(
             problem, table, grad_output, value, locations, weights, needs_value, needs_points
         )
     else:
         arrays = _numpy(grad_output), _numpy(value), _numpy(locations), _numpy(weights)
-        by_value, *by_points = host.backward(
-            problem, table, *arrays, threads=torch.get_num_threads()
-        )
-        gradients = (
-            torch.from_numpy(by_value).to(value.dtype) if needs_value else None,
-            torch.from_numpy(by_points[0]).to(locations.dtype) if needs_points else None,
-            torch.from_numpy(by_points[1]).to(weights.dtype) if needs_points else None,
-        )
-    return tuple(
-        value.new_empty(0, dtype=tensor.dtype) if gradient is None else gradient
-        for gradient, tensor in zip(gradients, (value, locations, weights), strict=True)
+        gradients = host.backward(problem, table, *arrays, threads=torch.get_num_threads())
+        by_value = torch.from_numpy(gradients[0]).to(value.dtype) if needs_value else None
+        if needs_points:
+            by_locations = torch.from_numpy(gradients[1]).to(locations.dtype)
+            by_weights = torch.from_numpy(gradients[2]).to(weights.dtype)
+        else:
+            by_locations, by_weights = None, None
+    return (
+        value.new_empty(0) if by_value is None else by_value,
+        locations.new_empty(0) if by_locations is None else by_locations,
+        weights.new_empty(0) if by_weights is None else by_weights,
     )
 
 
@@ -233,26 +231,27 @@ def _device_backward(
     needs_points: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are needed, computed by the CUDA kernels on torch's current stream."""
-    by_value, by_locations, by_weights = None, None, None
-    if needs_value:
+    by_value, by_locations, by_weights, sums = None, None, None, None
+    reproducible = torch.are_deterministic_algorithms_enabled() and not problem.is_empty
+    if needs_value and reproducible:
+        by_value = value.new_empty(value.shape)
+        sums = _Exporter(value.new_zeros(_launch().num_sums(problem), dtype=torch.int64))
+    elif needs_value:
         wide = torch.promote_types(value.dtype, torch.float32)
         by_value = value.new_zeros(value.shape, dtype=wide)
     if needs_points:
         make = Tensor.new_zeros if problem.is_empty else Tensor.new_empty
         by_locations, by_weights = (make(tensor, tensor.shape) for tensor in (locations, weights))
     if not problem.is_empty:
-        if needs_value:
-            _warn_of_order()
         launch = _launch()
         inputs = [_readable(tensor) for tensor in (grad_output, value, locations, weights)]
-        gradients = (by_value, by_locations, by_weights)
+        gradients = (
+            None if tensor is None else _Exporter(tensor)
+            for tensor in (by_value, by_locations, by_weights)
+        )
+        exported = tuple(map(_Exporter, inputs)), tuple(gradients)
         with launch.on_stream(*_place(value)):
-            launch.backward(
-                problem,
-                _exported(table),
-                *map(_Exporter, inputs),
-                *(None if tensor is None else _Exporter(tensor) for tensor in gradients),
-            )
+            launch.backward(problem, _exported(table), *exported, sums)
     return None if by_value is None else by_value.to(value.dtype), by_locations, by_weights
 
 
@@ -307,16 +306,3 @@ class _Exporter:
     def __dlpack_device__(self) -> tuple[int, int]:
         """DLPack's device type and index."""
         return self._device
-
-
-def _warn_of_order() -> None:
-    """Follow torch's rule for operators whose result depends on the order of atomic additions."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        "the CUDA backward of cupy_msda.ms_deform_attn adds to the gradient of value in an order "
-        "that varies from run to run, so torch.use_deterministic_algorithms(True) rules it out"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)

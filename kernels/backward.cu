@@ -3,11 +3,12 @@
 //
 // Layout   as in forward.cu; grad_output like output. grad_value is a zeroed float32 accumulator of shape (N, S, M, D)
 //          whatever Value is; grad_locations and grad_weights are written whole, in the dtypes of what they belong to.
-//          VALUE and POINTS tell which of the gradients are wanted; the pointers of the others are null.
+//          VALUE and POINTS tell which of the gradients are wanted; the pointers of the others are null. FIXED:
+//          grad_value is summed in fixed point instead, in the array that fixed.cuh describes.
 // Threads  G = D / 4 lanes own a row, or one of SPLIT parts of its points; a lane owns four channels at every dtype, so
-//          that a corner's gradient leaves as full 16-byte additions. Each lane forms four partial dot products per
-//          point, and an exchange over the group leaves the sums of point j with lane j, which computed that point's
-//          record: it finishes the point alone, without atomics.
+//          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
+//          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
+//          lane j, which computed that point's record: it finishes the point alone, without atomics.
 // Grid and limits as in forward.cu.
 #include "records.cuh"
 
@@ -18,17 +19,44 @@ struct Walk {
   const Slots* slots;
   int slot;           // the group's first
   const char* value;  // of the group's (image, head), at the lane's channels
-  char* grad_value;   // likewise
+  char* grad_value;   // likewise; FIXED: at the lane's first quanta
   float grad[VEC];    // of the row's output
+  // FIXED only: the gradient of channels that lie G apart, in quanta. So the group adds to neighbouring integers, where
+  // channels of its own would leave each lane a part of the 32 bytes that memory adds to at a time.
+  float quanta[VEC];
+  float weight_factor;
+  unsigned broken;  // bit c: channel c of those is not finite, and its quanta are zero
 };
 
 // What a kernel is specialised for, handed down in one piece.
-template <typename Value_, int G_, int PIXEL_, int P_, bool VALUE_, bool POINTS_>
+template <typename Value_, int G_, int PIXEL_, int P_, bool VALUE_, bool POINTS_, bool FIXED_>
 struct Traits {
   using Value = Value_;
+  using Addend = typename Accumulator<Value, FIXED_>::type;
   static constexpr int G = G_, PIXEL = PIXEL_, P = P_;
-  static constexpr bool VALUE = VALUE_, POINTS = POINTS_;
+  static constexpr bool VALUE = VALUE_, POINTS = POINTS_, FIXED = FIXED_;
 };
+
+// Where the gradient of corner i of a record goes, of the lane's first channel.
+template <typename T, bool INTERIOR>
+__device__ __forceinline__ typename T::Addend* sum_pointer(const Walk& walk, const int2& place, int corner) {
+  constexpr int WIDER = sizeof(typename T::Addend) / sizeof(typename T::Value);
+  return reinterpret_cast<typename T::Addend*>(
+      corner_pointer<INTERIOR, T::PIXEL, WIDER>(walk.grad_value, place, corner));
+}
+
+// Add the gradient of one corner to memory. INTERIOR: all four lie inside the level.
+template <typename T, bool INTERIOR>
+__device__ __forceinline__ void add_corner(const Walk& walk, const int2& place, int corner, float share) {
+  const auto to = sum_pointer<T, INTERIOR>(walk, place, corner);
+  if constexpr (T::FIXED) {
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) atomicAdd(to + c * T::G, whole(share, walk.quanta[c]));
+  } else {
+    const float (&grad)[VEC] = walk.grad;
+    reduce_add(to, share * grad[0], share * grad[1], share * grad[2], share * grad[3]);
+  }
+}
 
 // The lane's share of the four dot products of one point; its corners' gradients go to memory on the way.
 template <typename T, bool INTERIOR>
@@ -49,11 +77,8 @@ __device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
 #pragma unroll
       for (int c = 0; c < VEC; ++c) dot.at[corner] += grad[c] * pixel[c];
     }
-    if (T::VALUE && counts) {
-      const float s = shares[corner];
-      constexpr int WIDER = sizeof(float) / sizeof(Value);
-      char* to = corner_pointer<INTERIOR, T::PIXEL, WIDER>(walk.grad_value, place, corner);
-      reduce_add(reinterpret_cast<float*>(to), s * grad[0], s * grad[1], s * grad[2], s * grad[3]);
+    if constexpr (T::VALUE) {
+      if (counts) add_corner<T, INTERIOR>(walk, place, corner, shares[corner]);
     }
   }
   return dot;
@@ -83,6 +108,31 @@ __device__ __forceinline__ Four<float> visit_all(const Walk& walk, int first, in
   }
 }
 
+// The row's gradient once more, for the sums.
+template <int G, typename Value>
+__device__ __forceinline__ void load_quanta(Walk& walk, const Value* grad_output, const Scale<float>& scale) {
+  walk.weight_factor = scale.weight;
+#pragma unroll
+  for (int c = 0; c < VEC; ++c) {
+    const float grad = widen(grad_output[c * G]);
+    walk.quanta[c] = is_finite(grad) ? times_power(grad, scale.grad) : 0.0f;
+    walk.broken |= is_finite(grad) ? 0u : 1u << c;
+  }
+}
+
+// Mark the sums that numbers that are not finite take part in; such numbers have been added as zero. `weights`: bit j is
+// set where the weight of point j is one. Short rather than fast.
+template <typename T, int COUNT>
+__device__ __forceinline__ void mark_broken(const Walk& walk, unsigned weights) {
+#pragma unroll 1
+  for (int i = 0; i < COUNT * 4 * VEC; ++i) {
+    const int j = i / (4 * VEC), corner = i / VEC % 4, c = i % VEC;
+    const int2 place = walk.slots->places[walk.slot + j];
+    if ((place.x >> corner & 1) && ((weights >> j | walk.broken >> c) & 1u))
+      atomicExch(sum_pointer<T, false>(walk, place, corner) + c * T::G, NOT_FINITE);
+  }
+}
+
 // One stage: COUNT points of every group of the warp.
 template <typename T, int COUNT, typename Location, typename Weight>
 __device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, const Level* levels, int member,
@@ -92,13 +142,19 @@ __device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, c
   const bool owner = active && member < COUNT;
   Point point;
   if (owner)
-    point = make_record<T::PIXEL>(slots, locations + 2 * index, weights + index, levels[index / T::P]);
+    point = make_record<T::PIXEL, T::FIXED>(slots, locations + 2 * index, weights + index, levels[index / T::P],
+                                            walk.weight_factor);
   else
     point = empty_record(slots);
   const bool interior = __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
   __syncwarp();
   const Four<float> dot =
       interior ? visit_all<T, true, T::G, COUNT>(walk, 0, member) : visit_all<T, false, T::G, COUNT>(walk, 0, member);
+  if constexpr (T::FIXED) {
+    const bool broken = !is_finite(point.weight);
+    if (__any_sync(ALL_LANES, broken || walk.broken != 0u))
+      mark_broken<T, COUNT>(walk, __ballot_sync(ALL_LANES, broken) >> (walk.slot % WARP));
+  }
   __syncwarp();
   if (!T::POINTS || !owner) return;
   PointGradient<float> gradient = point_gradient(point.cell, point.weight, point.level, dot);
@@ -109,18 +165,20 @@ __device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, c
 }
 
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT, bool VALUE,
-          bool POINTS>
+          bool POINTS, bool FIXED>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                  float* __restrict__ grad_value, Location* __restrict__ grad_locations,
-                  Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                  const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
+                  typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                  Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
+                  const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                  const __grid_constant__ Params<L> p) {
   constexpr int G = D / VEC, K = L * P, PART = K / SPLIT;
   constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
-  using T = Traits<Value, G, PIXEL, P, VALUE, POINTS>;
+  using T = Traits<Value, G, PIXEL, P, VALUE, POINTS, FIXED>;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
+  static_assert(VALUE || !FIXED, "only gradients of value are summed");
   static_assert(K % SPLIT == 0 && G * SPLIT <= WARP, "SPLIT parts must be equal and share a warp");
 
   __shared__ Level levels[L];
@@ -132,10 +190,18 @@ __global__ void __launch_bounds__(BLOCK)
   if (!row.active) row.image = row.query = 0;  // takes part in its warp's exchanges, and writes nothing
   const long long index = row.index(p);
   const long long base = row.template base<D>(p) + row.member * VEC;
-  Walk walk = {
-      &slots, static_cast<int>(threadIdx.x) - row.member, reinterpret_cast<const char*>(value + base), nullptr, {}};
-  if (VALUE) walk.grad_value = reinterpret_cast<char*>(grad_value + base);
+  Walk walk = {};
+  walk.slots = &slots;
+  walk.slot = static_cast<int>(threadIdx.x) - row.member;
+  walk.value = reinterpret_cast<const char*>(value + base);
   load(walk.grad, grad_output + index * D + row.member * VEC);
+  if constexpr (FIXED) {
+    const long long image_head = static_cast<long long>(row.image) * M + row.head;
+    load_quanta<G>(walk, grad_output + index * D + row.member, read_scale<float>(grad_value, p, image_head));
+    walk.grad_value = reinterpret_cast<char*>(grad_value + row.template base<D>(p) + row.member);
+  } else if (VALUE) {
+    walk.grad_value = reinterpret_cast<char*>(grad_value + base);
+  }
   locations += 2 * index * K;
   weights += index * K;
   if (POINTS) {

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and backward for what the specialised kernels do not cover: any D, L, P and M, float64, more than 2^31 bytes.
 //
-// Layout   as in forward.cu and backward.cu; grad_value is a zeroed accumulator in Compute<Value>.
+// Layout   as in forward.cu and backward.cu; grad_value is a zeroed accumulator in Compute<Value>, or with
+//          FIXED the array of sums that fixed.cuh describes.
 // Threads  One warp owns a row (n, q, m). Points are taken 32 at a time: each lane locates one of them, leaves it in the
 //          warp's slots, and the warp walks through the slots with its lanes over the channels.
 // Grid     x: blocks of queries, y and z: (image, head). All offsets are 64-bit.
 #include "bilinear.cuh"
+#include "fixed.cuh"
 #include "scalar.cuh"
-
-constexpr int MAX_LEVELS = 320;  // by value: a launch may pass 4 KB
-using GenericParams = Params<MAX_LEVELS>;
 
 template <typename Real>
 struct Slot {
@@ -44,11 +43,11 @@ struct Point {
   Real weight;
 };
 
-// Locate point k of the row and leave it in the lane's slot.
+// Locate point k of the row and leave it in the lane's slot, its shares multiplied by `factor`.
 template <typename Real, typename Location, typename Weight>
 __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const Location* locations,
                                  const Weight* weights, const long long* sizes, const long long* starts,
-                                 const GenericParams& p) {
+                                 const GenericParams& p, Real factor = 1) {
   const long long at = row.index * (p.num_levels * p.num_points) + k;
   Point<Real> point;
   point.level = read_level(k / p.num_points, sizes, starts, p);
@@ -59,7 +58,7 @@ __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const 
   const long long pixel =
       point.level.start + static_cast<long long>(point.cell.row) * point.level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
-  slot.share = corner_shares(point.cell, point.weight);
+  slot.share = corner_shares(point.cell, point.weight * factor);
   slot.corner = (position * p.num_heads + row.head) * p.head_dim;
   slot.pitch = static_cast<long long>(point.level.width) * p.num_heads * p.head_dim;
   slot.corners = point.cell.corners;
@@ -104,10 +103,20 @@ __global__ void __launch_bounds__(BLOCK)
   }
 }
 
+// Add share * grad to memory; as a number of quanta, if that is a sum.
+template <typename Real>
+__device__ __forceinline__ void add(Real* to, const Scale<Real>&, Real share, Real grad) {
+  atomicAdd(to, share * grad);
+}
+template <typename Real>
+__device__ __forceinline__ void add(Sum* to, const Scale<Real>& scale, Real share, Real grad) {
+  add_fixed(to, scale, share, times_power(grad, scale.grad));
+}
+
 // The four dot products of one point over all channels, in every lane; its corners' gradients go to memory on the way.
-template <typename Value, typename Real>
-__device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value, Real* grad_value,
-                            const Shape& p) {
+template <typename Value, typename Real, typename Addend>
+__device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value, Addend* grad_value,
+                            const Scale<Real>& scale, const Shape& p) {
   Four<Real> dot = {};
   for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
     const Real grad = static_cast<Real>(widen(grad_row[channel]));
@@ -115,7 +124,7 @@ __device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const
       if (!(slot.corners >> corner & 1u)) continue;
       const long long at = corner_index(slot, corner, p) + channel;
       dot.at[corner] += grad * static_cast<Real>(widen(value[at]));
-      if (grad_value != nullptr) atomicAdd(grad_value + at, slot.share.at[corner] * grad);
+      if (grad_value != nullptr) add(grad_value + at, scale, slot.share.at[corner], grad);
     }
   }
   for (int offset = WARP / 2; offset > 0; offset /= 2)
@@ -123,13 +132,14 @@ __device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const
   return dot;
 }
 
-template <typename Value, typename Location, typename Weight>
+template <typename Value, typename Location, typename Weight, bool FIXED>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward_generic(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                           const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                          typename Compute<Value>::type* __restrict__ grad_value, Location* __restrict__ grad_locations,
-                          Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                          const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
+                          typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                          Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
+                          const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                          const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   __shared__ Slot<Real> slots[BLOCK];
   const Row row = this_row(p);
@@ -137,14 +147,18 @@ __global__ void __launch_bounds__(BLOCK)
   const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
   const Slot<Real>* own = slots + (threadIdx.x - lane);
   const Value* grad_row = grad_output + row.index * p.head_dim;
+  Scale<Real> scale = {1, 0, 0, 0, 0};
+  if constexpr (FIXED)
+    scale = read_scale<Real>(grad_value, p, static_cast<long long>(row.image) * p.num_heads + row.head);
   for (int first = 0; first < points; first += WARP) {
     const int count = min(WARP, points - first);
     Point<Real> point = {};
-    if (lane < count) point = make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
+    if (lane < count)
+      point = make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p, scale.weight);
     __syncwarp();
     Four<Real> dot = {};
     for (int j = 0; j < count; ++j) {
-      const Four<Real> all = visit(own[j], grad_row, value, grad_value, p);
+      const Four<Real> all = visit(own[j], grad_row, value, grad_value, scale, p);
       if (j == lane) dot = all;
     }
     __syncwarp();

@@ -23,6 +23,9 @@ struct Params : Shape {
   int levels[LEVELS][3];  // H, W, start
 };
 
+constexpr int MAX_LEVELS = 320;  // by value: a launch may pass 4 KB
+using GenericParams = Params<MAX_LEVELS>;
+
 struct Level {
   int height, width;
   int start;  // negative: the level does not fit S, and every output that touches it is NaN

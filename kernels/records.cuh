@@ -8,6 +8,7 @@
 #pragma once
 
 #include "bilinear.cuh"
+#include "fixed.cuh"
 #include "scalar.cuh"
 
 struct Slots {
@@ -67,16 +68,19 @@ struct Point {
   float weight;
 };
 
-// PIXEL: bytes between neighbouring pixels of one head.
-template <int PIXEL, typename Location, typename Weight>
+// PIXEL: bytes between neighbouring pixels of one head. FIXED: the shares are multiplied by `factor`, and zero where the
+// weight is not finite.
+template <int PIXEL, bool FIXED = false, typename Location, typename Weight>
 __device__ __forceinline__ Point make_record(Slots& slots, const Location* location, const Weight* weight,
-                                             const Level& level) {
+                                             const Level& level, float factor = 1.0f) {
   float at[2];
   load(at, location);
   Point point = {locate<true>(at[0], at[1], level), level, widen(*weight)};
   if (point.cell.corners == 0u) point.weight = 0.0f;
   if (level.start < 0) point.weight = __int_as_float(0x7fc00000);
-  const Four<float> share = corner_shares(point.cell, point.weight);
+  float shared = point.weight;
+  if (FIXED) shared = is_finite(shared) ? shared * factor : 0.0f;
+  const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[threadIdx.x] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
   slots.places[threadIdx.x] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);

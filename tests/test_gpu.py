@@ -375,14 +375,76 @@ def test_the_functions_agree():
     torch.testing.assert_close(plain, expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_deterministic_algorithms_rule_out_atomic_sums():
-    inputs = random_inputs(d=16, device=DEVICE)
-    try:
-        torch.use_deterministic_algorithms(True)
-        with pytest.raises(RuntimeError, match="in an order that varies from run to run"):
-            run(inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.fixture(params=[False, True], ids=["error", "warn"])
+def deterministic(request):
+    """torch's switch, in both its modes."""
+    torch.use_deterministic_algorithms(True, warn_only=request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+REPRODUCIBLE = {
+    "split": ((25, 42), {"n": 1, "m": 8, "d": 32, "lq": 300, "p": 4}),
+    "crowded": ((3, 2), {"n": 2, "m": 8, "d": 32, "lq": 5000, "p": 4}),
+    "narrow": ((44, 44), {"n": 2, "m": 16, "d": 16, "lq": 1900, "p": 2}),
+    "generic": ((9, 7), {"n": 2, "m": 3, "d": 30, "lq": 2000, "p": 5}),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("name", REPRODUCIBLE)
+def test_gradients_are_the_same_bits_under_deterministic_algorithms(name, dtypes, deterministic):
+    size, numbers = REPRODUCIBLE[name]
+    inputs = random_inputs([size, (5, 4)], dtypes=dtypes, device=DEVICE, **numbers)
+    first = run(inputs)
+    for _ in range(10):
+        output, gradients = run(inputs)
+        assert torch.equal(output, first[0])
+        assert all(map(torch.equal, gradients, first[1]))
+    torch.use_deterministic_algorithms(False)  # the reference need not be
+    check_against_reference(inputs, *first)
+
+
+def test_plain_sums_are_not_the_same_bits_in_ten_runs():
+    """Else the test above would show nothing."""
+    size, numbers = REPRODUCIBLE["crowded"]
+    inputs = random_inputs([size, (5, 4)], device=DEVICE, **numbers)
+    first = run(inputs)[1][0]
+    assert not all(torch.equal(run(inputs)[1][0], first) for _ in range(10))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
+@pytest.mark.parametrize("d", [16, 30])
+def test_deterministic_algorithms_in_a_graph(dtypes, d, deterministic):
+    """Scale, sums and result are computed anew in each replay, from inputs of another magnitude."""
+    inputs = random_inputs(lq=300, d=d, dtypes=dtypes, device=DEVICE)
+    arguments = (inputs.grad_output, inputs.value, inputs.sizes, None, *inputs.tensors[1:])
+    run(inputs)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ms_deform_attn_backward(*arguments)
+    for factor in (1.0, 64.0, 2.0**-6):
+        inputs.grad_output.mul_(factor)
+        graph.replay()
+        expected = ms_deform_attn_backward(*arguments)
+        assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, HALF, (torch.float64,) * 2], ids=str)
+@pytest.mark.parametrize("d", [16, 30])
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_deterministic_algorithms_show_what_is_not_finite(dtypes, d, bad, deterministic):
+    inputs = random_inputs(lq=300, d=d, dtypes=dtypes, device=DEVICE)
+    inputs.grad_output[0, 0, 1] = 0
+    expected = run(inputs)[1][0]
+    inputs.grad_output[0, 0, 1] = bad
+    actual = run(inputs)[1][0]
+    touched = actual.isnan()
+    assert touched[0, :, 0, 1].any()
+    touched[0, :, 0, 1] = False
+    assert not touched.any()
+    finite = actual.isfinite()
+    assert torch.equal(actual[finite], expected[finite])
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
@@ -543,6 +605,15 @@ def test_nothing_waits_for_the_device(table, num_levels, request):
     work()
     request.getfixturevalue("no_waiting")
     assert returns_at_once(work)
+
+
+@pytest.mark.filterwarnings("ignore:.*debug mode is a prototype:UserWarning")
+def test_deterministic_algorithms_wait_for_nothing(deterministic, request):
+    inputs = random_inputs(lq=300, d=16, device=DEVICE)
+    arguments = (inputs.grad_output, inputs.value, inputs.sizes, None, *inputs.tensors[1:])
+    ms_deform_attn_backward(*arguments)
+    request.getfixturevalue("no_waiting")
+    assert returns_at_once(lambda: ms_deform_attn_backward(*arguments))
 
 
 @pytest.mark.filterwarnings("ignore:.*debug mode is a prototype:UserWarning")

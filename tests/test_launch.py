@@ -107,6 +107,48 @@ def test_arguments_reach_the_kernels_in_order(emulated_device, inputs: Inputs) -
     results(inputs)
 
 
+class Once:
+    """An exporter as torch.py makes them: its memory is handed out one time."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._arrays = [array]
+
+    def __dlpack__(self, **options):
+        return self._arrays.pop().__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+@pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("needs_points", [True, False])
+def test_gradients_of_value_by_sums_in_fixed_point(
+    emulated_device, inputs: Inputs, needs_points: bool
+) -> None:
+    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    arrays = in_numpy(inputs)
+    gradients = [np.full_like(array, np.nan) for array in arrays[1:]]
+    sums = np.zeros(launch.num_sums(problem), np.int64)
+    given = [Once(array) for array in gradients]
+    of_points = given[1:] if needs_points else (None, None)
+    launch.backward(problem, table, tuple(map(Once, arrays)), (given[0], *of_points), Once(sums))
+    assert sums.any()
+    output = torch.from_numpy(np.asarray(launch.forward_arrays(problem, table, *arrays[1:])))
+    if needs_points:
+        check_against_reference(inputs, output, list(map(torch.from_numpy, gradients)))
+    else:
+        assert np.isfinite(gradients[0]).all()
+        assert all(np.isnan(gradient).all() for gradient in gradients[1:])
+
+
+def test_grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows() -> None:
+    inputs = random_inputs(((40, 40),), n=2, m=4, d=8, lq=900)
+    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    for multiprocessors, of_queries, of_positions in ((0, 1, 1), (50, 50, 50), (10**6, 113, 200)):
+        assert launch.plan_scale(problem, table, multiprocessors).grid == (of_queries, 8, 1)
+        assert launch.plan_finish(problem, multiprocessors).grid == (of_positions, 8, 1)
+
+
 def test_level_table_of_another_integer_type_on_the_device(emulated_device) -> None:
     inputs = CASES["specialised"]
     table = LevelTable(
@@ -230,7 +272,7 @@ def test_compiled_once_per_device(monkeypatch) -> None:
 
 
 def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
-    for file in ("forward.cu", "backward.cu", "generic.cu"):
+    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu"):
         source = compiler.assemble(file)
         assert "#include" not in source
         assert "#pragma once" not in source

@@ -105,6 +105,19 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
     }
 
 
+def fixed_kernels(
+    shape: str, dtypes: str, multiprocessors: int = 1, needs_points: bool = True
+) -> tuple[Kernel, Kernel, Kernel]:
+    """The three launches that sum gradients of value in fixed point."""
+    d, levels, points, heads = SHAPES[shape]
+    case = problem(DTYPES[dtypes], d, levels, points, heads)
+    return (
+        launch.plan_scale(*case).kernel,
+        launch.plan_backward(*case, multiprocessors, True, needs_points, True).kernel,
+        launch.plan_finish(case[0]).kernel,
+    )
+
+
 class Budget(NamedTuple):
     """The most that a kernel may use per thread."""
 
@@ -118,6 +131,7 @@ BUDGETS = {
     "forward.cu": Budget(64, 0),
     "backward.cu": Budget(88, 40),
     "generic.cu": Budget(80, 16),
+    "fixed.cu": Budget(64, 0),
 }
 
 
@@ -152,6 +166,23 @@ def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
     check_budgets(kernels(shape, dtypes).values(), architecture)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_sums_in_fixed_point(dtypes: str, architecture: int) -> None:
+    check_budgets(fixed_kernels("detr", dtypes), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
+    others = [
+        *(fixed_kernels(shape, "f32")[1] for shape in ("dino5", "rfdetr", "d64")),
+        fixed_kernels("detr", "f32", MANY)[1],
+        fixed_kernels("dfine", "bf16", MANY)[1],
+        fixed_kernels("detr", "f32", needs_points=False)[1],
+    ]
+    check_budgets(others, architecture)
+
+
 GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
 
 
@@ -159,9 +190,14 @@ GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
 @pytest.mark.parametrize("dtypes", GENERIC, ids="-".join)
 def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     case = problem(dtypes, 30, 4, 4)
-    generic = [plan(*case).kernel for plan in (launch.plan_forward, launch.plan_backward)]
-    assert [kernel.file for kernel in generic] == ["generic.cu"] * 2
-    check_budgets(generic, architecture)
+    generic = [
+        launch.plan_forward(*case).kernel,
+        launch.plan_backward(*case).kernel,
+        launch.plan_backward(*case, 1, True, True, True).kernel,
+    ]
+    assert [kernel.file for kernel in generic] == ["generic.cu"] * 3
+    before_and_after = launch.plan_scale(*case).kernel, launch.plan_finish(case[0]).kernel
+    check_budgets((*generic, *before_and_after), architecture)
 
 
 def test_compiler_errors_name_the_file() -> None:

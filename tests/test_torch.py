@@ -19,6 +19,7 @@ from cupy_msda import (
     MSDeformAttn,
     MSDeformAttnFunction,
     host,
+    launch,
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
@@ -691,11 +692,21 @@ class FakeLaunch:
         output.copy_(reference.forward(value, self._levels(problem, table), locations, weights))
         self.computed.append("output")
 
-    def backward(self, problem, table, *arrays):
+    def num_sums(self, problem):
+        return launch.num_sums(problem)
+
+    def backward(self, problem, table, inputs, gradients, sums=None):
+        letters = "vvlw" + ("alw" if sums is None else "vlw")
         grad, value, *points, by_value, by_locations, by_weights = self._imported(
-            problem, arrays, "vvlwalw"
+            problem, (*inputs, *gradients), letters
         )
-        assert by_value is None or not by_value.any()
+        if sums is not None:
+            sums = self._import(sums, torch.int64)
+            assert sums.shape == (launch.num_sums(problem),)
+            assert not sums.any()
+            self.computed.append("in fixed point")
+        elif by_value is not None:
+            assert not by_value.any()
         widest = torch.promote_types(value.dtype, torch.float32)
         results = reference.backward(
             grad.to(widest), value.to(widest), self._levels(problem, table), *points
@@ -797,18 +808,43 @@ def test_empty_problems_reach_no_kernel(fake_launch):
     assert fake_launch.computed == []
 
 
-def test_deterministic_algorithms_rule_out_atomic_sums(fake_launch):
-    inputs = random_inputs()
+@pytest.fixture(params=[False, True], ids=["error", "warn"])
+def deterministic(request):
+    """torch's switch, in both its modes."""
+    torch.use_deterministic_algorithms(True, warn_only=request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_deterministic_algorithms_sum_in_fixed_point(dtypes, fake_launch, deterministic):
+    """Neither an error nor a warning, and only the gradient of value is computed in another way."""
+    inputs = random_inputs(dtypes=dtypes)
     table = TABLES["host"](inputs)
-    try:
-        torch.use_deterministic_algorithms(True)
-        with pytest.raises(
-            RuntimeError, match=r"use_deterministic_algorithms\(True\) rules it out"
-        ):
-            on_pretended_device(inputs, table)
-        on_pretended_device(inputs, table, (False, True))
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="in an order that varies"):
-            on_pretended_device(inputs, table)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    output, gradients = on_pretended_device(inputs, table)
+    check_against_reference(inputs, output, gradients)
+    assert fake_launch.computed == ["in fixed point", (True, True), "output"]
+    for needs, expected in (
+        ((True, False), ["in fixed point", (True, False)]),
+        ((False, True), [(False, True)]),
+    ):
+        fake_launch.computed.clear()
+        on_pretended_device(inputs, table, needs)
+        assert fake_launch.computed == [*expected, "output"]
+
+
+def test_deterministic_algorithms_on_an_empty_problem(fake_launch, deterministic):
+    inputs = random_inputs(lq=0)
+    _, gradients = on_pretended_device(inputs, TABLES["host"](inputs))
+    assert not any(gradient.any() for gradient in gradients)
+    assert fake_launch.computed == []
+
+
+def test_deterministic_algorithms_on_a_cpu(deterministic):
+    """The CPU kernels are reproducible as they are: the same bits with the switch and without."""
+    inputs = random_inputs(((9, 13), (6, 7)), m=8, d=32, lq=200, p=4)
+    arguments = (inputs.grad_output, inputs.value, inputs.sizes, None, *inputs.tensors[1:])
+    results = [ms_deform_attn_backward(*arguments) for _ in range(5)]
+    torch.use_deterministic_algorithms(False)
+    for result in (*results[1:], ms_deform_attn_backward(*arguments)):
+        assert all(map(torch.equal, result, results[0]))

@@ -47,10 +47,21 @@ def compiled(monkeypatch):
     launch._multiprocessors.cache_clear()
 
 
+@pytest.fixture(params=[False, True], ids=["", "deterministic"])
+def deterministic(request):
+    """torch's switch."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("dtypes", [("float32", None), ("float16", "float16"), ("float64", None)])
 @pytest.mark.parametrize("head_dim", [16, 5])
-def test_calls_find_their_kernels_compiled(compiled, dtypes, head_dim, device) -> None:
+def test_calls_find_their_kernels_compiled(
+    compiled, dtypes, head_dim, device, deterministic
+) -> None:
     shape = (*VALUE[:3], head_dim)
     cupy_msda.warmup(shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1], device=device)
     warm = set(compiled)
@@ -61,8 +72,9 @@ def test_calls_find_their_kernels_compiled(compiled, dtypes, head_dim, device) -
     array = np.intp(0)  # a null pointer
     with FakeDevice(1 if device == "cuda:1" else 0):
         launch.forward(problem, table, *[None] * 4)
-        for value, locations, weights in ((array,) * 3, (array, None, None), (None, array, array)):
-            launch.backward(problem, table, *[None] * 4, value, locations, weights)
+        for needed in ((array,) * 3, (array, None, None), (None, array, array)):
+            sums = array if deterministic and needed[0] is not None else None
+            launch.backward(problem, table, [None] * 4, needed, sums)
     assert compiled == warm
 
 

@@ -79,3 +79,25 @@ def backward(
     if grad_value is not None:
         grad_value = grad_value.to(inputs.value.dtype)
     return (grad_value, *of_points)
+
+
+def backward_fixed(
+    inputs: Inputs,
+    multiprocessors: int = 1,
+    table: LevelTable | None = None,
+    needs_points: bool = True,
+    tables: Sequence[torch.Tensor | None] = (None, None),
+    **options: Any,
+) -> tuple[torch.Tensor | None, ...]:
+    """The three gradients of the emulated backward whose sums are in fixed point."""
+    problem, known = checked(inputs)
+    case = problem, table or known, multiprocessors
+    sums = torch.zeros(launch.num_sums(problem), dtype=torch.int64)
+    grad_value = poisoned(inputs.value)
+    of_points = [poisoned(t) if needs_points else None for t in (inputs.locations, inputs.weights)]
+    points = (inputs.locations, inputs.weights)
+    emulate(launch.plan_scale(*case), (inputs.grad_output, *points, sums), tables, **options)
+    plan = launch.plan_backward(*case, True, needs_points, True)
+    emulate(plan, (inputs.grad_output, *inputs.tensors, sums, *of_points), tables, **options)
+    emulate(launch.plan_finish(problem, multiprocessors), (sums, grad_value), (), **options)
+    return (grad_value, *of_points)

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// What goes before and after a backward that sums gradients of value in fixed point (fixed.cuh): msda_scale finds the
+// largest exponents that decide the quantum of each (image, head), msda_finish turns the sums into grad_value.
+//
+// Layout   grad_output, locations, weights and grad_value as in backward.cu, sums as in fixed.cuh.
+// Threads  One warp takes a row of one (image, head), msda_scale a query's and msda_finish a position's, with its lanes
+//          over the channels or points, then the row that lies as many rows further as the grid has warps.
+// Grid     x: enough blocks to fill the device, y and z: (image, head). All offsets are 64-bit.
+#include "bilinear.cuh"
+#include "fixed.cuh"
+#include "scalar.cuh"
+
+// Which rows of which (image, head) a warp takes.
+struct Rows {
+  int image, head;
+  long long image_head, first, step;
+  bool active;
+};
+
+__device__ inline Rows these_rows(const Shape& p) {
+  Rows rows;
+  rows.image_head = blockIdx.y + static_cast<long long>(blockIdx.z) * gridDim.y;
+  rows.image = static_cast<int>(rows.image_head / p.num_heads);
+  rows.head = static_cast<int>(rows.image_head % p.num_heads);
+  rows.first = static_cast<long long>(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
+  rows.step = static_cast<long long>(gridDim.x) * (BLOCK / WARP);
+  rows.active = rows.image < p.batch;
+  return rows;
+}
+
+// Put the warp's largest number into memory. The order does not matter here either.
+__device__ inline void keep_largest(int* to, int number) {
+  for (int offset = WARP / 2; offset > 0; offset /= 2) number = max(number, __shfl_xor_sync(ALL_LANES, number, offset));
+  if (threadIdx.x % WARP == 0) atomicMax(to, number);
+}
+
+template <typename Value, typename Location, typename Weight>
+__global__ void __launch_bounds__(BLOCK)
+    msda_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+               const Weight* __restrict__ weights, Sum* __restrict__ sums, const long long* __restrict__ sizes,
+               const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
+  using Real = typename Compute<Value>::type;
+  const Rows rows = these_rows(p);
+  if (!rows.active) return;
+  const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
+  int of_grad = 0, of_weights = 0;
+  for (long long query = rows.first; query < p.num_queries; query += rows.step) {
+    const long long row = (rows.image * static_cast<long long>(p.num_queries) + query) * p.num_heads + rows.head;
+    for (int channel = lane; channel < p.head_dim; channel += WARP)
+      of_grad = max(of_grad, exponent_field(static_cast<Real>(widen(grad_output[row * p.head_dim + channel]))));
+    for (int k = lane; k < points; k += WARP) {
+      const long long at = row * points + k;
+      const int field = exponent_field(static_cast<Real>(widen(weights[at])));
+      if (field <= of_weights) continue;  // mostly so, which spares the location
+      // Whatever the weight of a point outside, it must not make the quantum coarse.
+      const Level level = read_level(k / p.num_points, sizes, starts, p);
+      const Real x = static_cast<Real>(widen(locations[2 * at])), y = static_cast<Real>(widen(locations[2 * at + 1]));
+      if (locate<false>(x, y, level).corners != 0u) of_weights = field;
+    }
+  }
+  int* fields = largest_exponents<Real>(sums, p, rows.image_head);
+  keep_largest(fields, of_grad);
+  keep_largest(fields + 1, of_weights);
+}
+
+template <typename Value>
+__global__ void __launch_bounds__(BLOCK)
+    msda_finish(Sum* __restrict__ sums, Value* __restrict__ grad_value, const __grid_constant__ Shape p) {
+  using Real = typename Compute<Value>::type;
+  const Rows rows = these_rows(p);
+  if (!rows.active) return;
+  const Scale<Real> scale = read_scale<Real>(sums, p, rows.image_head);
+#pragma unroll 4
+  for (long long position = rows.first; position < p.spatial_size; position += rows.step) {
+    const long long row = (rows.image * static_cast<long long>(p.spatial_size) + position) * p.num_heads + rows.head;
+    for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
+      const long long at = row * p.head_dim + channel;
+      grad_value[at] = narrow_to<Value>(from_fixed(sums + at, scale));
+    }
+  }
+}
