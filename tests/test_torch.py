@@ -575,6 +575,72 @@ def test_meta_and_fake_tensors_give_shapes():
         assert output.device.type == device
 
 
+# --- what is checked -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """A list of the calls that were checked, from a state in which none was."""
+    calls = []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return check(*arguments)
+
+    monkeypatch.setattr(operators, "check", spy)
+    monkeypatch.setattr(operators, "_accepted", {})
+    return calls
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_call_like_an_earlier_one_is_not_checked_again(checks, as_tensor):
+    for seed in range(3):
+        inputs = with_grad(random_inputs(seed=seed))
+        shapes = inputs.shapes() if as_tensor else inputs.sizes
+        output = ms_deform_attn(inputs.value, shapes, None, *inputs.tensors[1:])
+        output.backward(inputs.grad_output)
+        assert len(checks) == 2  # the first forward and the first backward
+
+
+def test_whatever_a_check_looks_at_is_checked_anew(checks):
+    inputs = random_inputs()
+    table = inputs.shapes(), inputs.starts()
+
+    def run(**changed):
+        arguments = {"value": inputs.value, "shapes": table[0], "starts": table[1]}
+        arguments |= {"locations": inputs.locations, "weights": inputs.weights, **changed}
+        before = len(checks)
+        ms_deform_attn(
+            *(arguments[k] for k in ("value", "shapes", "starts", "locations", "weights"))
+        )
+        return len(checks) - before
+
+    assert run() == 1
+    assert run() == 0
+    assert run(shapes=table[0].int()) == 1
+    assert run(starts=None) == 1
+    assert run(weights=inputs.weights.double().float()) == 0
+    with pytest.raises(TypeError, match="attention_weights must have dtype float32"):
+        run(weights=inputs.weights.double())
+    with pytest.raises(ValueError, match="attention_weights must have shape"):
+        run(weights=inputs.weights[:1])
+    # The same tensors, with other numbers in them.
+    table[1][1] = 36
+    with pytest.raises(ValueError, match="inside the S = 47 positions of value"):
+        run()
+    table[1][1] = 35
+    table[0][0, 0] = 4
+    assert run() == 1
+
+
+def test_the_most_that_is_remembered(checks, monkeypatch):
+    monkeypatch.setattr(operators, "_MOST_ACCEPTED", 3)
+    for lq in (1, 2, 3, 4, 5):
+        call(random_inputs(lq=lq))
+        assert len(operators._accepted) <= 3
+    assert len(checks) == 5
+
+
 # --- what is refused -------------------------------------------------------------------------------
 
 
