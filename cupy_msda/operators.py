@@ -97,9 +97,9 @@ def _checked(
     """`check`, done once for all calls that are alike in everything it looks at."""
     # Spelled out: this is most of what a small call costs.
     key = (
-        (value.shape, value.dtype, value.device),
-        (locations.shape, locations.dtype, locations.device),
-        (weights.shape, weights.dtype, weights.device),
+        *(value.shape, value.dtype, value.device),
+        *(locations.shape, locations.dtype, locations.device),
+        *(weights.shape, weights.dtype, weights.device),
         None if grad_output is None else (grad_output.shape, grad_output.dtype, grad_output.device),
         None if spatial_shapes is None else _contents(spatial_shapes, value),
         None if level_start_index is None else _contents(level_start_index, value),
@@ -129,7 +129,7 @@ def _checked(
 def _contents(given: Tensor, value: Tensor) -> Any:
     """What a check sees of a table: all of it where it is read, its kind where it is not."""
     if not given.is_cuda:
-        return given.dtype, given.shape, given.device, given.numpy().tobytes()
+        return given.dtype, given.shape, given.numpy().tobytes()
     kind = given.dtype, given.shape, given.device
     if value.is_cuda and os.environ.get("CUPY_MSDA_CHECK") != "1":
         return kind

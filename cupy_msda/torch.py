@@ -216,6 +216,15 @@ class MSDeformAttnFunction(torch.autograd.Function):
         )
 
 
+# Types of arguments that are no subclass of Tensor, for a quick look.
+_PLAIN = {Tensor, torch.nn.Parameter, list, tuple, type(None)}
+
+
+def _type_name(given: object) -> str:
+    """The name of its type."""
+    return type(given).__name__
+
+
 def _operands(
     value: Any,
     spatial_shapes: Any,
@@ -226,7 +235,7 @@ def _operands(
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if "DTensor" in [type(given).__name__ for given in inputs]:
+    if not _PLAIN.issuperset(map(type, inputs)) and "DTensor" in map(_type_name, inputs):
         import cupy_msda.distributed  # noqa: F401 - its import registers the rule for DTensors
     if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
         check(*inputs)
