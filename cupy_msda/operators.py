@@ -136,10 +136,19 @@ def _contents(given: Tensor, value: Tensor) -> Any:
     return *kind, given.cpu().numpy().tobytes()
 
 
-def _forward(value: Tensor, *arguments: Any) -> Tensor:
+def _forward(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sizes: list[int] | None,
+    starts: list[int] | None,
+    locations: Tensor,
+    weights: Tensor,
+) -> Tensor:
     """The forward operator on real tensors, with the arguments of its schema."""
-    *_, locations, weights = arguments
-    problem, table = _checked(None, value, *arguments)
+    problem, table = _checked(
+        None, value, spatial_shapes, level_start_index, sizes, starts, locations, weights
+    )
     if value.is_cuda:
         return _device_forward(problem, table, value, locations, weights)
     arrays = _numpy(value), _numpy(locations), _numpy(weights)
@@ -147,10 +156,22 @@ def _forward(value: Tensor, *arguments: Any) -> Tensor:
     return torch.from_numpy(output).to(value.dtype)
 
 
-def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sizes: list[int] | None,
+    starts: list[int] | None,
+    locations: Tensor,
+    weights: Tensor,
+    needs_value: bool,
+    needs_points: bool,
+) -> tuple[Tensor, ...]:
     """The backward operator on real tensors, with the arguments of its schema."""
-    *_, locations, weights, needs_value, needs_points = arguments
-    problem, table = _checked(grad_output, value, *arguments[:-2])
+    problem, table = _checked(
+        grad_output, value, spatial_shapes, level_start_index, sizes, starts, locations, weights
+    )
     if not (needs_value or needs_points):
         by_value, by_locations, by_weights = None, None, None
     elif value.is_cuda:
