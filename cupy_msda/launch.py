@@ -25,6 +25,8 @@ _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
 _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
+_MOST_POINTS_OWNED = 8192  # of one (image, head, level), for owner.cu: kernels/README.md estimates where it pays
+_TILE_BYTES = 16384  # of float sums, in shared memory
 _NO_TABLE = LevelTable(None, None)
 
 
@@ -93,8 +95,31 @@ def plan_finish(problem: Problem, multiprocessors: int = 1) -> Plan:
     return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), _params(problem, _NO_TABLE, 0))
 
 
+@lru_cache(maxsize=1024)
+def plan_owner(problem: Problem, table: LevelTable) -> Plan:
+    """The reproducible gradient of value for few queries; `table` holds host facts only."""
+    tile = _tile(problem)
+    arguments = ", ".join([_types(problem), *map(str, (*_shape_arguments(problem), tile))])
+    blocks = problem.batch * problem.num_heads * -(-problem.spatial_size // tile)
+    kernel = Kernel("owner.cu", f"msda_owner<{arguments}>")
+    return Plan(kernel, (blocks, 1, 1), (BLOCK, 1, 1), _params(problem, table))
+
+
+def _owned(problem: Problem) -> bool:
+    """Whether reproducible gradients of value come from owner.cu, without sums in memory."""
+    few = problem.num_queries * problem.num_points <= _MOST_POINTS_OWNED
+    return few and _specialised(problem, 4)
+
+
+def _tile(problem: Problem) -> int:
+    """How many positions a block of owner.cu owns."""
+    return _TILE_BYTES // (4 * problem.head_dim)
+
+
 def num_sums(problem: Problem) -> int:
-    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh."""
+    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh; 0 where owner.cu needs none."""
+    if _owned(problem):
+        return 0
     limbs = 2 if problem.value_dtype == "float64" else 1
     image_heads = problem.batch * problem.num_heads
     return image_heads * (limbs * problem.spatial_size * problem.head_dim + 1)
@@ -284,18 +309,24 @@ def backward(
 
     `inputs` are grad_output, value, locations and weights. Of the gradients, that of value may be
     None, and so may the other two; it is a zeroed float32 (float64 for float64) accumulator, added
-    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements, it is of the
-    dtype of value instead, written whole, and reproducible bit for bit.
+    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements (of none, for few
+    queries), it is of the dtype of value instead, written whole, and reproducible bit for bit.
     """
     device, multiprocessors = _current_device()
     known, needs_points = _host_part(table), gradients[1] is not None
     grad_output, *others = map(_as_cupy, inputs)
     grad_value, *of_points = map(_as_cupy, gradients)
     levels = [_as_cupy(array) for array in table[2:]]
-    if sums is None:
-        plan = plan_backward(
-            problem, known, multiprocessors, gradients[0] is not None, needs_points
-        )
+    owned = sums is not None and _owned(problem)
+    if owned:
+        plan = plan_owner(problem, known)
+        _launch(plan, device, (grad_output, *others[1:], grad_value, *levels))
+        if not needs_points:
+            return
+        grad_value = _as_cupy(None)
+    if sums is None or owned:
+        needs_value = gradients[0] is not None and not owned
+        plan = plan_backward(problem, known, multiprocessors, needs_value, needs_points)
         _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
         return
     sums = _as_cupy(sums)
@@ -314,11 +345,15 @@ def compile_ahead(
         index, multiprocessors = _current_device()
         table = LevelTable(None, None)
         plans = [plan_forward(problem, table, multiprocessors)]
+        owned = reproducible and _owned(problem)
         if with_backward:
-            for needs in ((True, True), (True, False), (False, True)):
-                fixed = reproducible and needs[0]
-                plans.append(plan_backward(problem, table, multiprocessors, *needs, fixed))
-        if with_backward and reproducible:
+            plans.append(plan_backward(problem, table, multiprocessors, False, True))
+            for needs_points in () if owned else (True, False):
+                needs = True, needs_points, reproducible
+                plans.append(plan_backward(problem, table, multiprocessors, *needs))
+        if with_backward and owned:
+            plans.append(plan_owner(problem, table))
+        elif with_backward and reproducible:
             plans.append(plan_scale(problem, table, multiprocessors))
             plans.append(plan_finish(problem, multiprocessors))
         for plan in plans:

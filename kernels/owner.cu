@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of value for few queries, the same bits in every run: each block owns a tile of positions and collects what
+// falls into it. Every element is written once, without a zero fill, atomics or a pass afterwards.
+//
+// Layout   grad_output, locations and weights as in backward.cu; grad_value (N, S, M, D), written whole, in Value.
+// Threads  A block keeps the float sums of TILE positions of one (image, head) in shared memory. For each level that meets
+//          the tile the threads test one point each, STEP points a round, and list those that touch the tile, in order.
+//          Then every warp walks through the list and adds to its own columns of the level, those of its number modulo
+//          WARPS; half of its lanes to even rows, half to odd ones. The four corners of a cell so belong to four groups
+//          of lanes, and the addends of an element are added by one thread, in the order of the points: the order, and
+//          with it every bit, is the same however blocks and warps are scheduled.
+// Grid     x: (image, head), then tiles from the last: mostly the coarsest levels, whose tiles have the most to add.
+// Limits   as backward.cu, and query * TILE below 2^31. Every block tests every point of its levels: see launch.py.
+#include "bilinear.cuh"
+#include "scalar.cuh"
+
+constexpr int WARPS = BLOCK / WARP;
+constexpr int WORDS = 8;             // points that a thread tests in a round: that many loads are under way at a time
+constexpr int STEP = BLOCK * WORDS;  // points in a round
+constexpr int VEC = 2;               // neighbouring channels of a lane
+
+// What one position of the tile receives from one point.
+struct __align__(8) Addend {
+  int place;  // query * TILE + position in the tile; negative: it receives nothing
+  float share;
+};
+
+// What the two positions of one point in one column receive: in even rows, in odd rows.
+struct Pair {
+  Addend of_row[2];
+};
+
+// The points of one (image, head, level), numbered query by query.
+template <typename Location, typename Weight, int M, int L, int P>
+struct Points {
+  const Location* locations;
+  const Weight* weights;
+  Level level;
+
+  __device__ Points(const Location* locations, const Weight* weights, long long first_row, int l, const Level& level)
+      : locations(locations + 2 * (first_row * L + l) * P), weights(weights + (first_row * L + l) * P), level(level) {}
+
+  __device__ long long offset(int point) const { return static_cast<long long>(point / P) * (M * L * P) + point % P; }
+};
+
+// Position of the cell's top-left corner in the tile, which it may lie outside of.
+__device__ __forceinline__ int top_left(const Cell<float>& cell, const Level& level, int tile_start) {
+  return level.start + cell.row * level.width + cell.column - tile_start;
+}
+
+// List the points of a round that touch the tile, in their order, and return how many they are.
+template <int TILE, typename Points>
+__device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&counts)[WARPS], const Points& points,
+                                         int first, int end, int tile_start) {
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  const int words = (min(end - first, STEP) + BLOCK - 1) / BLOCK;  // each warp takes so many times 32 points, in a row
+  const int own = warp * words * WARP + lane;
+  float at[WORDS][2];
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const int point = first + own + i * WARP;
+    at[i][0] = at[i][1] = -2.0f;  // outside
+    if (i < words && point < end) load(at[i], points.locations + 2 * points.offset(point));
+  }
+  unsigned hits[WORDS];
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const Cell<float> cell = locate<true>(at[i][0], at[i][1], points.level);
+    const int upper = top_left(cell, points.level, tile_start), lower = upper + points.level.width;
+    // -1: then it is the right corner that lies in the tile.
+    const bool touches = static_cast<unsigned>(upper + 1) <= TILE || static_cast<unsigned>(lower + 1) <= TILE;
+    hits[i] = __ballot_sync(ALL_LANES, cell.corners != 0u && touches);
+    count += __popc(hits[i]);
+  }
+  if (lane == 0) counts[warp] = count;
+  __syncthreads();
+  int next = 0, total = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    if (i < warp) next += counts[i];
+    total += counts[i];
+  }
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    const unsigned before = hits[i] & ((1u << lane) - 1u);
+    if (hits[i] >> lane & 1u) list[next + __popc(before)] = static_cast<unsigned short>(own + i * WARP);
+    next += __popc(hits[i]);
+  }
+  __syncthreads();
+  return total;
+}
+
+// What a point adds to the warp's column; false if nothing.
+template <int TILE, typename Points>
+__device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int point, int query, int tile_start) {
+  const long long offset = points.offset(point);
+  float at[2];
+  load(at, points.locations + 2 * offset);
+  const Cell<float> cell = locate<true>(at[0], at[1], points.level);
+  const int right = (static_cast<int>(threadIdx.x / WARP) - cell.column) & (WARPS - 1);
+  if (right > 1) return false;
+  const Four<float> share = corner_shares(cell, widen(points.weights[offset]));
+  const unsigned corners = cell.corners >> right;
+  const int upper = top_left(cell, points.level, tile_start) + right;
+  bool any = false;
+#pragma unroll
+  for (int down = 0; down < 2; ++down) {
+    const int position = upper + down * points.level.width;
+    const bool counts = (corners >> 2 * down & 1u) && static_cast<unsigned>(position) < TILE;
+    pair.of_row[(cell.row + down) & 1] = {counts ? query * TILE + position : -1,
+                                          right ? share.at[2 * down + 1] : share.at[2 * down]};
+    any |= counts;
+  }
+  return any;
+}
+
+// Add the pairs whose bits are set, in their order, to the lane's sums.
+template <typename Value, int M, int D, int TILE>
+__device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsigned set, const Value* grad_output) {
+  constexpr int GROUP = D / VEC < WARP / 2 ? D / VEC : WARP / 2;  // lanes to a position
+  constexpr int TURNS = D / (GROUP * VEC);
+  constexpr int BATCH = TURNS < 4 ? 4 / TURNS : 1;  // so many pairs wait for their gradients at the same time
+  const int lane = threadIdx.x % WARP, parity = lane / GROUP, member = lane % GROUP;
+  if (parity > 1) return;
+#pragma unroll 1
+  while (set != 0u) {
+    Addend addend[BATCH];
+    float grad[BATCH][TURNS][VEC];
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      addend[b] = {-1, 0.0f};
+      if (set != 0u) addend[b] = pairs[__ffs(static_cast<int>(set)) - 1].of_row[parity];
+      set &= set - 1u;
+      if (addend[b].place < 0) continue;
+      const long long query = addend[b].place / TILE;
+#pragma unroll
+      for (int turn = 0; turn < TURNS; ++turn)
+        load(grad[b][turn], grad_output + query * (M * D) + (turn * GROUP + member) * VEC);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      if (addend[b].place < 0) continue;
+      float2* to = sums + addend[b].place % TILE * (D / VEC) + member;
+#pragma unroll
+      for (int turn = 0; turn < TURNS; ++turn) {
+        float2 sum = to[turn * GROUP];
+        sum.x += addend[b].share * grad[b][turn][0];
+        sum.y += addend[b].share * grad[b][turn][1];
+        to[turn * GROUP] = sum;
+      }
+    }
+  }
+}
+
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int TILE>
+__global__ void __launch_bounds__(BLOCK, 4)
+    msda_owner(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+               const Weight* __restrict__ weights, Value* __restrict__ grad_value, const long long* __restrict__ sizes,
+               const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
+  constexpr int SUMS = TILE * D / VEC;
+  static_assert(D % 8 == 0 && D <= 128 && (D & (D - 1)) == 0, "lanes share out the channels evenly");
+  static_assert((TILE & (TILE - 1)) == 0, "places are taken apart by shifts");
+  __shared__ Level levels[L];
+  __shared__ float2 sums[SUMS];
+  __shared__ unsigned short list[STEP];
+  __shared__ int counts[WARPS];
+  __shared__ Pair pairs[BLOCK];
+  for (int i = threadIdx.x; i < SUMS; i += BLOCK) sums[i] = make_float2(0.0f, 0.0f);
+  load_levels(levels, sizes, starts, p);  // and all threads meet, the sums being zero
+
+  const unsigned image_heads = static_cast<unsigned>(p.batch) * M, image_head = blockIdx.x % image_heads;
+  const long long image = image_head / M;
+  const int head = image_head % M;
+  const int tile_start = static_cast<int>(gridDim.x / image_heads - 1u - blockIdx.x / image_heads) * TILE;
+  const long long first_row = image * p.num_queries * M + head;
+  grad_output += first_row * D;
+  const int lane = threadIdx.x % WARP, end = p.num_queries * P;
+  Pair* own = pairs + (threadIdx.x - lane);
+
+#pragma unroll 1
+  for (int l = 0; l < L; ++l) {
+    const Level level = levels[l];
+    const int beyond = level.start + level.height * level.width;  // the start, where the level is empty or does not fit
+    if (beyond <= max(level.start, tile_start) || level.start >= tile_start + TILE) continue;
+    const Points<Location, Weight, M, L, P> points(locations, weights, first_row, l, level);
+#pragma unroll 1
+    for (int first = 0; first < end; first += STEP) {
+      const int hits = list_hits<TILE>(list, counts, points, first, end, tile_start);
+#pragma unroll 1
+      for (int hit = lane; hit - lane < hits; hit += WARP) {
+        bool any = false;
+        if (hit < hits) {
+          const int point = first + list[hit];
+          any = make_pair<TILE>(own[lane], points, point, point / P, tile_start);
+        }
+        const unsigned set = __ballot_sync(ALL_LANES, any);
+        __syncwarp();
+        add_pairs<Value, M, D, TILE>(sums, own, set, grad_output);
+        __syncwarp();
+      }
+    }
+  }
+  __syncthreads();
+
+  constexpr int COUNT = 16 / sizeof(Value);
+  for (int first = threadIdx.x * COUNT; first < TILE * D; first += BLOCK * COUNT) {
+    const long long position = tile_start + first / D;
+    if (position >= p.spatial_size) break;
+    float whole[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; i += VEC) {
+      const float2 sum = sums[(first + i) / VEC];
+      whole[i] = sum.x;
+      whole[i + 1] = sum.y;
+    }
+    store(grad_value + ((image * p.spatial_size + position) * M + head) * D + first % D, whole);
+  }
+}
