@@ -25,8 +25,9 @@ _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
 _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
-_MOST_POINTS_OWNED = 8192  # of one (image, head, level), for owner.cu: kernels/README.md estimates where it pays
-_TILE_BYTES = 16384  # of float sums, in shared memory
+# owner.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
+_MOST_POINTS_OWNED = 8192
+_TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
 _NO_TABLE = LevelTable(None, None)
 
 
@@ -97,27 +98,27 @@ def plan_finish(problem: Problem, multiprocessors: int = 1) -> Plan:
 
 @lru_cache(maxsize=1024)
 def plan_owner(problem: Problem, table: LevelTable) -> Plan:
-    """The reproducible gradient of value for few queries; `table` holds host facts only."""
-    tile = _tile(problem)
-    arguments = ", ".join([_types(problem), *map(str, (*_shape_arguments(problem), tile))])
-    blocks = problem.batch * problem.num_heads * -(-problem.spatial_size // tile)
-    kernel = Kernel("owner.cu", f"msda_owner<{arguments}>")
-    return Plan(kernel, (blocks, 1, 1), (BLOCK, 1, 1), _params(problem, table))
+    """The reproducible gradient of value without sums in memory; `table` holds host facts only."""
+    arguments = (*_shape_arguments(problem), _TILE_ELEMENTS // problem.head_dim)
+    template = ", ".join([_types(problem), *map(str, arguments)])
+    kernel = Kernel("owner.cu", f"msda_owner<{template}>")
+    return Plan(kernel, (_tiles(problem), 1, 1), (BLOCK, 1, 1), _params(problem, table))
 
 
 def _owned(problem: Problem) -> bool:
-    """Whether reproducible gradients of value come from owner.cu, without sums in memory."""
+    """Whether reproducible gradients of value come from owner.cu."""
     few = problem.num_queries * problem.num_points <= _MOST_POINTS_OWNED
-    return few and _specialised(problem, 4)
+    return few and _specialised(problem, 4) and _tiles(problem) < 2**31
 
 
-def _tile(problem: Problem) -> int:
-    """How many positions a block of owner.cu owns."""
-    return _TILE_BYTES // (4 * problem.head_dim)
+def _tiles(problem: Problem) -> int:
+    """How many tiles, of all images and heads, owner.cu has to fill."""
+    positions = _TILE_ELEMENTS // problem.head_dim
+    return problem.batch * problem.num_heads * -(-problem.spatial_size // positions)
 
 
 def num_sums(problem: Problem) -> int:
-    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh; 0 where owner.cu needs none."""
+    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh; 0 where owner.cu does without."""
     if _owned(problem):
         return 0
     limbs = 2 if problem.value_dtype == "float64" else 1
@@ -309,23 +310,22 @@ def backward(
 
     `inputs` are grad_output, value, locations and weights. Of the gradients, that of value may be
     None, and so may the other two; it is a zeroed float32 (float64 for float64) accumulator, added
-    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements (of none, for few
-    queries), it is of the dtype of value instead, written whole, and reproducible bit for bit.
+    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements (which may be 0),
+    it is of the dtype of value instead, written whole, and reproducible bit for bit.
     """
     device, multiprocessors = _current_device()
     known, needs_points = _host_part(table), gradients[1] is not None
     grad_output, *others = map(_as_cupy, inputs)
     grad_value, *of_points = map(_as_cupy, gradients)
     levels = [_as_cupy(array) for array in table[2:]]
-    owned = sums is not None and _owned(problem)
-    if owned:
+    needs_value = gradients[0] is not None
+    if sums is not None and _owned(problem):
         plan = plan_owner(problem, known)
         _launch(plan, device, (grad_output, *others[1:], grad_value, *levels))
         if not needs_points:
             return
-        grad_value = _as_cupy(None)
-    if sums is None or owned:
-        needs_value = gradients[0] is not None and not owned
+        needs_value, grad_value, sums = False, _as_cupy(None), None
+    if sums is None:
         plan = plan_backward(problem, known, multiprocessors, needs_value, needs_points)
         _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
         return

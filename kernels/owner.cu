@@ -40,12 +40,33 @@ struct Points {
   __device__ Points(const Location* locations, const Weight* weights, long long first_row, int l, const Level& level)
       : locations(locations + 2 * (first_row * L + l) * P), weights(weights + (first_row * L + l) * P), level(level) {}
 
-  __device__ long long offset(int point) const { return static_cast<long long>(point / P) * (M * L * P) + point % P; }
+  __device__ static int query(int point) { return static_cast<unsigned>(point) / P; }
+
+  // Where the point that is `times` STRIDE points after a point lies.
+  template <int STRIDE = 0>
+  __device__ long long offset(int point, int times = 0) const {
+    if (STRIDE % P != 0) return offset(point + times * STRIDE);
+    const int rest = static_cast<unsigned>(point) % P;
+    return query(point) * static_cast<long long>(M * L * P) + rest +
+           times * (STRIDE / P) * static_cast<long long>(M * L * P);
+  }
 };
 
 // Position of the cell's top-left corner in the tile, which it may lie outside of.
 __device__ __forceinline__ int top_left(const Cell<float>& cell, const Level& level, int tile_start) {
   return level.start + cell.row * level.width + cell.column - tile_start;
+}
+
+// Whether a corner of the point's cell lies in the tile. Points outside the level may pass: make_pair drops them.
+template <int TILE>
+__device__ __forceinline__ bool touches(const float (&at)[2], const Level& level, int tile_start) {
+  const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
+  Cell<float> cell;
+  split<true>(fminf(fmaxf(at[0] * width - 0.5f, -1.0f), width), cell.column, cell.right);
+  split<true>(fminf(fmaxf(at[1] * height - 0.5f, -1.0f), height), cell.row, cell.down);
+  const int upper = top_left(cell, level, tile_start), lower = upper + level.width;
+  // At -1 it is the right corner that lies in the tile.
+  return static_cast<unsigned>(upper + 1) <= TILE || static_cast<unsigned>(lower + 1) <= TILE;
 }
 
 // List the points of a round that touch the tile, in their order, and return how many they are.
@@ -54,23 +75,21 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
                                          int first, int end, int tile_start) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int words = (min(end - first, STEP) + BLOCK - 1) / BLOCK;  // each warp takes so many times 32 points, in a row
-  const int own = warp * words * WARP + lane;
+  const int own = warp * words * WARP + lane, room = min(words * WARP, end - first - own);
   float at[WORDS][2];
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
-    const int point = first + own + i * WARP;
-    at[i][0] = at[i][1] = -2.0f;  // outside
-    if (i < words && point < end) load(at[i], points.locations + 2 * points.offset(point));
+    at[i][0] = at[i][1] = 0.0f;
+    if (i * WARP < room) load(at[i], points.locations + 2 * points.template offset<WARP>(first + own, i));
   }
   unsigned hits[WORDS];
   int count = 0;
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
-    const Cell<float> cell = locate<true>(at[i][0], at[i][1], points.level);
-    const int upper = top_left(cell, points.level, tile_start), lower = upper + points.level.width;
-    // -1: then it is the right corner that lies in the tile.
-    const bool touches = static_cast<unsigned>(upper + 1) <= TILE || static_cast<unsigned>(lower + 1) <= TILE;
-    hits[i] = __ballot_sync(ALL_LANES, cell.corners != 0u && touches);
+    hits[i] = 0u;
+    if (i >= words) continue;
+    const bool hit = touches<TILE>(at[i], points.level, tile_start);
+    hits[i] = __ballot_sync(ALL_LANES, hit & (i * WARP < room));
     count += __popc(hits[i]);
   }
   if (lane == 0) counts[warp] = count;
@@ -83,6 +102,7 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
   }
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
+    if (hits[i] == 0u) continue;
     const unsigned before = hits[i] & ((1u << lane) - 1u);
     if (hits[i] >> lane & 1u) list[next + __popc(before)] = static_cast<unsigned short>(own + i * WARP);
     next += __popc(hits[i]);
@@ -93,7 +113,8 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
 
 // What a point adds to the warp's column; false if nothing.
 template <int TILE, typename Points>
-__device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int point, int query, int tile_start) {
+__device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int point, int tile_start) {
+  const int query = points.query(point);
   const long long offset = points.offset(point);
   float at[2];
   load(at, points.locations + 2 * offset);
@@ -125,29 +146,30 @@ __device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsig
   if (parity > 1) return;
 #pragma unroll 1
   while (set != 0u) {
-    Addend addend[BATCH];
-    float grad[BATCH][TURNS][VEC];
+    bool counts[BATCH];
+    float share[BATCH], grad[BATCH][TURNS][VEC];
+    float2* to[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      addend[b] = {-1, 0.0f};
-      if (set != 0u) addend[b] = pairs[__ffs(static_cast<int>(set)) - 1].of_row[parity];
+      const Addend addend = pairs[(__ffs(static_cast<int>(set)) - 1) & (WARP - 1)].of_row[parity];
+      counts[b] = set != 0u && addend.place >= 0;
       set &= set - 1u;
-      if (addend[b].place < 0) continue;
-      const long long query = addend[b].place / TILE;
+      share[b] = addend.share;
+      to[b] = sums + static_cast<unsigned>(addend.place) % TILE * (D / VEC) + member;
+      const long long query = static_cast<unsigned>(addend.place) / TILE;
 #pragma unroll
       for (int turn = 0; turn < TURNS; ++turn)
-        load(grad[b][turn], grad_output + query * (M * D) + (turn * GROUP + member) * VEC);
+        if (counts[b]) load(grad[b][turn], grad_output + query * (M * D) + (turn * GROUP + member) * VEC);
     }
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      if (addend[b].place < 0) continue;
-      float2* to = sums + addend[b].place % TILE * (D / VEC) + member;
 #pragma unroll
       for (int turn = 0; turn < TURNS; ++turn) {
-        float2 sum = to[turn * GROUP];
-        sum.x += addend[b].share * grad[b][turn][0];
-        sum.y += addend[b].share * grad[b][turn][1];
-        to[turn * GROUP] = sum;
+        if (!counts[b]) continue;
+        float2 sum = to[b][turn * GROUP];
+        sum.x += share[b] * grad[b][turn][0];
+        sum.y += share[b] * grad[b][turn][1];
+        to[b][turn * GROUP] = sum;
       }
     }
   }
@@ -158,15 +180,17 @@ __global__ void __launch_bounds__(BLOCK, 4)
     msda_owner(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
                const Weight* __restrict__ weights, Value* __restrict__ grad_value, const long long* __restrict__ sizes,
                const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
-  constexpr int SUMS = TILE * D / VEC;
+  constexpr int COUNT = 16 / sizeof(Value);  // channels that a thread writes at a time
+  constexpr int ROWS = BLOCK * COUNT / D;    // positions that the block writes at a time
   static_assert(D % 8 == 0 && D <= 128 && (D & (D - 1)) == 0, "lanes share out the channels evenly");
-  static_assert((TILE & (TILE - 1)) == 0, "places are taken apart by shifts");
+  static_assert((TILE & (TILE - 1)) == 0 && TILE % ROWS == 0, "shifts take places apart, and all threads write");
   __shared__ Level levels[L];
-  __shared__ float2 sums[SUMS];
+  __shared__ float4 sums[TILE * D / 4];
   __shared__ unsigned short list[STEP];
   __shared__ int counts[WARPS];
   __shared__ Pair pairs[BLOCK];
-  for (int i = threadIdx.x; i < SUMS; i += BLOCK) sums[i] = make_float2(0.0f, 0.0f);
+#pragma unroll
+  for (int i = 0; i < TILE * D / 4; i += BLOCK) sums[threadIdx.x + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   load_levels(levels, sizes, starts, p);  // and all threads meet, the sums being zero
 
   const unsigned image_heads = static_cast<unsigned>(p.batch) * M, image_head = blockIdx.x % image_heads;
@@ -190,30 +214,30 @@ __global__ void __launch_bounds__(BLOCK, 4)
 #pragma unroll 1
       for (int hit = lane; hit - lane < hits; hit += WARP) {
         bool any = false;
-        if (hit < hits) {
-          const int point = first + list[hit];
-          any = make_pair<TILE>(own[lane], points, point, point / P, tile_start);
-        }
+        if (hit < hits) any = make_pair<TILE>(own[lane], points, first + list[hit], tile_start);
         const unsigned set = __ballot_sync(ALL_LANES, any);
         __syncwarp();
-        add_pairs<Value, M, D, TILE>(sums, own, set, grad_output);
+        add_pairs<Value, M, D, TILE>(reinterpret_cast<float2*>(sums), own, set, grad_output);
         __syncwarp();
       }
     }
   }
   __syncthreads();
 
-  constexpr int COUNT = 16 / sizeof(Value);
-  for (int first = threadIdx.x * COUNT; first < TILE * D; first += BLOCK * COUNT) {
-    const long long position = tile_start + first / D;
-    if (position >= p.spatial_size) break;
+  const int element = threadIdx.x * COUNT, position = tile_start + element / D;
+  grad_value += ((image * p.spatial_size + position) * M + head) * D + element % D;
+#pragma unroll
+  for (int i = 0; i < TILE; i += ROWS) {
+    if (position + i >= p.spatial_size) break;
     float whole[COUNT];
 #pragma unroll
-    for (int i = 0; i < COUNT; i += VEC) {
-      const float2 sum = sums[(first + i) / VEC];
-      whole[i] = sum.x;
-      whole[i + 1] = sum.y;
+    for (int c = 0; c < COUNT; c += 4) {
+      const float4 sum = sums[(element + i * D + c) / 4];
+      whole[c] = sum.x;
+      whole[c + 1] = sum.y;
+      whole[c + 2] = sum.z;
+      whole[c + 3] = sum.w;
     }
-    store(grad_value + ((image * p.spatial_size + position) * M + head) * D + first % D, whole);
+    store(grad_value + static_cast<long long>(i) * M * D, whole);
   }
 }
