@@ -17,6 +17,7 @@
 constexpr int WARPS = BLOCK / WARP;
 constexpr int WORDS = 8;             // points that a thread tests in a round: that many loads are under way at a time
 constexpr int STEP = BLOCK * WORDS;  // points in a round
+constexpr int QUEUE = 2 * WARP;      // points that wait for their warp, a power of two
 constexpr int VEC = 2;               // neighbouring channels of a lane
 
 // What one position of the tile receives from one point.
@@ -52,24 +53,30 @@ struct Points {
   }
 };
 
+// How many lanes before this one have their bits set.
+__device__ __forceinline__ int count_below(unsigned set, int lane) { return __popc(set & ((1u << lane) - 1u)); }
+
 // Position of the cell's top-left corner in the tile, which it may lie outside of.
 __device__ __forceinline__ int top_left(const Cell<float>& cell, const Level& level, int tile_start) {
   return level.start + cell.row * level.width + cell.column - tile_start;
 }
 
-// Whether a corner of the point's cell lies in the tile. Points outside the level may pass: make_pair drops them.
+// Whether a corner of the point's cell lies in the tile, and the cell's column. Points outside the level may pass:
+// make_pair drops them.
 template <int TILE>
-__device__ __forceinline__ bool touches(const float (&at)[2], const Level& level, int tile_start) {
+__device__ __forceinline__ bool touches(int& column, const float (&at)[2], const Level& level, int tile_start) {
   const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
   Cell<float> cell;
   split<true>(fminf(fmaxf(at[0] * width - 0.5f, -1.0f), width), cell.column, cell.right);
   split<true>(fminf(fmaxf(at[1] * height - 0.5f, -1.0f), height), cell.row, cell.down);
   const int upper = top_left(cell, level, tile_start), lower = upper + level.width;
+  column = cell.column;
   // At -1 it is the right corner that lies in the tile.
   return static_cast<unsigned>(upper + 1) <= TILE || static_cast<unsigned>(lower + 1) <= TILE;
 }
 
-// List the points of a round that touch the tile, in their order, and return how many they are.
+// List the points of a round that touch the tile, in their order, and return how many they are. Each is listed as its
+// number in the round and, in front of that, the cell's column modulo WARPS.
 template <int TILE, typename Points>
 __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&counts)[WARPS], const Points& points,
                                          int first, int end, int tile_start) {
@@ -83,12 +90,15 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
     if (i * WARP < room) load(at[i], points.locations + 2 * points.template offset<WARP>(first + own, i));
   }
   unsigned hits[WORDS];
+  unsigned columns = 0u;  // four bits each
   int count = 0;
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     hits[i] = 0u;
     if (i >= words) continue;
-    const bool hit = touches<TILE>(at[i], points.level, tile_start);
+    int column;
+    const bool hit = touches<TILE>(column, at[i], points.level, tile_start);
+    columns |= static_cast<unsigned>(column & (WARPS - 1)) << 4 * i;
     hits[i] = __ballot_sync(ALL_LANES, hit & (i * WARP < room));
     count += __popc(hits[i]);
   }
@@ -103,8 +113,8 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     if (hits[i] == 0u) continue;
-    const unsigned before = hits[i] & ((1u << lane) - 1u);
-    if (hits[i] >> lane & 1u) list[next + __popc(before)] = static_cast<unsigned short>(own + i * WARP);
+    const int number = static_cast<int>(columns >> 4 * i & (WARPS - 1)) * STEP | (own + i * WARP);
+    if (hits[i] >> lane & 1u) list[next + count_below(hits[i], lane)] = static_cast<unsigned short>(number);
     next += __popc(hits[i]);
   }
   __syncthreads();
@@ -182,13 +192,15 @@ __global__ void __launch_bounds__(BLOCK, 4)
                const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
   constexpr int COUNT = 16 / sizeof(Value);  // channels that a thread writes at a time
   constexpr int ROWS = BLOCK * COUNT / D;    // positions that the block writes at a time
+  static_assert(STEP * WARPS <= 1 << 16, "a listed point has 16 bits");
   static_assert(D % 8 == 0 && D <= 128 && (D & (D - 1)) == 0, "lanes share out the channels evenly");
   static_assert((TILE & (TILE - 1)) == 0 && TILE % ROWS == 0, "shifts take places apart, and all threads write");
   __shared__ Level levels[L];
   __shared__ float4 sums[TILE * D / 4];
   __shared__ unsigned short list[STEP];
   __shared__ int counts[WARPS];
-  __shared__ Pair pairs[BLOCK];
+  __shared__ unsigned short queue[WARPS][QUEUE];
+  __shared__ Pair pairs[WARPS][WARP];
 #pragma unroll
   for (int i = 0; i < TILE * D / 4; i += BLOCK) sums[threadIdx.x + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   load_levels(levels, sizes, starts, p);  // and all threads meet, the sums being zero
@@ -199,8 +211,8 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const int tile_start = static_cast<int>(gridDim.x / image_heads - 1u - blockIdx.x / image_heads) * TILE;
   const long long first_row = image * p.num_queries * M + head;
   grad_output += first_row * D;
+  const unsigned warp = threadIdx.x / WARP;
   const int lane = threadIdx.x % WARP, end = p.num_queries * P;
-  Pair* own = pairs + (threadIdx.x - lane);
 
 #pragma unroll 1
   for (int l = 0; l < L; ++l) {
@@ -211,14 +223,22 @@ __global__ void __launch_bounds__(BLOCK, 4)
 #pragma unroll 1
     for (int first = 0; first < end; first += STEP) {
       const int hits = list_hits<TILE>(list, counts, points, first, end, tile_start);
+      int head = 0, tail = 0;  // of the warp's queue, whose numbers wrap: hits that touch its columns
 #pragma unroll 1
-      for (int hit = lane; hit - lane < hits; hit += WARP) {
-        bool any = false;
-        if (hit < hits) any = make_pair<TILE>(own[lane], points, first + list[hit], tile_start);
+      for (int hit = lane; hit - lane < hits || head < tail; hit += WARP) {
+        const unsigned number = hit < hits ? list[hit] : 0u;
+        const bool mine = hit < hits && ((warp - number / STEP) & (WARPS - 1)) <= 1u;
+        const unsigned queued = __ballot_sync(ALL_LANES, mine);
+        if (mine) queue[warp][(tail + count_below(queued, lane)) % QUEUE] = static_cast<unsigned short>(number % STEP);
+        tail += __popc(queued);
+        __syncwarp();
+        if (tail - head < WARP && hit - lane + WARP < hits) continue;
+        const bool any = lane < tail - head && make_pair<TILE>(pairs[warp][lane], points,
+                                                               first + queue[warp][(head + lane) % QUEUE], tile_start);
+        head = min(head + WARP, tail);
         const unsigned set = __ballot_sync(ALL_LANES, any);
         __syncwarp();
-        add_pairs<Value, M, D, TILE>(reinterpret_cast<float2*>(sums), own, set, grad_output);
-        __syncwarp();
+        add_pairs<Value, M, D, TILE>(reinterpret_cast<float2*>(sums), pairs[warp], set, grad_output);
       }
     }
   }

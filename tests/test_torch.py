@@ -883,11 +883,14 @@ def deterministic(request):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("lq", [5, 2731])
-def test_deterministic_algorithms(dtypes, lq, fake_launch, deterministic):
+@pytest.mark.parametrize("most_points_owned", [14, 15])
+def test_deterministic_algorithms(
+    dtypes, most_points_owned, fake_launch, deterministic, monkeypatch
+):
     """Neither an error nor a warning, and only the gradient of value is computed in another way."""
-    inputs = random_inputs(dtypes=dtypes, lq=lq)
-    few = lq == 5 and dtypes[0] != torch.float64
+    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
+    inputs = random_inputs(dtypes=dtypes)
+    few = most_points_owned == 15 and dtypes[0] != torch.float64
     way = "by owners" if few else "in fixed point"
     table = TABLES["host"](inputs)
     output, gradients = on_pretended_device(inputs, table)

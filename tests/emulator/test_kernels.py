@@ -718,7 +718,7 @@ OWNER_FENCES = {
     "table-and-zeros": ("threads", 0),
     "counts": ("threads", 1),
     "list": ("threads", 2),
-    "pairs-read": ("warp", 1),
+    "queue": ("warp", 0),
 }
 
 
@@ -728,7 +728,7 @@ OWNER_FENCES = {
     ids=OWNER_FENCES,
 )
 def test_a_missing_fence_of_the_owners_shows(fence: str, number: int) -> None:
-    """But for two: at the first __syncwarp the lanes have met for the vote before it, and at the last
+    """But for two: at the second __syncwarp the lanes have met for the vote before it, and at the last
     __syncthreads the emulator's warps have come equally far.
     """
     inputs, source = FENCED["owner.cu"], assemble("owner.cu")
