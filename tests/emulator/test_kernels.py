@@ -733,15 +733,15 @@ def test_a_missing_fence_of_the_owners_shows(fence: str, number: int) -> None:
     """
     inputs, source = FENCED["owner.cu"], assemble("owner.cu")
     assert source.count(fence) > number
-    damaged = _without(source, fence, number)
+    options = {"source": _without(source, fence, number), "sanitize": True}  # it may read anywhere
     good = backward_owner(inputs)
-    seen = []
     for seed in range(8):
         try:
-            seen.append(torch.equal(backward_owner(inputs, source=damaged, seed=seed), good))
+            if not torch.equal(backward_owner(inputs, seed=seed, **options), good):
+                return
         except EmulatorError:
-            seen.append(False)
-    assert not all(seen)
+            return
+    pytest.fail("the fence is not needed")
 
 
 SANITIZED = {
