@@ -118,9 +118,12 @@ def _tiles(problem: Problem) -> int:
 
 
 def num_sums(problem: Problem) -> int:
-    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh; 0 where owner.cu does without."""
-    if _owned(problem):
-        return 0
+    """Size of the zeroed int64 array that `backward` takes; 0 where owner.cu does without."""
+    return 0 if _owned(problem) else num_fixed_sums(problem)
+
+
+def num_fixed_sums(problem: Problem) -> int:
+    """Size of the array for sums in fixed point, as in fixed.cuh."""
     limbs = 2 if problem.value_dtype == "float64" else 1
     image_heads = problem.batch * problem.num_heads
     return image_heads * (limbs * problem.spatial_size * problem.head_dim + 1)

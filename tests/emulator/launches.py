@@ -92,7 +92,7 @@ def backward_fixed(
     """The three gradients of the emulated backward whose sums are in fixed point."""
     problem, known = checked(inputs)
     case = problem, table or known, multiprocessors
-    sums = torch.zeros(launch.num_sums(problem), dtype=torch.int64)
+    sums = torch.zeros(launch.num_fixed_sums(problem), dtype=torch.int64)
     grad_value = poisoned(inputs.value)
     of_points = [poisoned(t) if needs_points else None for t in (inputs.locations, inputs.weights)]
     points = (inputs.locations, inputs.weights)
