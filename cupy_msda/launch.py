@@ -25,6 +25,9 @@ _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
 _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
+# owner.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
+_MOST_POINTS_OWNED = 8192
+_TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
 _NO_TABLE = LevelTable(None, None)
 
 
@@ -93,8 +96,34 @@ def plan_finish(problem: Problem, multiprocessors: int = 1) -> Plan:
     return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), _params(problem, _NO_TABLE, 0))
 
 
+@lru_cache(maxsize=1024)
+def plan_owner(problem: Problem, table: LevelTable) -> Plan:
+    """The reproducible gradient of value without sums in memory; `table` holds host facts only."""
+    arguments = (*_shape_arguments(problem), _TILE_ELEMENTS // problem.head_dim)
+    template = ", ".join([_types(problem), *map(str, arguments)])
+    kernel = Kernel("owner.cu", f"msda_owner<{template}>")
+    return Plan(kernel, (_tiles(problem), 1, 1), (BLOCK, 1, 1), _params(problem, table))
+
+
+def _owned(problem: Problem) -> bool:
+    """Whether reproducible gradients of value come from owner.cu."""
+    few = problem.num_queries * problem.num_points <= _MOST_POINTS_OWNED
+    return few and _specialised(problem, 4) and _tiles(problem) < 2**31
+
+
+def _tiles(problem: Problem) -> int:
+    """How many tiles, of all images and heads, owner.cu has to fill."""
+    positions = _TILE_ELEMENTS // problem.head_dim
+    return problem.batch * problem.num_heads * -(-problem.spatial_size // positions)
+
+
 def num_sums(problem: Problem) -> int:
-    """Size of the zeroed int64 array for sums in fixed point, as in fixed.cuh."""
+    """Size of the zeroed int64 array that `backward` takes; 0 where owner.cu does without."""
+    return 0 if _owned(problem) else num_fixed_sums(problem)
+
+
+def num_fixed_sums(problem: Problem) -> int:
+    """Size of the array for sums in fixed point, as in fixed.cuh."""
     limbs = 2 if problem.value_dtype == "float64" else 1
     image_heads = problem.batch * problem.num_heads
     return image_heads * (limbs * problem.spatial_size * problem.head_dim + 1)
@@ -284,18 +313,23 @@ def backward(
 
     `inputs` are grad_output, value, locations and weights. Of the gradients, that of value may be
     None, and so may the other two; it is a zeroed float32 (float64 for float64) accumulator, added
-    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements, it is of the
-    dtype of value instead, written whole, and reproducible bit for bit.
+    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements (which may be 0),
+    it is of the dtype of value instead, written whole, and reproducible bit for bit.
     """
     device, multiprocessors = _current_device()
     known, needs_points = _host_part(table), gradients[1] is not None
     grad_output, *others = map(_as_cupy, inputs)
     grad_value, *of_points = map(_as_cupy, gradients)
     levels = [_as_cupy(array) for array in table[2:]]
+    needs_value = gradients[0] is not None
+    if sums is not None and _owned(problem):
+        plan = plan_owner(problem, known)
+        _launch(plan, device, (grad_output, *others[1:], grad_value, *levels))
+        if not needs_points:
+            return
+        needs_value, grad_value, sums = False, _as_cupy(None), None
     if sums is None:
-        plan = plan_backward(
-            problem, known, multiprocessors, gradients[0] is not None, needs_points
-        )
+        plan = plan_backward(problem, known, multiprocessors, needs_value, needs_points)
         _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
         return
     sums = _as_cupy(sums)
@@ -314,11 +348,15 @@ def compile_ahead(
         index, multiprocessors = _current_device()
         table = LevelTable(None, None)
         plans = [plan_forward(problem, table, multiprocessors)]
+        owned = reproducible and _owned(problem)
         if with_backward:
-            for needs in ((True, True), (True, False), (False, True)):
-                fixed = reproducible and needs[0]
-                plans.append(plan_backward(problem, table, multiprocessors, *needs, fixed))
-        if with_backward and reproducible:
+            plans.append(plan_backward(problem, table, multiprocessors, False, True))
+            for needs_points in () if owned else (True, False):
+                needs = True, needs_points, reproducible
+                plans.append(plan_backward(problem, table, multiprocessors, *needs))
+        if with_backward and owned:
+            plans.append(plan_owner(problem, table))
+        elif with_backward and reproducible:
             plans.append(plan_scale(problem, table, multiprocessors))
             plans.append(plan_finish(problem, multiprocessors))
         for plan in plans:

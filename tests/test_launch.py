@@ -11,7 +11,7 @@ import torch
 
 from cupy_msda import compile as compiler
 from cupy_msda import launch
-from cupy_msda.contract import LevelTable, check
+from cupy_msda.contract import LevelTable, Problem, check
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs, check_against_reference, random_inputs
 
@@ -122,9 +122,12 @@ class Once:
 
 @pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("needs_points", [True, False])
-def test_gradients_of_value_by_sums_in_fixed_point(
-    emulated_device, inputs: Inputs, needs_points: bool
+@pytest.mark.parametrize("most_points_owned", [0, 15], ids=["fixed", "owner"])
+def test_reproducible_gradients_of_value(
+    emulated_device, monkeypatch, inputs: Inputs, needs_points: bool, most_points_owned: int
 ) -> None:
+    """By tiles with owners where the specialised kernels may take them, else by sums in fixed point."""
+    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
     problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     arrays = in_numpy(inputs)
     gradients = [np.full_like(array, np.nan) for array in arrays[1:]]
@@ -132,13 +135,29 @@ def test_gradients_of_value_by_sums_in_fixed_point(
     given = [Once(array) for array in gradients]
     of_points = given[1:] if needs_points else (None, None)
     launch.backward(problem, table, tuple(map(Once, arrays)), (given[0], *of_points), Once(sums))
-    assert sums.any()
+    owned = most_points_owned and problem.value_dtype != "float64" and problem.head_dim >= 8
+    assert sums.any() == (not owned or problem.num_levels > 16)
     output = torch.from_numpy(np.asarray(launch.forward_arrays(problem, table, *arrays[1:])))
     if needs_points:
         check_against_reference(inputs, output, list(map(torch.from_numpy, gradients)))
     else:
         assert np.isfinite(gradients[0]).all()
         assert all(np.isnan(gradient).all() for gradient in gradients[1:])
+
+
+def test_who_owns_tiles() -> None:
+    """Few points of one (image, head, level), and what the specialised kernels take; the rest needs sums."""
+    few = Problem(2, 22223, 8, 32, 2048, 4, 4, *["float32"] * 3)
+    assert launch.num_sums(few) == 0
+    assert launch.plan_owner(few, LevelTable(None, None)).grid == (2 * 8 * 174, 1, 1)
+    changes = (
+        {"num_queries": 2049},
+        {"num_points": 5},
+        *LARGE.values(),
+        {"batch": 2**31 // 1392 + 1},
+    )
+    for change in changes:
+        assert launch.num_sums(few._replace(**change)) > 0
 
 
 def test_grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows() -> None:
@@ -272,7 +291,7 @@ def test_compiled_once_per_device(monkeypatch) -> None:
 
 
 def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
-    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu"):
+    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu", "owner.cu"):
         source = compiler.assemble(file)
         assert "#include" not in source
         assert "#pragma once" not in source

@@ -118,6 +118,12 @@ def fixed_kernels(
     )
 
 
+def owner_kernel(shape: str, dtypes: str) -> Kernel:
+    """The launch whose blocks own tiles of the gradient of value."""
+    d, levels, points, heads = SHAPES[shape]
+    return launch.plan_owner(*problem(DTYPES[dtypes], d, levels, points, heads)).kernel
+
+
 class Budget(NamedTuple):
     """The most that a kernel may use per thread."""
 
@@ -132,6 +138,7 @@ BUDGETS = {
     "backward.cu": Budget(88, 40),
     "generic.cu": Budget(80, 16),
     "fixed.cu": Budget(64, 0),
+    "owner.cu": Budget(64, 0),
 }
 
 
@@ -181,6 +188,16 @@ def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
         fixed_kernels("detr", "f32", needs_points=False)[1],
     ]
     check_budgets(others, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_owners_of_tiles(architecture: int) -> None:
+    owners = [
+        *(owner_kernel("detr", dtypes) for dtypes in DTYPES),
+        *(owner_kernel(shape, "f32") for shape in ("dino5", "rfdetr", "d8", "d64", "d128")),
+        *(owner_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
+    ]
+    check_budgets(owners, architecture)
 
 
 GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))

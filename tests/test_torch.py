@@ -770,7 +770,7 @@ class FakeLaunch:
             sums = self._import(sums, torch.int64)
             assert sums.shape == (launch.num_sums(problem),)
             assert not sums.any()
-            self.computed.append("in fixed point")
+            self.computed.append("in fixed point" if sums.numel() else "by owners")
         elif by_value is not None:
             assert not by_value.any()
         widest = torch.promote_types(value.dtype, torch.float32)
@@ -883,15 +883,21 @@ def deterministic(request):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_deterministic_algorithms_sum_in_fixed_point(dtypes, fake_launch, deterministic):
+@pytest.mark.parametrize("most_points_owned", [14, 15])
+def test_deterministic_algorithms(
+    dtypes, most_points_owned, fake_launch, deterministic, monkeypatch
+):
     """Neither an error nor a warning, and only the gradient of value is computed in another way."""
+    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
     inputs = random_inputs(dtypes=dtypes)
+    few = most_points_owned == 15 and dtypes[0] != torch.float64
+    way = "by owners" if few else "in fixed point"
     table = TABLES["host"](inputs)
     output, gradients = on_pretended_device(inputs, table)
     check_against_reference(inputs, output, gradients)
-    assert fake_launch.computed == ["in fixed point", (True, True), "output"]
+    assert fake_launch.computed == [way, (True, True), "output"]
     for needs, expected in (
-        ((True, False), ["in fixed point", (True, False)]),
+        ((True, False), [way, (True, False)]),
         ((False, True), [(False, True)]),
     ):
         fake_launch.computed.clear()

@@ -59,9 +59,11 @@ def deterministic(request):
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 @pytest.mark.parametrize("dtypes", [("float32", None), ("float16", "float16"), ("float64", None)])
 @pytest.mark.parametrize("head_dim", [16, 5])
+@pytest.mark.parametrize("most_points_owned", [0, 20])
 def test_calls_find_their_kernels_compiled(
-    compiled, dtypes, head_dim, device, deterministic
+    compiled, monkeypatch, dtypes, head_dim, device, deterministic, most_points_owned
 ) -> None:
+    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
     shape = (*VALUE[:3], head_dim)
     cupy_msda.warmup(shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1], device=device)
     warm = set(compiled)
@@ -76,6 +78,9 @@ def test_calls_find_their_kernels_compiled(
             sums = array if deterministic and needed[0] is not None else None
             launch.backward(problem, table, [None] * 4, needed, sums)
     assert compiled == warm
+    owned = deterministic and most_points_owned and head_dim == 16 and dtypes[0] != "float64"
+    files = {kernel.file for kernel, _ in compiled}
+    assert ("owner.cu" in files, "fixed.cu" in files) == (owned, deterministic and not owned)
 
 
 def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:

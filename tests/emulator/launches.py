@@ -92,7 +92,7 @@ def backward_fixed(
     """The three gradients of the emulated backward whose sums are in fixed point."""
     problem, known = checked(inputs)
     case = problem, table or known, multiprocessors
-    sums = torch.zeros(launch.num_sums(problem), dtype=torch.int64)
+    sums = torch.zeros(launch.num_fixed_sums(problem), dtype=torch.int64)
     grad_value = poisoned(inputs.value)
     of_points = [poisoned(t) if needs_points else None for t in (inputs.locations, inputs.weights)]
     points = (inputs.locations, inputs.weights)
@@ -101,3 +101,17 @@ def backward_fixed(
     emulate(plan, (inputs.grad_output, *inputs.tensors, sums, *of_points), tables, **options)
     emulate(launch.plan_finish(problem, multiprocessors), (sums, grad_value), (), **options)
     return (grad_value, *of_points)
+
+
+def backward_owner(
+    inputs: Inputs,
+    table: LevelTable | None = None,
+    tables: Sequence[torch.Tensor | None] = (None, None),
+    **options: Any,
+) -> torch.Tensor:
+    """The gradient of value of the emulated kernel whose blocks own tiles of it."""
+    problem, known = checked(inputs)
+    grad_value = poisoned(inputs.value)
+    tensors = (inputs.grad_output, inputs.locations, inputs.weights, grad_value)
+    emulate(launch.plan_owner(problem, table or known), tensors, tables, **options)
+    return grad_value

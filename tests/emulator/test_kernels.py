@@ -12,10 +12,10 @@ import torch
 
 from cupy_msda import launch, reference
 from cupy_msda.compile import Kernel, assemble
-from cupy_msda.contract import LevelTable
+from cupy_msda.contract import Level, LevelTable
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated, EmulatorError
-from tests.emulator.launches import backward, backward_fixed, checked, forward
+from tests.emulator.launches import backward, backward_fixed, backward_owner, checked, forward
 from tests.problems import Inputs, ragged, random_inputs
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -538,6 +538,141 @@ def test_what_is_not_finite_shows(inputs: Inputs, bad: float, where: str) -> Non
         assert torch.equal(bits(backward_fixed(inputs, seed=seed)[0]), bits(actual[0]))
 
 
+OWNED = {
+    "detr-decoder": SPLIT["detr-decoder"],
+    "dino-decoder-f16": SPLIT["dino-decoder-f16"],
+    "rtdetr-decoder-bf16": SPLIT["rtdetr-decoder-bf16"],
+    "dfine-decoder": SPLIT["dfine-decoder"],
+    "rfdetr-f16": MODELS["rfdetr-f16"],
+    "d8-f16": SPECIALISED["d8-f16"],
+    "d64-bf16": SPECIALISED["d64-bf16"],
+    "d128": SPECIALISED["d128"],
+    "one-pixel": SPECIALISED["one-pixel"],
+    "six-tiles": SPECIALISED["inside-only"],
+    "rounds": problem(1, FOUR, 2, 8, 1100, 4),  # of 2048 points each
+    "rounds-of-odd-points": problem(1, ((20, 40), (5, 3)), 1, 8, 450, 5, (F16, F32, F32)),
+}
+SEEDS = (1, 2, 3)
+
+
+def check_value(inputs: Inputs, grad_value: torch.Tensor) -> None:
+    """The gradient of value must stay within the error budget."""
+    check_backward(inputs, (grad_value, None, None), (True, False, False))
+
+
+def owned(inputs: Inputs, **options: Any) -> torch.Tensor:
+    """The gradient of value by owners of tiles, which must be the same in every order of blocks and lanes."""
+    result = backward_owner(inputs, **options)
+    for seed in SEEDS:
+        assert torch.equal(bits(backward_owner(inputs, seed=seed, **options)), bits(result))
+    return result
+
+
+@on(OWNED)
+def test_owners_of_tiles(inputs: Inputs) -> None:
+    check_value(inputs, owned(inputs))
+
+
+@pytest.mark.parametrize("case", ["detr-decoder", "rounds", "six-tiles"])
+def test_plain_sums_do_depend_on_the_order(case: str) -> None:
+    """Else the test above would show nothing."""
+    plain = [backward(OWNED[case], seed=seed)[0] for seed in (0, *SEEDS)]
+    assert not all(torch.equal(other, plain[0]) for other in plain[1:])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_every_query_in_one_cell_of_a_tile(dtype: torch.dtype) -> None:
+    inputs = crowd(1600, 2, 8, 4, dtype)
+    grad_value = owned(inputs)
+    check_value(inputs, grad_value)
+    grad_value[0, CORNERS] = 0
+    assert not bits(grad_value).any()  # of poisoned memory
+
+
+# Levels of (2, THREE): (8, 8), (4, 4), (2, 2) in memory for 200 positions.
+STARTS = {
+    "gaps": (130, 20, 0),
+    "overlap": (60, 70, 66),
+    "same-start": (100, 100, 100),
+    "across-tiles": (90, 120, 126),
+}
+
+
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS.keys())
+@pytest.mark.parametrize("on_device", [False, True], ids=["", "on-device"])
+def test_levels_anywhere_in_the_tiles(starts: tuple[int, ...], on_device: bool) -> None:
+    inputs = random_inputs(THREE, n=2, m=3, d=32, lq=40, p=4, s=200)
+    levels = [Level(*size, start) for size, start in zip(THREE, starts, strict=True)]
+    options: dict[str, Any] = {"table": LevelTable(THREE, starts)}
+    if on_device:
+        options = {"table": UNKNOWN, "tables": (inputs.shapes(), torch.tensor(starts))}
+    grad_value = owned(inputs, **options)
+    same, exact = (
+        reference.backward(case.grad_output, case.value, levels, case.locations, case.weights)[0]
+        for case in (inputs, inputs.to(F64))
+    )
+    assert_within_budget(grad_value, same, exact)
+    unused = torch.ones(200, dtype=torch.bool)
+    for (h, w), start in zip(THREE, starts, strict=True):
+        unused[start : start + h * w] = False
+    assert unused.sum() > 60
+    assert not bits(grad_value[:, unused]).any()
+
+
+@BY_STARTS
+def test_owners_derive_starts_on_the_device(derived: bool) -> None:
+    inputs = OWNED["detr-decoder"]
+    tables = (inputs.shapes(), None if derived else inputs.starts())
+    actual = backward_owner(inputs, table=UNKNOWN, tables=tables)
+    assert torch.equal(actual, backward_owner(inputs))
+
+
+@BY_STARTS
+@pytest.mark.parametrize("bad", BAD_TABLES.values(), ids=BAD_TABLES.keys())
+def test_owners_add_nothing_of_levels_that_do_not_fit(derived: bool, bad) -> None:
+    """As the plain kernel: grad_value is that of the levels which do fit."""
+    inputs = OWNED["detr-decoder"]
+    sizes = inputs.shapes()
+    sizes[bad[0]] = bad[1]
+    options: dict[str, Any] = {"tables": (sizes, None if derived else inputs.starts())}
+    plain = backward(inputs, table=UNKNOWN, **options)[0]
+    actual = backward_owner(inputs, table=UNKNOWN, sanitize=True, **options)
+    assert torch.equal(actual == 0, plain == 0)
+    torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_owners_skip_points_that_do_not_count() -> None:
+    """Under the sanitizers: NaN, infinite and far locations add nothing, whatever their weight."""
+    inputs = copied(OWNED["six-tiles"])
+    for i, bad in enumerate((torch.nan, torch.inf, -torch.inf, 1e30, -3e38, 2.0, -1.0)):
+        inputs.locations[0, i::9, 0, i % 2, i % 3, i % 2] = bad
+        inputs.weights[0, i::9, 0, i % 2, i % 3] = torch.nan
+    grad_value = backward_owner(inputs, sanitize=True)
+    assert grad_value.isfinite().all()
+    inputs.weights.nan_to_num_(1.0)
+    check_value(inputs, grad_value)
+
+
+@pytest.mark.parametrize("case", ["dino-decoder-f16", "d128", "rounds-of-odd-points"])
+def test_owners_under_the_sanitizers(case: str) -> None:
+    check_value(OWNED[case], backward_owner(OWNED[case], sanitize=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["grad_output", "weights"])
+def test_owners_show_what_is_not_finite(bad: float, where: str) -> None:
+    """As the plain kernel, NaN for NaN and infinity for infinity; the rest as without it."""
+    zero, inputs = copied(OWNED["detr-decoder"]), copied(OWNED["detr-decoder"])
+    for case, number in ((zero, 0.0), (inputs, bad)):
+        getattr(case, where)[1, 3, 4 if where == "grad_output" else 1] = number
+    plain, actual = backward(inputs)[0], owned(inputs)
+    finite = plain.isfinite()
+    assert not finite.all()
+    assert torch.equal(actual.isnan(), plain.isnan())
+    assert torch.equal(actual[~finite].nan_to_num(), plain[~finite].nan_to_num())
+    assert torch.equal(actual[finite], backward_owner(zero)[finite])
+
+
 def _without(source: str, fence: str, number: int) -> str:
     """The source with one of its fences taken out."""
     parts = source.split(fence)
@@ -547,6 +682,7 @@ def _without(source: str, fence: str, number: int) -> str:
 FENCED = {
     "forward.cu": problem(2, THREE, 8, 32, 33, 8),
     "generic.cu": problem(2, THREE, 3, 30, 11, 24),
+    "owner.cu": problem(1, ((3, 5), (2, 2)), 1, 8, 600, 8),
 }
 
 
@@ -576,6 +712,36 @@ def test_a_missing_fence_shows(file: str, fence: str, number: int) -> None:
         except EmulatorError:
             seen.append(False)
     assert not all(seen)
+
+
+OWNER_FENCES = {
+    "table-and-zeros": ("threads", 0),
+    "counts": ("threads", 1),
+    "list": ("threads", 2),
+    "queue": ("warp", 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("fence", "number"),
+    [(f"__sync{what}();", n) for what, n in OWNER_FENCES.values()],
+    ids=OWNER_FENCES,
+)
+def test_a_missing_fence_of_the_owners_shows(fence: str, number: int) -> None:
+    """But for two: at the second __syncwarp the lanes have met for the vote before it, and at the last
+    __syncthreads the emulator's warps have come equally far.
+    """
+    inputs, source = FENCED["owner.cu"], assemble("owner.cu")
+    assert source.count(fence) > number
+    options = {"source": _without(source, fence, number), "sanitize": True}  # it may read anywhere
+    good = backward_owner(inputs)
+    for seed in range(8):
+        try:
+            if not torch.equal(backward_owner(inputs, seed=seed, **options), good):
+                return
+        except EmulatorError:
+            return
+    pytest.fail("the fence is not needed")
 
 
 SANITIZED = {
