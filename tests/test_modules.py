@@ -266,7 +266,7 @@ def test_copies_compute_the_same():
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
     loaded = MSDeformAttn(C, L, M, P)
-    loaded.load_state_dict(torch.load(buffer))
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
     whole = io.BytesIO()
     torch.save(module, whole)
     whole.seek(0)
