@@ -417,6 +417,44 @@ def test_plain_sums_are_not_the_same_bits_in_ten_runs():
     assert not all(torch.equal(run(inputs)[1][0], first) for _ in range(10))
 
 
+def milliseconds(step):
+    """The median of some repeats between events on the device."""
+    times = []
+    for _ in range(25):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(np.median(times[5:]))
+
+
+@pytest.mark.parametrize("name", ["detr-encoder", "detr-decoder", "rtdetr-decoder"])
+def test_the_same_bits_cost_at_most_three_times_the_default(name):
+    sizes, others = MODELS[name]
+    inputs = random_inputs(sizes, **{"m": 8, "d": 32, **others}, device=DEVICE)
+    arguments = inputs.grad_output, inputs.value, inputs.sizes, None, *inputs.tensors[1:]
+
+    def replayed():
+        ms_deform_attn_backward(*arguments)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            ms_deform_attn_backward(*arguments)
+        return milliseconds(graph.replay)
+
+    default = replayed()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # torch's own cost, not ours
+    try:
+        reproducible = replayed()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+    assert reproducible <= 3 * default
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
 @pytest.mark.parametrize(("lq", "d"), [(300, 16), (3000, 16), (300, 30)])
 def test_deterministic_algorithms_in_a_graph(dtypes, lq, d, deterministic):
