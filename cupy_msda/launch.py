@@ -14,10 +14,12 @@ from cupy_msda.compile import Kernel, load
 from cupy_msda.contract import MAX_HOST_LEVELS, LevelTable, Problem
 
 BLOCK = 256
+ORDERED_BLOCK = 1024
 WARP = 32
 MAX_GRID_YZ = 65535
 ALIGNMENT = 16  # bytes: the widest load
 MAX_LEVELS_SPECIALISED = 16
+MAX_GRIDS = 16  # as in order.cuh
 DERIVED_START = -1  # as in levels.cuh
 
 _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
@@ -28,7 +30,14 @@ _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over 
 # owner.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
 _MOST_POINTS_OWNED = 8192
 _TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
+# sorted.cu: counters of a block's points by level and bin, and the points of its 256 queries.
+_MOST_LEVELS_SORTED = 8
+_MOST_POINTS_SORTED = 32
 _NO_TABLE = LevelTable(None, None)
+
+# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
+# queries as positions, the levels. None: queries are taken as they come.
+Grids = tuple[tuple[int, int], ...] | None
 
 
 class Plan(NamedTuple):
@@ -41,12 +50,19 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan_forward(problem: Problem, table: LevelTable, multiprocessors: int = 1) -> Plan:
+def plan_forward(
+    problem: Problem, table: LevelTable, multiprocessors: int = 1, grids: Grids = None
+) -> Plan:
     """Choose the forward kernel; `table` holds host facts only."""
     vector = 16 // _SIZE[problem.value_dtype]
     if not _specialised(problem, vector):
         return _generic_plan(problem, table, "msda_forward_generic")
     group = problem.head_dim // vector
+    if _ordered(problem, group, multiprocessors, grids):
+        template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
+        kernel = Kernel("forward.cu", f"msda_forward_ordered<{template}>")
+        params = _params(problem, table, grids=grids)
+        return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
     queries = BLOCK // (group * split)
@@ -80,6 +96,35 @@ def plan_backward(
 
 
 @lru_cache(maxsize=1024)
+def plan_sorted(problem: Problem, table: LevelTable, grids: Grids = ()) -> Plan:
+    """The gradient of value by sums over the points of a cell; `table` holds host facts only."""
+    template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
+    kernel = Kernel("sorted.cu", f"msda_sorted<{template}>")
+    grid = _grid(problem, -(-problem.num_queries // BLOCK))
+    return Plan(kernel, grid, (BLOCK, 1, 1), _params(problem, table, grids=grids))
+
+
+def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -> bool:
+    """Whether to take the rows, of `group` lanes each, in the order of order.cuh: enough for a block on every
+    multiprocessor, of queries on known grids (benchmarks/README.md has the traffic that this saves).
+    """
+    n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
+    known = grids is not None and (len(grids) > 0 or lq == s)
+    enough = n * lq * m * group >= multiprocessors * ORDERED_BLOCK
+    return known and enough and n * m * max(lq, s) < 2**31
+
+
+def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:
+    """Whether gradients of value come from sorted.cu."""
+    return (
+        _specialised(problem, 4)
+        and problem.num_levels <= _MOST_LEVELS_SORTED
+        and problem.num_levels * problem.num_points <= _MOST_POINTS_SORTED
+        and _ordered(problem, problem.head_dim // 4, multiprocessors, grids)
+    )
+
+
+@lru_cache(maxsize=1024)
 def plan_scale(problem: Problem, table: LevelTable, multiprocessors: int = 1) -> Plan:
     """What finds the quantum of the sums in fixed point; `table` holds host facts only."""
     name = f"msda_scale<{_types(problem)}>"
@@ -103,6 +148,17 @@ def plan_owner(problem: Problem, table: LevelTable) -> Plan:
     template = ", ".join([_types(problem), *map(str, arguments)])
     kernel = Kernel("owner.cu", f"msda_owner<{template}>")
     return Plan(kernel, (_tiles(problem), 1, 1), (BLOCK, 1, 1), _params(problem, table))
+
+
+def _separate_plan(
+    problem: Problem, table: LevelTable, multiprocessors: int, reproducible: bool, grids: Grids
+) -> Plan | None:
+    """The kernel that computes the gradient of value alone, where that is better than all three at once."""
+    if reproducible:
+        return plan_owner(problem, table) if _owned(problem) else None
+    if _sorted(problem, multiprocessors, grids):
+        return plan_sorted(problem, table, grids)
+    return None
 
 
 def _owned(problem: Problem) -> bool:
@@ -208,11 +264,17 @@ def _filling_grid(problem: Problem, rows: int, multiprocessors: int) -> tuple[in
     return _grid(problem, min(blocks, -(-rows // (BLOCK // WARP))))
 
 
-def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.ndarray:
+def _params(
+    problem: Problem, table: LevelTable, room: int | None = None, grids: Grids = None
+) -> np.ndarray:
     """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
     room = problem.num_levels if room is None else room
     scalars = [(name, "i4") for name in Problem._fields[:7]]
-    params = np.zeros((), [*scalars, ("levels", "i4", (room, 3))])
+    order = [] if grids is None else [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))]
+    params = np.zeros((), [*scalars, ("levels", "i4", (room, 3)), *order])
+    if grids:
+        params["num_grids"] = len(grids)
+        params["grids"][: len(grids)] = grids
     for name, _ in scalars:
         params[name] = getattr(problem, name)
     levels = params["levels"]
@@ -293,11 +355,17 @@ def backward_arrays(
 
 
 def forward(
-    problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any, output: Any
+    problem: Problem,
+    table: LevelTable,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    output: Any,
+    grids: Grids = (),
 ) -> None:
     """Launch the forward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned."""
     device, multiprocessors = _current_device()
-    plan = plan_forward(problem, _host_part(table), multiprocessors)
+    plan = plan_forward(problem, _host_part(table), multiprocessors, grids)
     arrays = (value, locations, weights, output, *table[2:])
     _launch(plan, device, map(_as_cupy, arrays))
 
@@ -308,6 +376,7 @@ def backward(
     inputs: tuple[Any, Any, Any, Any],
     gradients: tuple[Any, Any, Any],
     sums: Any = None,
+    grids: Grids = (),
 ) -> None:
     """Launch the backward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned.
 
@@ -322,9 +391,9 @@ def backward(
     grad_value, *of_points = map(_as_cupy, gradients)
     levels = [_as_cupy(array) for array in table[2:]]
     needs_value = gradients[0] is not None
-    if sums is not None and _owned(problem):
-        plan = plan_owner(problem, known)
-        _launch(plan, device, (grad_output, *others[1:], grad_value, *levels))
+    separate = _separate_plan(problem, known, multiprocessors, sums is not None, grids)
+    if needs_value and separate is not None:
+        _launch(separate, device, (grad_output, *others[1:], grad_value, *levels))
         if not needs_points:
             return
         needs_value, grad_value, sums = False, _as_cupy(None), None
@@ -346,19 +415,19 @@ def compile_ahead(
     """Compile what `forward` and `backward`, with sums or without, will launch on `device` or CuPy's current one."""
     with require_cupy().cuda.Device(device):
         index, multiprocessors = _current_device()
-        table = LevelTable(None, None)
-        plans = [plan_forward(problem, table, multiprocessors)]
-        owned = reproducible and _owned(problem)
+        case = problem, _NO_TABLE, multiprocessors
+        plans = [plan_forward(*case, ())]
+        separate = _separate_plan(*case, reproducible, ())
         if with_backward:
-            plans.append(plan_backward(problem, table, multiprocessors, False, True))
-            for needs_points in () if owned else (True, False):
-                needs = True, needs_points, reproducible
-                plans.append(plan_backward(problem, table, multiprocessors, *needs))
-        if with_backward and owned:
-            plans.append(plan_owner(problem, table))
-        elif with_backward and reproducible:
-            plans.append(plan_scale(problem, table, multiprocessors))
-            plans.append(plan_finish(problem, multiprocessors))
+            plans.append(plan_backward(*case, False, True))
+        if with_backward and separate is not None:
+            plans.append(separate)
+        elif with_backward:
+            for needs_points in (True, False):
+                plans.append(plan_backward(*case, True, needs_points, reproducible))
+            if reproducible:
+                plans.append(plan_scale(*case))
+                plans.append(plan_finish(problem, multiprocessors))
         for plan in plans:
             load(plan.kernel, index)
 

@@ -16,8 +16,9 @@ constexpr int VEC = 4;
 
 // What a group needs to walk through its slots.
 struct Walk {
-  const Slots* slots;
-  int slot;           // the group's first
+  const Slots<BLOCK>* slots;
+  int slot;           // of the group's first record
+  int first_lane;     // of the group
   const char* value;  // of the group's (image, head), at the lane's channels
   char* grad_value;   // likewise; FIXED: at the lane's first quanta
   float grad[VEC];    // of the row's output
@@ -62,8 +63,8 @@ __device__ __forceinline__ void add_corner(const Walk& walk, const int2& place, 
 template <typename T, bool INTERIOR>
 __device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
   using Value = typename T::Value;
-  const float4 share = walk.slots->shares[walk.slot + j];
-  const int2 place = walk.slots->places[walk.slot + j];
+  const float4 share = walk.slots->shares[walk.slot + j * (WARP / T::G)];
+  const int2 place = walk.slots->places[walk.slot + j * (WARP / T::G)];
   const float shares[4] = {share.x, share.y, share.z, share.w};
   const float (&grad)[VEC] = walk.grad;
   Four<float> dot = {};
@@ -127,7 +128,7 @@ __device__ __forceinline__ void mark_broken(const Walk& walk, unsigned weights) 
 #pragma unroll 1
   for (int i = 0; i < COUNT * 4 * VEC; ++i) {
     const int j = i / (4 * VEC), corner = i / VEC % 4, c = i % VEC;
-    const int2 place = walk.slots->places[walk.slot + j];
+    const int2 place = walk.slots->places[walk.slot + j * (WARP / T::G)];
     if ((place.x >> corner & 1) && ((weights >> j | walk.broken >> c) & 1u))
       atomicExch(sum_pointer<T, false>(walk, place, corner) + c * T::G, NOT_FINITE);
   }
@@ -135,25 +136,35 @@ __device__ __forceinline__ void mark_broken(const Walk& walk, unsigned weights) 
 
 // One stage: COUNT points of every group of the warp.
 template <typename T, int COUNT, typename Location, typename Weight>
-__device__ __forceinline__ void backward_stage(const Walk& walk, Slots& slots, const Level* levels, int member,
+__device__ __forceinline__ void backward_stage(const Walk& walk, Slots<BLOCK>& slots, const Level* levels, int member,
                                                bool active, int first, const Location* locations, const Weight* weights,
                                                Location* grad_locations, Weight* grad_weights) {
-  const int index = first + member;
+  // Lanes without a point of their own repeat the last one, for a slot that nothing reads.
+  const int index = first + min(member, COUNT - 1), slot = slot_of<T::G>(member);
   const bool owner = active && member < COUNT;
+  const Level level = levels[index / T::P];
+  float location[2];
+  load(location, locations + 2 * index);
+  const float weight = widen(weights[index]);
+  const Coordinates<float> at(location[0], location[1], level);
   Point point;
-  if (owner)
-    point = make_record<T::PIXEL, T::FIXED>(slots, locations + 2 * index, weights + index, levels[index / T::P],
-                                            walk.weight_factor);
-  else
-    point = empty_record(slots);
-  const bool interior = __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
-  __syncwarp();
-  const Four<float> dot =
-      interior ? visit_all<T, true, T::G, COUNT>(walk, 0, member) : visit_all<T, false, T::G, COUNT>(walk, 0, member);
+  Four<float> dot;
+  if (__all_sync(ALL_LANES, active && is_interior(at, level))) {
+    point = make_record<T::PIXEL, true, T::FIXED>(slots, slot, at, weight, level, walk.weight_factor);
+    __syncwarp();
+    dot = visit_all<T, true, T::G, COUNT>(walk, 0, member);
+  } else {
+    if (active)
+      point = make_record<T::PIXEL, false, T::FIXED>(slots, slot, at, weight, level, walk.weight_factor);
+    else
+      point = empty_record(slots, slot);
+    __syncwarp();
+    dot = visit_all<T, false, T::G, COUNT>(walk, 0, member);
+  }
   if constexpr (T::FIXED) {
     const bool broken = !is_finite(point.weight);
     if (__any_sync(ALL_LANES, broken || walk.broken != 0u))
-      mark_broken<T, COUNT>(walk, __ballot_sync(ALL_LANES, broken) >> (walk.slot % WARP));
+      mark_broken<T, COUNT>(walk, __ballot_sync(ALL_LANES, broken) >> walk.first_lane);
   }
   __syncwarp();
   if (!T::POINTS || !owner) return;
@@ -182,7 +193,7 @@ __global__ void __launch_bounds__(BLOCK)
   static_assert(K % SPLIT == 0 && G * SPLIT <= WARP, "SPLIT parts must be equal and share a warp");
 
   __shared__ Level levels[L];
-  __shared__ Slots slots;
+  __shared__ Slots<BLOCK> slots;
   load_levels(levels, sizes, starts, p);
 
   Row<M, G, SPLIT> row(p, threadIdx.x);
@@ -192,7 +203,8 @@ __global__ void __launch_bounds__(BLOCK)
   const long long base = row.template base<D>(p) + row.member * VEC;
   Walk walk = {};
   walk.slots = &slots;
-  walk.slot = static_cast<int>(threadIdx.x) - row.member;
+  walk.slot = slot_of<G>(0);
+  walk.first_lane = threadIdx.x % WARP - row.member;
   walk.value = reinterpret_cast<const char*>(value + base);
   load(walk.grad, grad_output + index * D + row.member * VEC);
   if constexpr (FIXED) {

@@ -25,7 +25,7 @@ template <bool SMALL>
 __device__ __forceinline__ void split(float x, int& index, float& fraction) {
   if constexpr (SMALL) {
     const float shifted = __fadd_rd(x, 12582912.0f);
-    index = __float_as_int(shifted) - 0x4b400000;
+    index = static_cast<int>(__float_as_uint(shifted) - 0x4b400000u);
     fraction = x - (shifted - 12582912.0f);
   } else {
     const float whole = floorf(x);
@@ -40,21 +40,47 @@ __device__ __forceinline__ void split(double x, int& index, double& fraction) {
   fraction = x - whole;
 }
 
-// Pixel coordinates are x = loc_x * W - 0.5, y = loc_y * H - 0.5. The comparisons are false for NaN and infinity.
-template <bool SMALL, typename Real>
-__device__ __forceinline__ Cell<Real> locate(Real loc_x, Real loc_y, const Level& level) {
-  const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
-  const Real half = static_cast<Real>(0.5), one = static_cast<Real>(1);
-  Real x = loc_x * width - half, y = loc_y * height - half;
-  const bool inside = x > -one && y > -one && x < width && y < height;
-  x = inside ? x : 0;
-  y = inside ? y : 0;
+// A location in pixels: x = loc_x * W - 0.5, y = loc_y * H - 0.5.
+template <typename Real>
+struct Coordinates {
+  Real x, y;
+
+  __device__ Coordinates(Real loc_x, Real loc_y, const Level& level)
+      : x(loc_x * static_cast<Real>(level.width) - static_cast<Real>(0.5)),
+        y(loc_y * static_cast<Real>(level.height) - static_cast<Real>(0.5)) {}
+};
+
+// Whether the point contributes anything. The comparisons are false for NaN and infinity, here and below.
+template <typename Real>
+__device__ __forceinline__ bool is_inside(const Coordinates<Real>& at, const Level& level) {
+  const Real one = static_cast<Real>(1);
+  return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) && at.y < static_cast<Real>(level.height);
+}
+
+// Whether all four corners lie inside a level of fewer than 2^22 positions. What `split` makes of NaN, infinity and large
+// numbers is negative or beyond every such level.
+__device__ __forceinline__ bool is_interior(const Coordinates<float>& at, const Level& level) {
+  int column, row;
+  float right, down;
+  split<true>(at.x, column, right);
+  split<true>(at.y, row, down);
+  const bool between_columns = static_cast<unsigned>(column) < static_cast<unsigned>(level.width - 1);
+  const bool between_rows = static_cast<unsigned>(row) < static_cast<unsigned>(level.height - 1);
+  return between_columns & between_rows;  // without a branch
+}
+
+// INTERIOR: the point is known to be that.
+template <bool SMALL, bool INTERIOR = false, typename Real>
+__device__ __forceinline__ Cell<Real> locate(Coordinates<Real> at, const Level& level) {
+  const bool inside = INTERIOR || is_inside(at, level);
+  at.x = inside ? at.x : 0;
+  at.y = inside ? at.y : 0;
   Cell<Real> cell;
-  split<SMALL>(x, cell.column, cell.right);
-  split<SMALL>(y, cell.row, cell.down);
+  split<SMALL>(at.x, cell.column, cell.right);
+  split<SMALL>(at.y, cell.row, cell.down);
   const unsigned columns = (cell.column >= 0 ? 5u : 0u) | (cell.column + 1 < level.width ? 10u : 0u);
   const unsigned rows = (cell.row >= 0 ? 3u : 0u) | (cell.row + 1 < level.height ? 12u : 0u);
-  cell.corners = inside ? columns & rows : 0u;
+  cell.corners = INTERIOR ? ALL_CORNERS : inside ? columns & rows : 0u;
   return cell;
 }
 

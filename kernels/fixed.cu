@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(BLOCK)
       // Whatever the weight of a point outside, it must not make the quantum coarse.
       const Level level = read_level(k / p.num_points, sizes, starts, p);
       const Real x = static_cast<Real>(widen(locations[2 * at])), y = static_cast<Real>(widen(locations[2 * at + 1]));
-      if (locate<false>(x, y, level).corners != 0u) of_weights = field;
+      if (is_inside<Real>({x, y, level}, level)) of_weights = field;
     }
   }
   int* fields = largest_exponents<Real>(sums, p, rows.image_head);

@@ -7,6 +7,7 @@
 // Grid     x: blocks of queries, y and z: (image, head).
 // Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; L at most 16; fewer than 2^22 positions and
 //          2^31 bytes per image. Everything else is generic.cu.
+#include "order.cuh"
 #include "records.cuh"
 
 // Add one record's four corners to the lane's channels. INTERIOR: all four lie inside the level.
@@ -24,28 +25,56 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
   }
 }
 
-// One stage: COUNT points of every group of the warp.
-template <int COUNT, int PIXEL, int P, typename Value, int VEC, typename Location, typename Weight>
-__device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots& slots, const Level* levels,
-                                          int member, int first, const Location* locations, const Weight* weights) {
-  unsigned corners = ALL_CORNERS;
-  const int point = first + member;
-  if (member < COUNT)
-    corners = make_record<PIXEL>(slots, locations + 2 * point, weights + point, levels[point / P]).cell.corners;
-  const bool interior = __all_sync(ALL_LANES, corners == ALL_CORNERS);
+// The sums of COUNT records of every group of the warp.
+template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
+__device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base, const Slots<THREADS>& slots) {
   __syncwarp();
-  const int slot = threadIdx.x - member;
-  // Two points at a time, and four blocks to a multiprocessor below: unrolled further, the loads spill registers.
-  if (interior) {
+  const int slot = slot_of<G>(0);
+  // Two points at a time: unrolled further, the loads spill registers.
 #pragma unroll 2
-    for (int j = 0; j < COUNT; ++j)
-      add_corners<true, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
+  for (int j = 0; j < COUNT * (WARP / G); j += WARP / G)
+    add_corners<INTERIOR, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
+  __syncwarp();
+}
+
+// One stage: COUNT points of every group of the warp. The lane computes the record of `point`.
+template <int COUNT, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
+__device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
+                                          const Level* levels, unsigned point, const Location* location,
+                                          const Weight* weight) {
+  const Level level = levels[point / P];
+  float loaded[2];
+  load(loaded, location);
+  const float attention = widen(*weight);
+  const Coordinates<float> at(loaded[0], loaded[1], level);
+  const int slot = slot_of<G>(threadIdx.x % G);
+  if (__all_sync(ALL_LANES, is_interior(at, level))) {
+    make_record<PIXEL, true>(slots, slot, at, attention, level);
+    add_records<true, COUNT, G, PIXEL, Value>(sum, base, slots);
   } else {
-#pragma unroll 2
-    for (int j = 0; j < COUNT; ++j)
-      add_corners<false, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
+    make_record<PIXEL, false>(slots, slot, at, attention, level);
+    add_records<false, COUNT, G, PIXEL, Value>(sum, base, slots);
   }
-  __syncwarp();
+}
+
+// Points [begin, begin + PART) of every group's row, in stages of G; `locations` and `weights` are the row's.
+template <int PART, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
+__device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
+                                           const Level* levels, int begin, const Location* locations,
+                                           const Weight* weights) {
+  constexpr int TAIL = PART % G;
+  const unsigned member = threadIdx.x % G;
+  unsigned point = begin + member;
+  locations += 2 * point;
+  weights += point;
+#pragma unroll 1
+  for (int stage = 0; stage < PART / G; ++stage, point += G, locations += 2 * G, weights += G)
+    add_stage<G, G, PIXEL, P, Value>(sum, base, slots, levels, point, locations, weights);
+  if constexpr (TAIL != 0) {
+    // Lanes without a point repeat the last one, for a slot that nothing reads.
+    const unsigned back = member < TAIL ? 0 : member - (TAIL - 1);
+    add_stage<TAIL, G, PIXEL, P, Value>(sum, base, slots, levels, point - back, locations - 2 * back, weights - back);
+  }
 }
 
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT>
@@ -54,12 +83,12 @@ __global__ void __launch_bounds__(BLOCK, 4)
                  const Weight* __restrict__ weights, Value* __restrict__ output, const long long* __restrict__ sizes,
                  const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PART = K / SPLIT;
-  constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
+  constexpr int PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
   static_assert(K % SPLIT == 0 && G * SPLIT <= WARP, "SPLIT parts must be equal and share a warp");
 
   __shared__ Level levels[L];
-  __shared__ Slots slots;
+  __shared__ Slots<BLOCK> slots;
   load_levels(levels, sizes, starts, p);
 
   Row<M, G, SPLIT> row(p, threadIdx.x);
@@ -71,12 +100,7 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  const int begin = row.part * PART, end = begin + PART;
-#pragma unroll 1
-  for (int first = begin; first + G <= end; first += G)
-    add_stage<G, PIXEL, P, Value>(sum, base, slots, levels, row.member, first, locations, weights);
-  if constexpr (TAIL != 0)
-    add_stage<TAIL, PIXEL, P, Value>(sum, base, slots, levels, row.member, end - TAIL, locations, weights);
+  add_points<PART, G, PIXEL, P, Value>(sum, base, slots, levels, row.part * PART, locations, weights);
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT; offset *= 2)
@@ -84,4 +108,40 @@ __global__ void __launch_bounds__(BLOCK, 4)
     for (int c = 0; c < VEC; ++c) sum[c] += __shfl_xor_sync(ALL_LANES, sum[c], offset);
   const Row<M, G, SPLIT> done(p, reread_thread());
   if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
+}
+
+// The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of order.cuh; the
+// block's warps take turns in it, so that all of them sample the same few tiles at a time.
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+__global__ void __launch_bounds__(ORDERED_BLOCK, 1)
+    msda_forward_ordered(const Value* __restrict__ value, const Location* __restrict__ locations,
+                         const Weight* __restrict__ weights, Value* __restrict__ output,
+                         const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                         const __grid_constant__ OrderedParams<L> p) {
+  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
+  constexpr unsigned ROWS = WARP / G, STEP = ORDERED_BLOCK / G;  // at a time, of a warp and of the block
+
+  __shared__ Level levels[L];
+  __shared__ Slots<ORDERED_BLOCK> slots;
+  __shared__ Order order;
+  load_levels(levels, sizes, starts, p);
+  load_order(order, levels, p);
+
+  const unsigned lane = threadIdx.x % WARP, group = lane / G, member = lane % G;
+  const unsigned end = share_of_rows(p, blockIdx.x + 1);
+  unsigned first = share_of_rows(p, blockIdx.x) + threadIdx.x / WARP * ROWS;
+  while (first < end) {
+    // Each lane places one of the rows of the warp's next G turns.
+    const OrderedRow mine(min(first + lane / ROWS * STEP + lane % ROWS, end - 1), order, p);
+#pragma unroll 1
+    for (unsigned turn = 0; turn < G && first < end; ++turn, first += STEP) {
+      const unsigned from = turn * ROWS + group;
+      const unsigned row = __shfl_sync(ALL_LANES, mine.row, from), plane = __shfl_sync(ALL_LANES, mine.plane, from);
+      const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
+      float sum[VEC] = {};
+      const size_t point = static_cast<size_t>(row) * K;
+      add_points<K, G, PIXEL, P, Value>(sum, base, slots, levels, 0, locations + 2 * point, weights + point);
+      if (first + group < end) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
+    }
+  }
 }

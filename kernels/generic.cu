@@ -51,8 +51,8 @@ __device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const 
   const long long at = row.index * (p.num_levels * p.num_points) + k;
   Point<Real> point;
   point.level = read_level(k / p.num_points, sizes, starts, p);
-  point.cell = locate<false>(static_cast<Real>(widen(locations[2 * at])),
-                             static_cast<Real>(widen(locations[2 * at + 1])), point.level);
+  const Real x = static_cast<Real>(widen(locations[2 * at])), y = static_cast<Real>(widen(locations[2 * at + 1]));
+  point.cell = locate<false, false, Real>({x, y, point.level}, point.level);
   point.weight = point.cell.corners == 0u ? 0 : static_cast<Real>(widen(weights[at]));
   if (point.level.start < 0) point.weight = static_cast<Real>(__int_as_float(0x7fc00000));
   const long long pixel =

@@ -26,7 +26,7 @@ struct Params : Shape {
 constexpr int MAX_LEVELS = 320;  // by value: a launch may pass 4 KB
 using GenericParams = Params<MAX_LEVELS>;
 
-struct Level {
+struct alignas(16) Level {  // one load
   int height, width;
   int start;  // negative: the level does not fit S, and every output that touches it is NaN
 };
@@ -57,8 +57,9 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
   const long long largest = 0x7fffffff;
   const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest && width <= largest &&
                     start <= p.spatial_size - height * width;
-  if (!fits) return {0, 0, -1};
-  if (height == 0 || width == 0) return {0, 0, 0};  // its other size may be too large to compute with
+  // Without pixels, but with a width: then width - 1 does not wrap. Its other size may be too large to compute with.
+  if (!fits) return {0, 1, -1};
+  if (height == 0 || width == 0) return {0, 1, 0};
   return {static_cast<int>(height), static_cast<int>(width), static_cast<int>(start)};
 }
 

@@ -128,7 +128,7 @@ __device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int 
   const long long offset = points.offset(point);
   float at[2];
   load(at, points.locations + 2 * offset);
-  const Cell<float> cell = locate<true>(at[0], at[1], points.level);
+  const Cell<float> cell = locate<true, false, float>({at[0], at[1], points.level}, points.level);
   const int right = (static_cast<int>(threadIdx.x / WARP) - cell.column) & (WARPS - 1);
   if (right > 1) return false;
   const Four<float> share = corner_shares(cell, widen(points.weights[offset]));

@@ -11,10 +11,19 @@
 #include "fixed.cuh"
 #include "scalar.cuh"
 
+// The records of a block's warps. Those that the groups of a warp read together, number j of each, lie side by side:
+// one access without bank conflicts.
+template <int THREADS>
 struct Slots {
-  float4 shares[BLOCK];  // of the four corners
-  int2 places[BLOCK];    // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
+  float4 shares[THREADS];  // of the four corners
+  int2 places[THREADS];  // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
 };
+
+// The slot of record j of this thread's group.
+template <int G>
+__device__ __forceinline__ int slot_of(int j) {
+  return threadIdx.x / WARP * WARP + threadIdx.x % WARP / G + j * (WARP / G);
+}
 
 // threadIdx.x in a way that the compiler cannot trace back to an earlier reading: what is computed from it is computed
 // anew, and keeps no register occupied in between.
@@ -68,39 +77,44 @@ struct Point {
   float weight;
 };
 
-// PIXEL: bytes between neighbouring pixels of one head. FIXED: the shares are multiplied by `factor`, and zero where the
-// weight is not finite.
-template <int PIXEL, bool FIXED = false, typename Location, typename Weight>
-__device__ __forceinline__ Point make_record(Slots& slots, const Location* location, const Weight* weight,
-                                             const Level& level, float factor = 1.0f) {
-  float at[2];
-  load(at, location);
-  Point point = {locate<true>(at[0], at[1], level), level, widen(*weight)};
+// PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are known to lie inside the level.
+// FIXED: the shares are multiplied by `factor`, and zero where the weight is not finite.
+template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>
+__device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, const Coordinates<float>& at,
+                                             float weight, const Level& level, float factor = 1.0f) {
+  Point point = {locate<true, INTERIOR>(at, level), level, weight};
   if (point.cell.corners == 0u) point.weight = 0.0f;
-  if (level.start < 0) point.weight = __int_as_float(0x7fc00000);
+  if (!INTERIOR && level.start < 0) point.weight = __int_as_float(0x7fc00000);
   float shared = point.weight;
   if (FIXED) shared = is_finite(shared) ? shared * factor : 0.0f;
   const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
-  slots.shares[threadIdx.x] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  slots.places[threadIdx.x] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  slots.shares[slot] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
+  slots.places[slot] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
   return point;
 }
 
 // A slot that contributes nothing.
-__device__ __forceinline__ Point empty_record(Slots& slots) {
-  slots.shares[threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  slots.places[threadIdx.x] = make_int2(0, 0);
+template <int THREADS>
+__device__ __forceinline__ Point empty_record(Slots<THREADS>& slots, int slot) {
+  slots.shares[slot] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  slots.places[slot] = make_int2(0, 0);
   return {{0, 0, 0.0f, 0.0f, 0u}, {0, 0, 0}, 0.0f};
 }
 
 // Where corner i of a record lies. WIDER: the array's elements are so many times as wide as those the record was made for.
-// INTERIOR records have all corner bits set, so taking those off folds into the load's immediate offset.
+// INTERIOR records have all corner bits set, and do not lie before their base: taking the bits off folds into the load's
+// immediate offset, and unsigned offsets spare instructions.
 template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
 __device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
-  const int corner_bits = static_cast<int>(ALL_CORNERS);
-  const int top_left = INTERIOR ? place.x - corner_bits : place.x & ~corner_bits;
-  Bytes* row = base + static_cast<long long>(top_left) * WIDER;
-  if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
-  return corner & 1 ? row + PIXEL * WIDER : row;
+  constexpr int BITS = static_cast<int>(ALL_CORNERS);
+  if constexpr (INTERIOR) {
+    Bytes* row = base + static_cast<size_t>(static_cast<unsigned>(place.x)) * WIDER;
+    if (corner & 2) row += static_cast<size_t>(static_cast<unsigned>(place.y)) * WIDER;
+    return row + ((corner & 1 ? PIXEL : 0) - BITS) * WIDER;
+  } else {
+    Bytes* row = base + static_cast<long long>(place.x & ~BITS) * WIDER;
+    if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
+    return corner & 1 ? row + PIXEL * WIDER : row;
+  }
 }

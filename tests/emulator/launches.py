@@ -52,11 +52,12 @@ def forward(
     inputs: Inputs,
     multiprocessors: int = 1,
     table: LevelTable | None = None,
+    grids: launch.Grids = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The output of the emulated forward."""
+    """The output of the emulated forward; with grids, in their order."""
     problem, known = checked(inputs)
-    plan = launch.plan_forward(problem, table or known, multiprocessors)
+    plan = launch.plan_forward(problem, table or known, multiprocessors, grids)
     output = poisoned(inputs.value, problem.output_shape)
     emulate(plan, (*inputs.tensors, output), **options)
     return output
@@ -115,3 +116,14 @@ def backward_owner(
     tensors = (inputs.grad_output, inputs.locations, inputs.weights, grad_value)
     emulate(launch.plan_owner(problem, table or known), tensors, tables, **options)
     return grad_value
+
+
+def backward_sorted(
+    inputs: Inputs, table: LevelTable | None = None, grids: launch.Grids = (), **options: Any
+) -> torch.Tensor:
+    """The gradient of value of the emulated kernel that sorts points by cell."""
+    problem, known = checked(inputs)
+    wide = torch.zeros(inputs.value.shape, dtype=torch.float32)
+    tensors = (inputs.grad_output, inputs.locations, inputs.weights, wide)
+    emulate(launch.plan_sorted(problem, table or known, grids), tensors, **options)
+    return wide.to(inputs.value.dtype)

@@ -690,7 +690,7 @@ FENCED = {
     ("file", "fence", "number"),
     [
         ("forward.cu", "__syncthreads();", 0),
-        ("forward.cu", "__syncwarp();", 1),
+        ("forward.cu", "__syncwarp();", 0),
         ("generic.cu", "__syncwarp();", 0),
         ("generic.cu", "__syncwarp();", 1),
     ],
@@ -698,7 +698,7 @@ FENCED = {
 def test_a_missing_fence_shows(file: str, fence: str, number: int) -> None:
     """Without a fence some order of the lanes goes wrong.
 
-    The first __syncwarp of forward.cu is not among them: the vote before it makes the lanes meet as well, and what it
+    The second __syncwarp of forward.cu is not among them: the vote after it makes the lanes meet as well, and what it
     adds is the order of memory, which only a device can get wrong.
     """
     inputs, source = FENCED[file], assemble(file)

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order in which persistent blocks and batches take the rows (n, q, m): image by image, head by head, and the
+// queries of a head in tiles of the grids that they lie on, so that rows close in time sample the same pixels.
+//
+// Grids follow one another. A grid is cut into bands of TILE rows, a band into tiles of TILE columns, all in scan order
+// and smaller at the lower and right edges, so that every query has its place. kernels/README.md says what this saves.
+#pragma once
+
+#include "levels.cuh"
+
+constexpr unsigned TILE = 16;
+constexpr int MAX_GRIDS = 16;
+constexpr int ORDERED_BLOCK = 1024;  // threads of a persistent block: all that have 64 registers each
+
+// launch.py builds the same layout.
+template <int LEVELS>
+struct OrderedParams : Params<LEVELS> {
+  int num_grids;            // 0: the levels are the grids
+  int grids[MAX_GRIDS][2];  // H, W
+};
+
+struct Grid {
+  unsigned height, width;
+};
+
+struct Order {
+  Grid grids[MAX_GRIDS];
+  int num_grids;  // 0: the grids do not hold Lq queries, which are taken as they come
+};
+
+// The order in shared memory, once per block, after its levels.
+template <int L>
+__device__ inline void load_order(Order& order, const Level (&levels)[L], const OrderedParams<L>& p) {
+  static_assert(L <= MAX_GRIDS, "the levels must fit");
+  if (threadIdx.x == 0) {
+    const int count = p.num_grids != 0 ? p.num_grids : L;
+    long long queries = 0;
+    for (int i = 0; i < count; ++i) {
+      const int height = p.num_grids != 0 ? p.grids[i][0] : levels[i].height;
+      const int width = p.num_grids != 0 ? p.grids[i][1] : levels[i].width;
+      order.grids[i] = {static_cast<unsigned>(height), static_cast<unsigned>(width)};
+      queries += static_cast<long long>(height) * width;
+    }
+    order.num_grids = queries == p.num_queries ? count : 0;
+  }
+  __syncthreads();
+}
+
+// The pixel at `index` of a grid's order.
+__device__ inline unsigned tiled_pixel(unsigned index, const Grid& grid) {
+  const unsigned band = index / (TILE * grid.width), in_band = index - band * TILE * grid.width;
+  const unsigned height = min(TILE, grid.height - band * TILE);
+  const unsigned tile = in_band / (TILE * height), in_tile = in_band - tile * TILE * height;
+  const unsigned width = min(TILE, grid.width - tile * TILE);
+  const unsigned row = in_tile / width, column = in_tile - row * width;
+  return (band * TILE + row) * grid.width + tile * TILE + column;
+}
+
+// The query at `index` of the order.
+__device__ inline unsigned ordered_query(unsigned index, const Order& order) {
+  unsigned start = 0;
+  for (int i = 0; i < order.num_grids; ++i) {
+    const Grid grid = order.grids[i];
+    const unsigned size = grid.height * grid.width;
+    if (index - start < size) return start + tiled_pixel(index - start, grid);
+    start += size;
+  }
+  return index;
+}
+
+// A row of the order: its index among N * Lq * M, and that of position 0 of its image and head among N * S * M.
+struct OrderedRow {
+  unsigned row, plane;
+
+  __device__ OrderedRow(unsigned index, const Order& order, const Shape& p) {
+    const unsigned queries = p.num_queries, heads = p.num_heads;
+    const unsigned image_head = index / queries, query = ordered_query(index - image_head * queries, order);
+    const unsigned image = image_head / heads, head = image_head - image * heads;
+    row = (image * queries + query) * heads + head;
+    plane = image * p.spatial_size * heads + head;
+  }
+};
+
+// Where the range of a persistent block begins, among N * M * Lq rows; that of the block after it is its end.
+__device__ inline unsigned share_of_rows(const Shape& p, unsigned block) {
+  const unsigned rows = static_cast<unsigned>(p.batch * p.num_heads) * p.num_queries;
+  return static_cast<unsigned>(static_cast<unsigned long long>(rows) * block / gridDim.x);
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of value for encoders: points are sorted by cell, and summed in registers before they go to memory.
+//
+// Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well.
+//          msda_backward without grad_value computes the other two gradients.
+// Threads  A block takes 256 queries that follow one another in the order of order.cuh, of one image and head. It counts
+//          their points by level, row modulo 32 and column modulo 32, and lists them in the order of those bins. Then
+//          every group of G = D / 4 lanes walks through a stretch of the list, a lane on four channels: the sums of the
+//          four corners stay in registers while one point after the other lies in the same cell. If the next cell is
+//          the neighbour to the right, its left column goes on with the sums of the right one.
+// Grid     x: batches of queries, y and z: (image, head).
+// Limits   as backward.cu; at most 8 levels and 32 points a row, fewer than 2^31 rows.
+#include "order.cuh"
+#include "records.cuh"
+
+constexpr int VEC = 4, CORNERS = 4;
+constexpr int SIDE = 32, BINS = SIDE * SIDE;  // of a level
+constexpr unsigned NONE = 0xffffffffu;
+
+// Counters of the bins, two to a word, and what becomes of them: where each bin begins in the list.
+template <int L>
+struct Bins {
+  static constexpr int WORDS = L * BINS / 2;
+  unsigned words[WORDS];
+  unsigned warp_sums[BLOCK / WARP];
+
+  __device__ void clear() {
+    for (int i = threadIdx.x; i < WORDS; i += BLOCK) words[i] = 0;
+  }
+
+  // Count a point; how many the bin had before.
+  __device__ unsigned add(unsigned bin) { return get(atomicAdd(&words[bin / 2], 1u << bin % 2 * 16), bin); }
+
+  __device__ unsigned begin(unsigned bin) const { return get(words[bin / 2], bin); }
+
+  static __device__ unsigned get(unsigned word, unsigned bin) { return word >> bin % 2 * 16 & 0xffffu; }
+
+  // Turn counters into beginnings; all points. Every thread owns a stretch of the words.
+  __device__ unsigned scan() {
+    constexpr int OWN = WORDS / BLOCK;
+    static_assert(WORDS % BLOCK == 0, "stretches must be equal");
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = threadIdx.x * OWN;
+    unsigned sum = 0;
+    for (int i = first; i < first + OWN; ++i) sum += get(words[i], 0) + get(words[i], 1);
+    unsigned up_to = sum;  // of the warp, this thread included
+#pragma unroll
+    for (int offset = 1; offset < WARP; offset *= 2) {
+      const unsigned before = __shfl_up_sync(ALL_LANES, up_to, offset);
+      if (lane >= offset) up_to += before;
+    }
+    if (lane == WARP - 1) warp_sums[warp] = up_to;
+    __syncthreads();
+    unsigned begin = up_to - sum, all = 0;
+    for (int i = 0; i < BLOCK / WARP; ++i) {
+      if (i < warp) begin += warp_sums[i];
+      all += warp_sums[i];
+    }
+    for (int i = first; i < first + OWN; ++i) {
+      const unsigned word = words[i], second = begin + get(word, 0);
+      words[i] = begin | second << 16;
+      begin = second + get(word, 1);
+    }
+    __syncthreads();
+    return all;
+  }
+};
+
+// What a block shares.
+template <int L, int K>
+struct Shared {
+  Level levels[L];
+  Order order;
+  unsigned rows[BLOCK];  // of the batch, among N * Lq * M; NONE beyond the last
+  Bins<L> bins;
+  unsigned short list[BLOCK * K];  // points of the batch, row * K + point of the row, in the order of their bins
+  Slots<BLOCK> slots;
+  unsigned slot_rows[BLOCK];  // of the slots' records
+};
+
+// The points of the batch in the order of their bins; how many there are.
+template <int P, int L, int K, typename Location>
+__device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations) {
+  unsigned ranks[K];  // bin << 16 | number within the bin, of every point that this thread looks at
+#pragma unroll
+  for (int i = 0; i < K; ++i) {
+    const unsigned id = i * BLOCK + threadIdx.x, row = shared.rows[id / K], k = id % K;
+    ranks[i] = NONE;
+    if (row == NONE) continue;
+    float location[2];
+    load(location, locations + 2 * (static_cast<size_t>(row) * K + k));
+    const Level level = shared.levels[k / P];
+    const Cell<float> cell = locate<true, false, float>({location[0], location[1], level}, level);
+    if (cell.corners == 0u) continue;
+    const unsigned bin = (k / P * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
+    ranks[i] = bin << 16 | shared.bins.add(bin);
+  }
+  __syncthreads();
+  const unsigned count = shared.bins.scan();
+#pragma unroll
+  for (int i = 0; i < K; ++i)
+    if (ranks[i] != NONE)
+      shared.list[shared.bins.begin(ranks[i] >> 16) + (ranks[i] & 0xffffu)] = i * BLOCK + threadIdx.x;
+  __syncthreads();
+  return count;
+}
+
+// The sums of one cell's corners, in the lane's channels, on their way to memory.
+template <int PIXEL, int WIDER>
+struct CellSums {
+  char* base;  // of the (image, head), at the lane's channels
+  int2 place;  // of the cell, as in its record
+  float sum[CORNERS][VEC];
+
+  __device__ void flush(int corner) const {
+    if (place.x >> corner & 1) {
+      const float (&s)[VEC] = sum[corner];
+      reduce_add(reinterpret_cast<float*>(corner_pointer<false, PIXEL, WIDER>(base, place, corner)), s[0], s[1], s[2],
+                 s[3]);
+    }
+  }
+
+  // Go to another cell: write what it does not share with this one.
+  __device__ void move(const int2& next) {
+    // The same addresses and the same corners that count: so the right column is the left one of the next cell.
+    const bool beside =
+        next.x >> 4 == (place.x >> 4) + PIXEL / 16 && next.y == place.y && (place.x >> 1 & 5) == (next.x & 5);
+    flush(0);
+    flush(2);
+    if (!beside) {
+      flush(1);
+      flush(3);
+    }
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) {
+      sum[0][c] = beside ? sum[1][c] : 0.0f;
+      sum[2][c] = beside ? sum[3][c] : 0.0f;
+      sum[1][c] = sum[3][c] = 0.0f;
+    }
+    place = next;
+  }
+
+  __device__ void add(const float4& share, const float (&grad)[VEC]) {
+    const float shares[CORNERS] = {share.x, share.y, share.z, share.w};
+#pragma unroll
+    for (int corner = 0; corner < CORNERS; ++corner)
+#pragma unroll
+      for (int c = 0; c < VEC; ++c) sum[corner][c] += shares[corner] * grad[c];
+  }
+};
+
+// The records of the points at `first` and after it in the list, one by each lane of a group.
+template <int P, int G, int PIXEL, int L, int K, typename Location, typename Weight>
+__device__ __forceinline__ void make_records(Shared<L, K>& shared, unsigned first, unsigned end,
+                                             const Location* locations, const Weight* weights) {
+  const unsigned member = threadIdx.x % G;
+  const int slot = slot_of<G>(member);
+  if (first + member >= end) {
+    empty_record(shared.slots, slot);
+    shared.slot_rows[slot] = shared.rows[0];
+    return;
+  }
+  const unsigned id = shared.list[first + member], row = shared.rows[id / K], k = id % K;
+  const size_t point = static_cast<size_t>(row) * K + k;
+  const Level level = shared.levels[k / P];
+  float location[2];
+  load(location, locations + 2 * point);
+  make_record<PIXEL, false>(shared.slots, slot, {location[0], location[1], level}, widen(weights[point]), level);
+  shared.slot_rows[slot] = row;
+}
+
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+__global__ void __launch_bounds__(BLOCK, 3)
+    msda_sorted(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+                const Weight* __restrict__ weights, float* __restrict__ grad_value, const long long* __restrict__ sizes,
+                const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
+  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value), AHEAD = G < 4 ? G : 4;
+  static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
+  static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
+  static_assert(BLOCK * K <= 8192, "a counter has 16 bits, and the list its place in shared memory");
+
+  __shared__ Shared<L, K> shared;
+  const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
+  if (image_head >= static_cast<unsigned>(p.batch * M)) return;
+  load_levels(shared.levels, sizes, starts, p);
+  load_order(shared.order, shared.levels, p);
+  const unsigned index = blockIdx.x * BLOCK + threadIdx.x, queries = p.num_queries;
+  shared.rows[threadIdx.x] = index < queries ? OrderedRow(image_head * queries + index, shared.order, p).row : NONE;
+  shared.bins.clear();
+  __syncthreads();
+  const unsigned count = sort_points<P>(shared, locations);
+
+  const unsigned member = threadIdx.x % G, stretch = (count + BLOCK / G - 1) / (BLOCK / G);
+  const unsigned begin = threadIdx.x / G * stretch, end = min(begin + stretch, count);
+  const size_t plane = static_cast<size_t>(image_head / M) * p.spatial_size * M + image_head % M;
+  CellSums<PIXEL, sizeof(float) / sizeof(Value)> cell = {
+      reinterpret_cast<char*>(grad_value + plane * D + member * VEC), {0, 0}, {}};
+#pragma unroll 1
+  for (unsigned first = 0; first < stretch; first += G) {  // as often in every group of the warp
+    make_records<P, G, PIXEL>(shared, begin + first, end, locations, weights);
+    __syncwarp();
+#pragma unroll 1
+    for (int j = 0; j < G; j += AHEAD) {
+      float grad[AHEAD][VEC];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i)
+        load(grad[i], grad_output + static_cast<size_t>(shared.slot_rows[slot_of<G>(j + i)]) * D + member * VEC);
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int2 place = shared.slots.places[slot_of<G>(j + i)];
+        if (place.x != cell.place.x || place.y != cell.place.y) cell.move(place);
+        cell.add(shared.slots.shares[slot_of<G>(j + i)], grad[i]);
+      }
+    }
+    __syncwarp();
+  }
+  cell.move({0, 0});
+}
