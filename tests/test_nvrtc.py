@@ -34,8 +34,10 @@ class Resources(NamedTuple):
     shared_bytes: int
 
 
-def compile_for(kernel: Kernel, architecture: int, source: str | None = None) -> Resources:
-    """Compile to machine code as CuPy would, and read the log."""
+def compile_for(
+    kernel: Kernel, architecture: int, source: str | None = None
+) -> tuple[Resources, bytes]:
+    """Compile as CuPy would: what the log says, and the machine code."""
     program = nvrtc.createProgram(source or assemble(kernel.file), kernel.file, (), ())
     try:
         nvrtc.addNameExpression(program, kernel.name)
@@ -45,6 +47,7 @@ def compile_for(kernel: Kernel, architecture: int, source: str | None = None) ->
         finally:
             log = nvrtc.getProgramLog(program)
         assert nvrtc.getLoweredName(program, kernel.name)
+        code = nvrtc.getCUBIN(program) + b"\0"  # CuPy cuts off the last byte, as of a string
     except nvrtc.NVRTCError as error:
         raise AssertionError(f"{kernel.name} for sm_{architecture}:\n{log}") from error
     finally:
@@ -54,7 +57,7 @@ def compile_for(kernel: Kernel, architecture: int, source: str | None = None) ->
         re.search(rf"(\d+) {what}", log)
         for what in ("registers", "bytes spill stores", "bytes smem")
     ]
-    return Resources(*(int(number[1]) if number else 0 for number in numbers))
+    return Resources(*(int(number[1]) if number else 0 for number in numbers)), code
 
 
 def problem(
@@ -140,7 +143,7 @@ BUDGETS = {
     "backward.cu": Budget(88, 40),
     "generic.cu": Budget(80, 16),
     "fixed.cu": Budget(64, 0),
-    "owner.cu": Budget(64, 0),
+    "owner.cu": Budget(64, 8),
     "sorted.cu": Budget(80, 0),
 }
 
@@ -152,17 +155,23 @@ def check_budgets(kernels: Iterable[Kernel], architecture: int) -> None:
             pass
 
 
-def check_budget(kernel: Kernel, architecture: int) -> None:
+def check_budget(kernel: Kernel, architecture: int) -> tuple[Resources, bytes]:
     """Compile one kernel and hold it to its budget."""
-    used, budget = compile_for(kernel, architecture), BUDGETS[kernel.file]
+    used, code = compile_for(kernel, architecture)
+    budget = BUDGETS[kernel.file]
     what = f"{kernel.name} on sm_{architecture}: {used}, {budget}"
     assert used.registers <= budget.registers, what
     assert used.spill_bytes <= budget.spill_bytes, what
     assert used.shared_bytes <= 48 * 1024, what
+    return used, code
+
+
+# The kernels of "detr" with one dtype for all inputs are in test_kernel_budget.py.
+MIXED = [dtypes for dtypes, three in DTYPES.items() if len(set(three)) > 1]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", MIXED)
 def test_detr_on_every_architecture(dtypes: str, architecture: int) -> None:
     check_budgets(kernels("detr", dtypes).values(), architecture)
 
@@ -176,7 +185,7 @@ def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", MIXED)
 def test_sums_in_fixed_point(dtypes: str, architecture: int) -> None:
     check_budgets(fixed_kernels("detr", dtypes), architecture)
 
@@ -195,7 +204,7 @@ def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_owners_of_tiles(architecture: int) -> None:
     owners = [
-        *(owner_kernel("detr", dtypes) for dtypes in DTYPES),
+        *(owner_kernel("detr", dtypes) for dtypes in MIXED),
         *(owner_kernel(shape, "f32") for shape in ("dino5", "rfdetr", "d8", "d64", "d128")),
         *(owner_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
     ]

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each specialised kernel costs by its machine code: measured, and kept in kernels/BUDGET.md.
+
+`python -m tests.kernel_budget` writes the table anew.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from cupy_msda.compile import Kernel
+from tests import sass, test_nvrtc
+
+TABLE = Path(__file__).parents[1] / "kernels" / "BUDGET.md"
+DTYPES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes
+DISASSEMBLED = (80, 90, 100)  # one of each kind: disassembling takes as long as compiling
+_D, _K, _GROUP = 32, 16, 8  # of the shape "detr"; lanes to a row in the backward
+_TURN = 8  # corners: two points, which is what the shortest inner loops take at a time
+
+
+class Key(NamedTuple):
+    """A row of the table."""
+
+    kernel: str
+    dtype: str
+    architecture: int
+
+    def __str__(self) -> str:
+        return f"kernel {self.kernel} {self.dtype} sm_{self.architecture}"
+
+
+class Figures(NamedTuple):
+    """What a kernel costs. None: not measured."""
+
+    registers: int
+    spill_bytes: int
+    per_corner: float | None = None
+    per_row: float | None = None
+
+
+class Interior(NamedTuple):
+    """What tells the way of a warp whose points all lie inside their levels, with all their corners."""
+
+    passes: dict[str, int]  # how many times it meets which instructions
+    per_corner: int = 1  # of the first of them
+    whole_points: bool = True  # no block of it holds fewer of the first than one point has
+    rows: float | None = None  # (query, head) of a warp
+    again: bool = False  # a warp takes one row after the other: what each after the first adds
+
+
+def _forward(size: int, split: int) -> Interior:
+    group, part = _D * size // 16, _K // split
+    passes = {r"^LDG\.E\.128": 4 * part, r"STS\.128": -(-part // group), "STG": 1}
+    return Interior(passes, rows=32 / (group * split))
+
+
+def _backward(
+    size: int,
+    architecture: int,
+    split: int = 1,
+    value: bool = True,
+    points: bool = True,
+    fixed: bool = False,
+) -> Interior:
+    part = _K // split
+    stages = -(-part // _GROUP)
+    additions = 1 if architecture >= 90 and not fixed else 4
+    passes = {r"^REDG?\.": 4 * part * additions} if value else {}
+    if points:  # the one gather more is that of grad_output
+        passes |= {rf"^LDG\.E\.{32 * size}": 4 * part + 1, "STG": 2 * stages}
+    passes[r"STS\.128"] = stages
+    return Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
+
+
+def _owner() -> Interior:
+    """One turn of the loop over pairs: it reads four pairs, and a sum for each."""
+    return Interior({r"LDS\.(U\.)?64": 8}, whole_points=False)
+
+
+def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior | None]]:
+    """The kernels of the table, by the names that it gives them; None: without an inner loop over corners."""
+    size, on = DTYPES[dtype], architecture
+    plain = test_nvrtc.kernels("detr", dtype)
+    scale, fixed, finish = test_nvrtc.fixed_kernels("detr", dtype)
+    interiors = {
+        "forward": _forward(size, 1),
+        "forward-ordered": _forward(size, 1)._replace(again=True),
+        "forward-split": _forward(size, 32 // (2 * size)),
+        "backward": _backward(size, on),
+        "backward-split": _backward(size, on, split=2),
+        "backward-value": _backward(size, on, points=False),
+        "backward-points": _backward(size, on, value=False),
+    }
+    return {
+        **{name: (plain[name], interior) for name, interior in interiors.items()},
+        "fixed-scale": (scale, None),
+        "fixed": (fixed, _backward(size, on, fixed=True)),
+        "fixed-finish": (finish, None),
+        "sorted": (plain["sorted"], None),
+        "owner": (test_nvrtc.owner_kernel("detr", dtype), _owner()),
+    }
+
+
+def row_keys(dtype: str, architecture: int) -> list[Key]:
+    """The rows of the table for a dtype and an architecture."""
+    return [Key(name, dtype, architecture) for name in kernels(dtype, architecture)]
+
+
+def measure(dtype: str, architecture: int) -> dict[Key, Figures]:
+    """Compile the kernels, as many at a time as there are cores, and count."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        figures = pool.map(
+            lambda case: measure_one(*case, architecture), kernels(dtype, architecture).values()
+        )
+        return dict(zip(row_keys(dtype, architecture), figures, strict=True))
+
+
+def measure_one(kernel: Kernel, interior: Interior | None, architecture: int) -> Figures:
+    """Compile a kernel, hold it to the bounds that need no table, and count."""
+    used, code = test_nvrtc.check_budget(kernel, architecture)
+    figures = Figures(used.registers, used.spill_bytes)
+    if interior is None or architecture not in DISASSEMBLED or sass.disassembler() is None:
+        return figures
+    corner, times = next(iter(interior.passes)), interior.per_corner
+    blocks, at_least = (
+        sass.basic_blocks(sass.disassemble(code)),
+        4 * times if interior.whole_points else 1,
+    )
+    way = sass.cheapest_way(blocks, interior.passes, at_least)
+    assert way, f"{kernel.name} on sm_{architecture}: no way meets {interior.passes}"
+    cost = sass.total_cost(way)
+    if interior.again:
+        twice = {mark: 2 * count for mark, count in interior.passes.items()}
+        cost = sass.total_cost(sass.cheapest_way(blocks, twice, at_least)) - cost
+    per_corner = sass.densest_cost(way, corner, _TURN * times) * times
+    per_row = round(cost / interior.rows, 2) if interior.rows else None
+    return figures._replace(per_corner=round(per_corner, 2), per_row=per_row)
+
+
+def worse(measured: dict[Key, Figures], budget: dict[Key, Figures]) -> list[str]:
+    """What got worse, with both numbers; a figure that either side lacks cannot."""
+    return [
+        f"{key}: {name.replace('_', ' ')} {now:g}, budget {most:g}"
+        for key, figures in measured.items()
+        for name, now, most in zip(Figures._fields, figures, budget[key], strict=True)
+        if now is not None and most is not None and now > most
+    ]
+
+
+def compiler_version() -> str:
+    """NVRTC's, with the patch level that only its wheel knows."""
+    major, minor = test_nvrtc.nvrtc.getVersion()
+    for wheel in (f"nvidia-cuda-nvrtc-cu{major}", "nvidia-cuda-nvrtc"):
+        try:
+            version = metadata.version(wheel)
+        except metadata.PackageNotFoundError:
+            continue
+        if version.startswith(f"{major}.{minor}."):
+            return version
+    return f"{major}.{minor}"
+
+
+_HEAD = """\
+# What the specialised kernels cost
+
+By the machine code that NVRTC {version} makes of them, for M=8, D=32, L=4, P=4 and one dtype for all inputs. CI fails
+where a figure gets worse (`tests/test_kernel_budget.py`); `python -m tests.kernel_budget` writes this file. "-split" is
+with as many groups to a row as there can be; the launches of sums in fixed point are "fixed" and the two with its name.
+
+* Registers of a thread, and bytes that it stores for want of registers.
+* Instructions that a warp issues whose points all lie inside their levels, on the cheapest way from entry to exit that
+  takes every corner without a predicate, makes every record and stores every result. NOP is not counted, nor what loads
+  the level table: one warp of a block does that. Counted for one architecture of each kind.
+* Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
+  it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column.
+* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of "forward-ordered" goes on to other rows:
+  what each of those adds, without the placing of rows, which every lane does for one row at a time.
+
+| kernel | dtype | sm | registers | spill bytes | instructions per corner | per row |
+| --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def read_table() -> tuple[str, dict[Key, Figures]]:
+    """The version of NVRTC, and the rows."""
+    text = TABLE.read_text(encoding="utf-8")
+    version = text.partition("NVRTC ")[2].split()[0]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return version, {
+        Key(kernel, dtype, int(architecture)): Figures(
+            int(registers), int(spill), *(float(cell) if cell else None for cell in counts)
+        )
+        for kernel, dtype, architecture, registers, spill, *counts in cells[2:]
+    }
+
+
+def write_table(figures: dict[Key, Figures]) -> None:
+    """Write the file: the architectures of a kernel and dtype in rows that follow one another."""
+    names = list(dict.fromkeys(key.kernel for key in figures))
+    order = sorted(
+        figures, key=lambda key: (names.index(key.kernel), list(DTYPES).index(key.dtype))
+    )
+    rows = [
+        " | ".join(
+            [*map(str, key), *("" if count is None else f"{count:g}" for count in figures[key])]
+        )
+        for key in order
+    ]
+    body = "".join(f"| {row} |\n" for row in rows)
+    TABLE.write_text(_HEAD.format(version=compiler_version()) + body, encoding="utf-8")
+
+
+def main() -> None:
+    """Measure everything and write the table."""
+    if sass.disassembler() is None:
+        sys.exit("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+    everything: dict[Key, Figures] = {}
+    for dtype in DTYPES:
+        for architecture in test_nvrtc.ARCHITECTURES:
+            everything |= measure(dtype, architecture)
+    write_table(everything)
+
+
+if __name__ == "__main__":
+    main()
