@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables again from the result files that its markers name.
+"""Write the README's tables and what stands above them again, from the result files that its markers name.
 
 python benchmarks/readme_tables.py
 """
@@ -22,7 +22,8 @@ def updated(text: str) -> str:
 
     def written(match: re.Match[str]) -> str:
         before, file, after = match.groups()
-        return before + tables.table(json.loads((ROOT / file).read_text())) + after
+        results = json.loads((ROOT / file).read_text())
+        return f"{before}{tables.caption(results)}\n\n{tables.table(results)}{after}"
 
     return _BETWEEN_MARKERS.sub(written, text)
 

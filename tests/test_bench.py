@@ -102,6 +102,7 @@ def test_run_measures_all_that_is_installed(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "[2/2, " in said
     assert tables.table(results) in said
+    assert tables.caption(results) in said
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -335,6 +336,17 @@ def test_table_of_results():
     ]
 
 
+def test_caption_of_results():
+    machine = {"device": "Some GPU", "driver": "580.1", "threads": 2, "versions": {"torch": "2.13"}}
+    machine |= {"load_average_before": 0.1, "load_average_after": 1.5}
+    text = tables.caption({"machine": machine, "date": "2026-11-23T08:00:00+00:00"})
+    said = "Some GPU, 2 threads, driver 580.1, torch 2.13; 2026-11-23, load average 0.1 before and 1.5 after."
+    assert text == said
+    machine |= {"driver": None, "load_average_after": 3.1}
+    text = tables.caption({"machine": machine, "date": "2026-11-23T08:00:00+00:00"})
+    assert text.endswith("3.1 after. The machine was busy with other work: not to be relied on.")
+
+
 def test_tables_of_the_readme_are_those_of_the_result_files():
     path = ROOT / "benchmarks" / "readme_tables.py"
     spec = importlib.util.spec_from_file_location("readme_tables", path)
@@ -355,9 +367,13 @@ def test_without_matplotlib_there_is_no_plot(tiny, monkeypatch, tmp_path, capsys
     assert re.search(r'no plot \(.+\): pip install "cupy-msda\[plot\]"', said)
 
 
-def test_output_in_no_folder_is_refused_at_once(tmp_path):
-    with pytest.raises(SystemExit, match=r"absent/out\.json cannot be written: .*is no folder"):
-        __main__.main(["bench", "--output", str(tmp_path / "absent" / "out.json")])
+def test_output_that_cannot_be_written_is_refused_at_once(tmp_path):
+    for output, message in (
+        ("absent/out.json", r"out\.json cannot be written: .*No such file"),
+        ("out.png", r"out\.png must end in \.json"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            __main__.main(["bench", "--output", str(tmp_path / output)])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says why CUDA cannot run; here it can")

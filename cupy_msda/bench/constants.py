@@ -33,6 +33,13 @@ def measure(device: str) -> Constants:
     return _of_cpu(torch.get_num_threads()) if device == "cpu" else _of_gpu()
 
 
+def l2_bytes() -> int:
+    """The size of the current GPU's L2 cache."""
+    import cupy
+
+    return int(cupy.cuda.Device().attributes["L2CacheSize"])
+
+
 def _best(call: Callable[[], object]) -> float:
     """The fewest seconds of a call on the host."""
     seconds = []
@@ -115,9 +122,10 @@ def _of_gpu() -> Constants:
     """Small kernels that do one thing each, and a copy far larger than the L2 cache."""
     import cupy
 
-    device = torch.cuda.get_device_properties()
-    l2 = device.L2_cache_size
-    blocks = device.multi_processor_count * (device.max_threads_per_multi_processor // _BLOCK)
+    device = cupy.cuda.Device().attributes
+    per_multiprocessor = int(device["MaxThreadsPerMultiProcessor"]) // _BLOCK
+    blocks = int(device["MultiProcessorCount"]) * per_multiprocessor
+    l2 = l2_bytes()
     module = cupy.RawModule(code=_SOURCE, options=("-std=c++17",))
     source, target = (cupy.zeros(8 * l2, cupy.uint8) for _ in range(2))
     # Rows in a power of two: 64 KB lie in every multiprocessor's L1 cache, a quarter of the L2 cache only in that.

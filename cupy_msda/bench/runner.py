@@ -4,42 +4,35 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import cupy_msda
 from cupy_msda import report
-from cupy_msda.bench import cases, constants, gate, implementations, roofline, tables, timing
+from cupy_msda.bench import (
+    cases,
+    constants,
+    gate,
+    implementations,
+    machine,
+    roofline,
+    tables,
+    timing,
+)
 from cupy_msda.bench.cases import Case, Problem
 from cupy_msda.bench.implementations import OURS, Function
 
 SCHEMA = 1
 _LIMITS = {
     ("cpu", True): timing.Limits(15, 8),
-    ("cpu", False): timing.Limits(25, 12),
+    ("cpu", False): timing.Limits(31, 25),
     ("cuda", True): timing.Limits(50, 4),
     ("cuda", False): timing.Limits(50, 3),
 }
-_DISTRIBUTIONS = (
-    "torch",
-    "numpy",
-    "numba",
-    "cupy-cuda12x",
-    "cupy-cuda13x",
-    "triton",
-    "torch-ms-deform-attn",
-    "deformops",
-)
-
 Row = dict[str, Any]
 
 
@@ -49,10 +42,12 @@ def run(device: str | None, quick: bool, output: Path) -> int:
     device = device or ("cpu" if obstacle else "cuda")
     if device == "cuda" and obstacle:
         raise SystemExit(f"cannot run on CUDA: {obstacle}")
-    if not output.parent.is_dir():
-        raise SystemExit(f"{output} cannot be written: {output.parent} is no folder")
+    if output.suffix != ".json":
+        raise SystemExit(
+            f"the results are JSON, and the plot lies beside them: {output} must end in .json"
+        )
     results = measure(device, quick, output)
-    print(f"\n{tables.table(results)}\n\nwrote {output}")
+    print(f"\n{tables.caption(results)}\n\n{tables.table(results)}\n\nwrote {output}")
     _plot(results, output.with_suffix(".png"))
     ours = [row for row in results["rows"] if row["implementation"] == OURS]
     return int(any(row["verdict"] != "right" for row in ours))
@@ -71,22 +66,20 @@ def _plot(results: Row, file: Path) -> None:
 def measure(device: str, quick: bool, output: Path) -> Row:
     """The results of all cases; the file grows with each, so that a run that is cut short leaves something."""
     begin = time.perf_counter()
-    machine = _machine(device)
-    print("  ".join(f"{key} {value}" for key, value in machine.items() if key != "versions"))
-    found = constants.measure(device)
-    print("measured  " + _words(found), flush=True)
     names, absent = implementations.installed(quick)
-    print("\n".join(f"without   {name}: {why}" for name, why in absent.items()))
     rows: list[Row] = []
-    results = {
+    results: Row = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
+        "machine": machine.describe(device),
         "quick": quick,
-        "constants": found._asdict(),
         "absent": absent,
         "rows": rows,
     }
+    _write(results, output)  # before the work: it may not be possible
+    found = constants.measure(device)
+    results["constants"] = found._asdict()
+    _say_start(results, found)
     watch = timing.timer(device)
     limits = _LIMITS[device, quick]
     chosen = cases.select(device, quick)
@@ -95,11 +88,17 @@ def measure(device: str, quick: bool, output: Path) -> Row:
         taking_part = [name for name in names if implementations.applies(name, case)]
         rows += _measure_case(case, device, taking_part, watch, limits, found)
         results["seconds"] = round(time.perf_counter() - begin, 1)
-        machine["load_average_after"] = _load()
-        output.write_text(json.dumps(results, indent=1) + "\n")
-    if device == "cpu" and (machine["load_average_after"] or 0) > machine["threads"] + 0.5:
-        print("the machine was busy with other work, which slows the peers' OpenMP threads most")
+        results["machine"]["load_average_after"] = machine.load()
+        _write(results, output)
     return results
+
+
+def _write(results: Row, output: Path) -> None:
+    """Write the file, whole."""
+    try:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise SystemExit(f"{output} cannot be written: {error}") from error
 
 
 def _measure_case(
@@ -181,6 +180,15 @@ def _statistics(times: Sequence[float], floor: roofline.Floor) -> Row:
     return row
 
 
+def _say_start(results: Row, found: constants.Constants) -> None:
+    """The machine, its constants and who is missing."""
+    facts = results["machine"].items()
+    print("  ".join(f"{key} {value}" for key, value in facts if key != "versions"))
+    print("measured  " + _words(found), flush=True)
+    for name, why in results["absent"].items():
+        print(f"without   {name}: {why}")
+
+
 def _say(row: Row) -> None:
     """A row as a line of progress."""
     if row["median_ms"] is None:
@@ -205,41 +213,3 @@ def _words(found: constants.Constants) -> str:
         parts += [f"{label} {rate / 1e9:.0f} GB/s"] if rate else []
     parts += [f"launch {1e6 * found.launch:.1f} us"] if found.launch else []
     return ", ".join(parts)
-
-
-def _machine(device: str) -> Row:
-    """What the figures hold for."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
-        "driver": dict(report.environment())["driver"] if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "load_average_before": _load(),
-        "versions": _versions(),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, and its kind where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = named[0] if named else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} processors"
-
-
-def _load() -> float | None:
-    """Processes that ran in the last minute: OpenMP's threads wait busily, so others slow the peers most."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-
-
-def _versions() -> dict[str, str]:
-    """Python and what is installed of what takes part."""
-    found = {"python": platform.python_version(), "cupy_msda": cupy_msda.__version__}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -13,6 +13,20 @@ _WAYS = ("forward", "backward")
 Results = dict[str, Any]
 
 
+def caption(results: Results) -> str:
+    """Where and with what a run was done, and how busy the machine was, beside the run itself."""
+    machine = results["machine"]
+    threads = machine["threads"]
+    parts = [f"{machine['device']}, {threads} thread{'s' if threads > 1 else ''}"]
+    parts += [f"driver {machine['driver']}"] if machine["driver"] else []
+    parts += [f"{name} {version}" for name, version in machine["versions"].items()]
+    before, after = machine["load_average_before"], machine["load_average_after"]
+    text = f"{', '.join(parts)}; {results['date'][:10]}, load average {before} before and {after} after."
+    if not machine["driver"] and (after or 0) > threads + 1:
+        text += " The machine was busy with other work: not to be relied on."
+    return text
+
+
 def table(results: Results) -> str:
     """A row for each case and way: our median, its share of the floor, and how many times longer each peer takes."""
     peers = [name for name in _implementations(results) if name != OURS]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cupy_msda.bench.cases import Problem
+from cupy_msda.bench.constants import l2_bytes
 from cupy_msda.bench.implementations import Function
 
 WAYS = ("forward", "backward")
@@ -45,8 +46,7 @@ def _by_clock(call: Call) -> float:
 
 def _by_events() -> Timer:
     """Milliseconds of the device, from the end of the clearing to the end of the call."""
-    size = _FLUSH * torch.cuda.get_device_properties().L2_cache_size
-    buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+    buffer = torch.empty(_FLUSH * l2_bytes(), dtype=torch.uint8, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
     def milliseconds(call: Call) -> float:
