@@ -14,7 +14,7 @@ from cupy_msda.bench import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 # <!-- table: FILE --> ... <!-- end of table -->
-_BETWEEN_MARKERS = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
+_BETWEEN_MARKERS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def updated(text: str) -> str:
@@ -23,7 +23,7 @@ def updated(text: str) -> str:
     def written(match: re.Match[str]) -> str:
         before, file, after = match.groups()
         results = json.loads((ROOT / file).read_text())
-        return f"{before}{tables.caption(results)}\n\n{tables.table(results)}{after}"
+        return f"{before}{tables.caption(results)}\n\n{tables.table(results)}\n{after}"
 
     return _BETWEEN_MARKERS.sub(written, text)
 
