@@ -14,7 +14,7 @@ import torch
 import cupy_msda
 from cupy_msda import report
 
-_DISTRIBUTIONS = (
+_PACKAGES = (
     "torch",
     "numpy",
     "numba",
@@ -56,7 +56,7 @@ def load() -> float | None:
 def _versions() -> dict[str, str]:
     """Python and what is installed of what takes part."""
     found = {"python": platform.python_version(), "cupy_msda": cupy_msda.__version__}
-    for name in _DISTRIBUTIONS:
+    for name in _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

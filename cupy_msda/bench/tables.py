@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-OURS = "cupy_msda"
+OURS = "cupy_msda"  # as `implementations` names it, which needs torch
 _COLOURS = ("#d62728", "#1f77b4", "#17a2b8", "#2ca02c", "#9467bd")
-_WAYS = ("forward", "backward")
+_WAYS = ("forward", "backward")  # as in `timing`
 
 Results = dict[str, Any]
 
@@ -97,16 +97,22 @@ def plot(results: Results, file: Path) -> None:
             _draw_times(axes, results, way, name, colour)
         for height, case in enumerate(cases):
             floor = _rows(results, case, way)[OURS]["floor_ms"]
-            label = "floor" if height == 0 else None
-            axes.plot([floor], [height], "|", color="black", markersize=13, label=label)
+            axes.plot([floor], [height], "|", color="black", markersize=13, label="floor")
         axes.set(title=way, xscale="log", xlabel="milliseconds")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(cases)), cases)
     panels[0].set_ylim(len(cases) - 0.5, -0.5)
     figure.suptitle(results["machine"]["device"])
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    marks, labels = panels[0].get_legend_handles_labels()
+    legend = dict(zip(labels, marks, strict=True))  # one mark of each label
+    figure.legend(
+        list(legend.values()),
+        list(legend),
+        loc="outside lower center",
+        ncols=len(legend),
+        frameon=False,
+    )
     figure.savefig(file, dpi=110)
 
 
@@ -119,13 +125,3 @@ def _draw_times(axes: Any, results: Results, way: str, name: str, colour: str) -
         low, high = row["quartiles_ms"]
         axes.plot([low, high], [height] * 2, color=colour, linewidth=2.5, alpha=0.5)
         axes.plot([row["median_ms"]], [height], "o", color=colour, label=name)
-    _label_once(axes)
-
-
-def _label_once(axes: Any) -> None:
-    """Keep the first line of each label, for the legend."""
-    seen = set()
-    for line in axes.get_lines():
-        if line.get_label() in seen:
-            line.set_label("_")
-        seen.add(line.get_label())
