@@ -285,7 +285,7 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     steps = assign(order.share, -(-work.size // rows), gpu)
     lines = int(access.levels[:, :2].prod(axis=1).sum()) * M * access.sectors * SECTOR // LINE + 1
     read = missed = done = 0
-    for sm in range(0, gpu.sms, -(-gpu.sms // gpu.sampled)):
+    for sm in np.random.default_rng(0).permutation(gpu.sms)[: gpu.sampled]:
         cache = new_cache(lines, gpu.l1 * 1000 // LINE)
         more = run_sm(cache, access, work, steps[sm], rows)
         read, missed, done = read + more[0], missed + more[1], done + (steps[sm] >= 0).sum()

@@ -182,7 +182,7 @@ def main() -> None:
     print(table(title, rows["backward"], figures))
     if arguments.output:
         about = {"model": "not measured on a GPU", **gpu._asdict(), "bytes_a_second": RATES}
-        arguments.output.write_text(json.dumps(about | rows, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(about | rows) + "\n")
 
 
 if __name__ == "__main__":
