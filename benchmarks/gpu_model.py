@@ -274,6 +274,12 @@ def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
     return rows
 
 
+def sample(gpu: Gpu) -> np.ndarray:
+    """The SMs to simulate: one at random from each of so many equal parts, since chunks differ by level."""
+    parts = np.arange(gpu.sampled) + np.random.default_rng(0).random(gpu.sampled)
+    return (parts * gpu.sms / gpu.sampled).astype(int)
+
+
 def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     """Megabytes that the forward reads from L1, and those that come from L2; floors in microseconds."""
     queries, _, points, _ = access.cells.shape
@@ -285,7 +291,7 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     steps = assign(order.share, -(-work.size // rows), gpu)
     lines = int(access.levels[:, :2].prod(axis=1).sum()) * M * access.sectors * SECTOR // LINE + 1
     read = missed = done = 0
-    for sm in np.random.default_rng(0).permutation(gpu.sms)[: gpu.sampled]:
+    for sm in sample(gpu):
         cache = new_cache(lines, gpu.l1 * 1000 // LINE)
         more = run_sm(cache, access, work, steps[sm], rows)
         read, missed, done = read + more[0], missed + more[1], done + (steps[sm] >= 0).sum()
