@@ -39,12 +39,12 @@ class Order(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What the gathers run on; `sampled` of its SMs are simulated and stand for all."""
+    """What the gathers run on; `sampled` of its SMs stand for all those of a plain grid."""
 
     l1: int = 200  # KB that value has
     sms: int = 132
     resident: int = 4  # blocks on an SM at a time
-    sampled: int = 22
+    sampled: int = 11
 
 
 class Cache(NamedTuple):
@@ -274,10 +274,10 @@ def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
     return rows
 
 
-def sample(gpu: Gpu) -> np.ndarray:
-    """The SMs to simulate: one at random from each of so many equal parts, since chunks differ by level."""
-    parts = np.arange(gpu.sampled) + np.random.default_rng(0).random(gpu.sampled)
-    return (parts * gpu.sms / gpu.sampled).astype(int)
+def sample(share: str, gpu: Gpu) -> np.ndarray:
+    """The SMs to simulate: a random few of a plain grid; all where parts differ by the level they lie in."""
+    every = np.random.default_rng(0).permutation(gpu.sms)
+    return every[: gpu.sampled] if share == PLAIN else every
 
 
 def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
@@ -291,7 +291,7 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     steps = assign(order.share, -(-work.size // rows), gpu)
     lines = int(access.levels[:, :2].prod(axis=1).sum()) * M * access.sectors * SECTOR // LINE + 1
     read = missed = done = 0
-    for sm in sample(gpu):
+    for sm in sample(order.share, gpu):
         cache = new_cache(lines, gpu.l1 * 1000 // LINE)
         more = run_sm(cache, access, work, steps[sm], rows)
         read, missed, done = read + more[0], missed + more[1], done + (steps[sm] >= 0).sum()

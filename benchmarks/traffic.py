@@ -7,9 +7,9 @@ Modelled: which 32-byte sectors of `value` the forward's gathers move from L2 to
 128-byte rows the backward adds to memory, one by one or summed first over 256 rows of work that are
 sorted by bilinear cell (of all batches, one in five). Each multiprocessor (SM) has an L1 of its own:
 least recently used of all its 128-byte lines, filled sector by sector. Block b of a plain grid runs on
-SM b mod `--sms`; the blocks resident there run in lock step, point by point; some of the SMs stand for
-all. Beside the bytes stand floors in time, from the constants of a design study: model, not measured on
-a GPU.
+SM b mod `--sms`; the blocks resident there run in lock step, point by point; a few SMs stand for
+all those of a plain grid. Beside the bytes stand floors in time, from the constants of a design
+study: model, not measured on a GPU.
 
 Not modelled: sets (the real L1 hashes addresses), the real replacement, when a miss comes back,
 blocks that drift apart, instructions, and the streams of locations, weights and outputs, which are
