@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m cupy_msda`` reports the environment and checks it; ``python -m cupy_msda demo`` shows what it does."""
+"""``python -m cupy_msda`` reports the environment and checks it; its commands are ``demo`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-_DEMO_NEEDS = {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"}
+_NEEDS = {
+    "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
+    "bench": {"torch": "torch"},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,16 +42,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=Path("msda_demo.png"),
         help="default: %(default)s",
     )
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     if options.command is None:
         return _report()
-    missing = [name for name, module in _DEMO_NEEDS.items() if find_spec(module) is None]
+    needs = _NEEDS[options.command]
+    missing = [name for name, module in needs.items() if find_spec(module) is None]
     if missing:
         mend = 'pip install "cupy-msda[torch,cpu,plot]"'
-        parser.exit(1, f"{parser.prog} demo: {' and '.join(missing)} must be installed: {mend}\n")
+        what = " and ".join(missing)
+        parser.exit(1, f"{parser.prog} {options.command}: {what} must be installed: {mend}\n")
+    if options.command == "bench":
+        from cupy_msda.bench import runner
+
+        return runner.run(options.device, options.quick, options.output)
     from cupy_msda import demo
 
     return demo.run(options.image, options.output)
+
+
+def _add_bench(commands: Any) -> None:
+    """The options of the benchmark."""
+    of_bench = commands.add_parser(
+        "bench",
+        help="times against grid_sample and every other peer that is installed, and against a floor",
+        description="Check and time this library and its peers, forward and backward, on shapes of published "
+        "models; print a Markdown table and write all figures, and a plot beside them.",
+    )
+    of_bench.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    of_bench.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: cuda where its kernels can run",
+    )
+    of_bench.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        default=Path("msda_bench.json"),
+        help="default: %(default)s",
+    )
 
 
 def _report() -> int:

@@ -12,7 +12,7 @@ import pytest
 import cupy_msda
 
 PACKAGE = Path(cupy_msda.__file__).parent
-# report.py and demo.py are commands: they say what is installed and draw.
+# report.py, demo.py and bench are commands: they say what is installed, draw and measure.
 MAY_IMPORT = {
     "torch": {
         "torch.py",
@@ -23,12 +23,13 @@ MAY_IMPORT = {
         "modules.py",
         "report.py",
         "demo.py",
+        "bench",
         "integrations",
     },
-    "cupy": {"compile.py", "launch.py", "report.py"},
+    "cupy": {"compile.py", "launch.py", "report.py", "bench"},
     "numba": {"cpu.py"},
     "llvmlite": {"cpu.py"},
-    "matplotlib": {"demo.py"},
+    "matplotlib": {"demo.py", "bench"},
     "PIL": {"demo.py"},
 }
 HEAVY = [*MAY_IMPORT, "cupy_backends"]

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model behind `traffic.py`: orders of the work, an L1 for each multiprocessor, and sums by cell."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+M, D, P, LINE, SECTOR = 8, 32, 4, 128, 32
+THREADS = 256  # a block, of forward.cu; four are resident at 64 registers a thread
+# Of a backward that sums first: rows of work in a batch, groups that walk its sorted points, and the
+# bins of a level, whose cells lie so many rows and columns apart. One batch in EVERY is simulated.
+BATCH_ROWS, WALKERS, EVERY = 256, 32, 5
+BINS = {"one cell": (2**14, 2**14), "16 x 64": (16, 64), "32 x 32": (32, 32)}
+DTYPES = {"float32": 4, "float16": 2}
+# Bytes a second behind the microseconds that a design study gives for detr-encoder.
+RATES = {"L1": 26e12, "L2": 5.5e12, "HBM": 2.95e12, "RED": 3.85e12}
+
+# What a block of threads takes: the next block of work, in a plain grid; its own contiguous range; a
+# range beside those of the blocks on the same SM; or turns with them in one contiguous chunk.
+PLAIN, OWN, BESIDE, CHUNK = "", "a range per block", "neighbouring ranges", "chunk"
+
+
+class Order(NamedTuple):
+    """How the rows of work (query, head) follow one another, and who takes them."""
+
+    tile: int = 1  # side of the query tiles; 1: pixel by pixel
+    share: str = PLAIN
+    heads_first: bool = True  # all queries of a head, then the next head
+
+    def __str__(self) -> str:
+        """As the tables call it: head-major unless it says otherwise."""
+        major = "head-major" if self.heads_first else "query-major"
+        tiles = f"tiles of {self.tile}" if self.tile > 1 else ""
+        parts = [major if self == Order() or not self.heads_first else "", self.share, tiles]
+        return ", ".join(filter(None, parts))
+
+
+class Gpu(NamedTuple):
+    """What the gathers run on; `sampled` of its SMs stand for all those of a plain grid."""
+
+    l1: int = 200  # KB that value has
+    sms: int = 132
+    resident: int = 4  # blocks on an SM at a time
+    sampled: int = 11
+
+
+class Cache(NamedTuple):
+    """An L1: slots in a ring from the youngest to the oldest; the last index is the ring's end."""
+
+    slot_of: np.ndarray  # by line, -1 where absent
+    line_of: np.ndarray
+    held: np.ndarray  # bits of the sectors present
+    younger: np.ndarray
+    older: np.ndarray
+
+
+class Access(NamedTuple):
+    """Where the gathers go: cells (Lq, M, K, 2) of (row, column), levels, and strides in sectors."""
+
+    cells: np.ndarray
+    levels: np.ndarray  # (L, 3): height, width, start
+    pixel: int
+    head: int
+    sectors: int  # of one pixel of one head
+
+
+@njit
+def tiled_query(index: int, sizes: np.ndarray, tile: int) -> int:
+    """The query at `index` of the tiled order; `sizes` (L, 2) are the levels' heights and widths.
+
+    Levels follow one another; a level is cut into bands of `tile` rows, a band into tiles, each in
+    scan order. Bands and tiles at the lower and right edges are smaller: no index is left out.
+    """
+    start = 0
+    for level in range(sizes.shape[0]):
+        height, width = sizes[level, 0], sizes[level, 1]
+        if index - start < height * width:
+            break
+        start += height * width
+    offset = index - start
+    band = offset // (tile * width)
+    offset -= band * tile * width
+    rows = min(tile, height - band * tile)
+    column = offset // (rows * tile)
+    offset -= column * rows * tile
+    columns = min(tile, width - column * tile)
+    y, x = band * tile + offset // columns, column * tile + offset % columns
+    return start + y * width + x
+
+
+@njit
+def tiled_order(sizes: np.ndarray, tile: int) -> np.ndarray:
+    """Every query, in the tiled order."""
+    total = 0
+    for level in range(sizes.shape[0]):
+        total += sizes[level, 0] * sizes[level, 1]
+    order = np.empty(total, np.int64)
+    for index in range(total):
+        order[index] = tiled_query(index, sizes, tile)
+    return order
+
+
+def make_work(order: Order, sizes: np.ndarray, queries: int) -> np.ndarray:
+    """The rows, as query·M + head, in the order of the work."""
+    tiled = order.tile > 1 and queries == sizes.prod(axis=1).sum()
+    by_query = tiled_order(sizes, order.tile) if tiled else np.arange(queries)
+    rows = by_query[:, None] * M + np.arange(M)
+    return (rows.T if order.heads_first else rows).ravel()
+
+
+def assign(share: str, blocks: int, gpu: Gpu) -> list[np.ndarray]:
+    """The blocks of work of each SM: a row for each step of its resident blocks of threads, -1 for none."""
+    every, resident = np.arange(blocks), gpu.resident
+    if share in (PLAIN, CHUNK):
+        dealt = [every[sm :: gpu.sms] for sm in range(gpu.sms)]
+        parts = dealt if share == PLAIN else np.array_split(every, gpu.sms)
+        return [_padded(part, -(-part.size // resident) * resident, resident) for part in parts]
+    slots = gpu.sms * resident
+    length = -(-blocks // slots)
+    ranges = np.concatenate(
+        [_padded(part, length, length) for part in np.array_split(every, slots)]
+    )
+    if share == OWN:  # range b goes to block b, which runs on SM b mod gpu.sms
+        steps = ranges.reshape(resident, gpu.sms, length).transpose(1, 2, 0)
+    else:
+        steps = ranges.reshape(gpu.sms, resident, length).transpose(0, 2, 1)
+    return list(np.ascontiguousarray(steps))  # Numba compiles for every memory layout anew
+
+
+def _padded(blocks: np.ndarray, length: int, width: int) -> np.ndarray:
+    """The blocks, and -1 up to this length, in rows of this width."""
+    padding = np.full(length - blocks.size, -1)
+    return np.concatenate([blocks, padding]).reshape(-1, width)
+
+
+def make_access(
+    levels: np.ndarray, cells: np.ndarray, dtype: str, heads_outside: bool = False
+) -> Access:
+    """Gathers from value (N, S, M, D), or from (N, M, S, D) with `heads_outside`."""
+    sectors = D * DTYPES[dtype] // SECTOR
+    size = int(levels[:, :2].prod(axis=1).sum())
+    pixel, head = (sectors, size * sectors) if heads_outside else (M * sectors, sectors)
+    return Access(cells, levels, pixel, head, sectors)
+
+
+def new_cache(lines: int, capacity: int) -> Cache:
+    """An empty cache of so many lines, over a memory of so many."""
+    ring = np.arange(capacity + 1)
+    return Cache(
+        np.full(lines, -1, np.int32),
+        np.full(capacity, -1, np.int32),
+        np.zeros(capacity, np.uint8),
+        np.roll(ring, 1).astype(np.int32),
+        np.roll(ring, -1).astype(np.int32),
+    )
+
+
+@njit
+def touch(cache: Cache, line: int, sectors: int) -> int:
+    """Read sectors of a line; how many come from L2."""
+    end = cache.line_of.size
+    slot = cache.slot_of[line]
+    if slot < 0:
+        slot = cache.younger[end]  # the oldest of all
+        if cache.line_of[slot] >= 0:
+            cache.slot_of[cache.line_of[slot]] = -1
+        cache.slot_of[line], cache.line_of[slot], cache.held[slot] = slot, line, 0
+    missed = sectors & ~cache.held[slot]
+    cache.held[slot] |= sectors
+    if cache.older[end] != slot:
+        younger, older, first = cache.younger[slot], cache.older[slot], cache.older[end]
+        cache.older[younger], cache.younger[older] = older, younger
+        cache.older[end], cache.younger[slot] = slot, end
+        cache.older[slot], cache.younger[first] = first, slot
+    count = 0
+    while missed:
+        count += missed & 1
+        missed >>= 1
+    return count
+
+
+@njit
+def gather(cache: Cache, access: Access, row: int, point: int) -> tuple[int, int]:
+    """Read the corners of one point: sectors read, and those of them that come from L2."""
+    query, head = row // M, row % M
+    height, width, start = access.levels[point // P]
+    y, x = access.cells[query, head, point]
+    read = missed = 0
+    for corner in range(4):
+        i, j = y + corner // 2, x + corner % 2
+        if 0 <= i < height and 0 <= j < width:
+            sector = (start + i * width + j) * access.pixel + head * access.head
+            bits = ((1 << access.sectors) - 1) << (sector % (LINE // SECTOR))
+            missed += touch(cache, sector // (LINE // SECTOR), bits)
+            read += access.sectors
+    return read, missed
+
+
+@njit
+def run_sm(cache: Cache, access: Access, work: np.ndarray, steps: np.ndarray, rows: int) -> Any:
+    """One SM's work, `rows` of it to a block: sectors read, and those of them that come from L2."""
+    read = missed = 0
+    for step in range(steps.shape[0]):
+        for point in range(access.cells.shape[2]):
+            for block in steps[step]:
+                if block < 0:
+                    continue
+                for row in work[block * rows : (block + 1) * rows]:
+                    more = gather(cache, access, row, point)
+                    read, missed = read + more[0], missed + more[1]
+    return read, missed
+
+
+@njit
+def _column(x: int, y: int, height: int, width: int) -> int:
+    """How many corners of a cell at row y count in column x: rows of `value` to be added to."""
+    return ((y >= 0) + (y < height - 1)) * (0 <= x < width)
+
+
+@njit
+def flushed_rows(
+    access: Access,
+    work: np.ndarray,
+    batch: int,
+    walkers: int,
+    fold: tuple[int, int],
+    every: int,
+) -> tuple[int, int]:
+    """Rows added to memory: for every corner that counts, and where sorted points are summed first.
+
+    Each `batch` rows of work have their points sorted by (head, level, y mod fold[0], x mod fold[1])
+    and parted among walkers. A walker holds the sums of one cell: it adds both columns to memory where
+    the next cell is another, the left one alone where that is the neighbour to the right. Of all
+    batches, one in `every` counts.
+    """
+    points = access.cells.shape[2]
+    direct = summed = 0
+    keys = np.empty(batch * points, np.int64)
+    for first in range(0, work.size, batch * every):
+        count = 0
+        for place, row in enumerate(work[first : first + batch]):
+            for point in range(points):
+                y, x = access.cells[row // M, row % M, point]
+                height, width, _ = access.levels[point // P]
+                if -1 <= y < height and -1 <= x < width:
+                    direct += _column(x, y, height, width) + _column(x + 1, y, height, width)
+                    bin_ = ((row % M) * 16 + point // P) << 14 | ((y + 1) % fold[0])
+                    bin_ = bin_ << 14 | ((x + 1) % fold[1])
+                    keys[count] = (bin_ << 16) | (place * points + point)
+                    count += 1
+        keys[:count].sort()
+        stretch = -(-count // walkers)
+        for begin in range(0, count, max(stretch, 1)):
+            summed += _walk(access, work[first:], keys[begin : min(begin + stretch, count)])
+    return direct, summed
+
+
+@njit
+def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
+    """Rows that one walker adds to memory for its sorted points."""
+    points = access.cells.shape[2]
+    rows, last = 0, (-1, -1, -9, -9)
+    for key in keys:
+        row, point = work[(key & 0xFFFF) // points], (key & 0xFFFF) % points
+        y, x = access.cells[row // M, row % M, point]
+        height, width, _ = access.levels[point // P]
+        here = (row % M, point // P, y, x)
+        if here != last:
+            rows += _column(x + 1, y, height, width)
+            if here[:3] != last[:3] or x != last[3] + 1:
+                rows += _column(x, y, height, width)
+            last = here
+    return rows
+
+
+def sample(share: str, gpu: Gpu) -> np.ndarray:
+    """The SMs to simulate: a random few of a plain grid; all where parts differ by the level they lie in."""
+    every = np.random.default_rng(0).permutation(gpu.sms)
+    return every[: gpu.sampled] if share == PLAIN else every
+
+
+def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
+    """Megabytes that the forward reads from L1, and those that come from L2; floors in microseconds."""
+    queries, _, points, _ = access.cells.shape
+    group, split = access.sectors * SECTOR // 16, 1
+    while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in launch.py
+        split *= 2
+    rows = THREADS // (group * split)
+    work = make_work(order, access.levels[:, :2], queries)
+    steps = assign(order.share, -(-work.size // rows), gpu)
+    lines = int(access.levels[:, :2].prod(axis=1).sum()) * M * access.sectors * SECTOR // LINE + 1
+    read = missed = done = 0
+    for sm in sample(order.share, gpu):
+        cache = new_cache(lines, gpu.l1 * 1000 // LINE)
+        more = run_sm(cache, access, work, steps[sm], rows)
+        read, missed, done = read + more[0], missed + more[1], done + (steps[sm] >= 0).sum()
+    scale = SECTOR * -(-work.size // rows) / done
+    streams = work.size * (points * 12 + access.sectors * SECTOR)  # float32 locations and weights
+    once = streams + lines * LINE
+    times = {
+        "L1": read * scale / RATES["L1"],
+        "L2": (missed * scale + streams) / RATES["L2"],
+        "HBM": once / RATES["HBM"],
+    }
+    floors = {f"us_{name}": 1e6 * seconds for name, seconds in times.items()}
+    figures = {"read_mb": read * scale / 1e6, "l2_mb": missed * scale / 1e6} | floors
+    figures["us"] = max(floors.values())
+    return {name: round(float(figure), 1) for name, figure in figures.items()}
+
+
+def backward(access: Access, order: Order) -> dict[str, float]:
+    """Megabytes that the backward adds to memory: directly, and summed by cell; the floor of that."""
+    work = make_work(order, access.levels[:, :2], access.cells.shape[0])
+    done = sum(
+        work[first : first + BATCH_ROWS].size for first in range(0, work.size, BATCH_ROWS * EVERY)
+    )
+    megabytes = D * 4 / 1e6 * work.size / done
+    figures = {}
+    for name, fold in BINS.items():
+        direct, summed = flushed_rows(access, work, BATCH_ROWS, WALKERS, fold, EVERY)
+        figures |= {"direct_mb": direct * megabytes, f"{name}_mb": summed * megabytes}
+    figures["us"] = figures[f"{name}_mb"] * 1e6 / RATES["RED"] * 1e6
+    return {name: round(figure, 1) for name, figure in figures.items()}

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the figures of a run hold for: device, driver, threads, load, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cupy_msda
+from cupy_msda import report
+
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "triton",
+    "torch-ms-deform-attn",
+    "deformops",
+)
+
+
+def describe(device: str) -> dict[str, Any]:
+    """What the figures hold for."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "driver": dict(report.environment())["driver"] if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "load_average_before": load(),
+        "versions": _versions(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name, and its kind where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = named[0] if named else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} processors"
+
+
+def load() -> float | None:
+    """Processes that ran in the last minute: OpenMP's threads wait busily, so others slow the peers most."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
+def _versions() -> dict[str, str]:
+    """Python and what is installed of what takes part."""
+    found = {"python": platform.python_version(), "cupy_msda": cupy_msda.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

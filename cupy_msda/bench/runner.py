@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: check and time every implementation on every case, say so, and write it down."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_msda import report
+from cupy_msda.bench import (
+    cases,
+    constants,
+    gate,
+    implementations,
+    machine,
+    roofline,
+    tables,
+    timing,
+)
+from cupy_msda.bench.cases import Case, Problem
+from cupy_msda.bench.implementations import OURS, Function
+
+SCHEMA = 1
+_LIMITS = {
+    ("cpu", True): timing.Limits(15, 8),
+    ("cpu", False): timing.Limits(31, 25),
+    ("cuda", True): timing.Limits(50, 4),
+    ("cuda", False): timing.Limits(50, 3),
+}
+Row = dict[str, Any]
+
+
+def run(device: str | None, quick: bool, output: Path) -> int:
+    """Run the benchmark and write `output` and a picture beside it; 1 if a result of ours is wrong or missing."""
+    obstacle = report.torch_obstacle()
+    device = device or ("cpu" if obstacle else "cuda")
+    if device == "cuda" and obstacle:
+        raise SystemExit(f"cannot run on CUDA: {obstacle}")
+    if output.suffix != ".json":
+        raise SystemExit(
+            f"the results are JSON, and the plot lies beside them: {output} must end in .json"
+        )
+    results = measure(device, quick, output)
+    print(f"\n{tables.caption(results)}\n\n{tables.table(results)}\n\nwrote {output}")
+    _plot(results, output.with_suffix(".png"))
+    ours = [row for row in results["rows"] if row["implementation"] == OURS]
+    return int(any(row["verdict"] != "right" for row in ours))
+
+
+def _plot(results: Row, file: Path) -> None:
+    """Draw the picture, or say what it needs."""
+    try:
+        tables.plot(results, file)
+    except ImportError as error:
+        print(f'no plot ({error}): pip install "cupy-msda[plot]"')
+    else:
+        print(f"wrote {file}")
+
+
+def measure(device: str, quick: bool, output: Path) -> Row:
+    """The results of all cases; the file grows with each, so that a run that is cut short leaves something."""
+    begin = time.perf_counter()
+    names, absent = implementations.installed(quick)
+    rows: list[Row] = []
+    results: Row = {
+        "schema": SCHEMA,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(device),
+        "quick": quick,
+        "absent": absent,
+        "rows": rows,
+    }
+    _write(results, output)  # before the work: it may not be possible
+    found = constants.measure(device)
+    results["constants"] = found._asdict()
+    _say_start(results, found)
+    watch = timing.timer(device)
+    limits = _LIMITS[device, quick]
+    chosen = cases.select(device, quick)
+    for number, case in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}, {time.perf_counter() - begin:.0f} s] {case}", flush=True)
+        taking_part = [name for name in names if implementations.applies(name, case)]
+        rows += _measure_case(case, device, taking_part, watch, limits, found)
+        results["seconds"] = round(time.perf_counter() - begin, 1)
+        results["machine"]["load_average_after"] = machine.load()
+        _write(results, output)
+    return results
+
+
+def _write(results: Row, output: Path) -> None:
+    """Write the file, whole."""
+    try:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    except OSError as error:
+        raise SystemExit(f"{output} cannot be written: {error}") from error
+
+
+def _measure_case(
+    case: Case,
+    device: str,
+    names: Sequence[str],
+    watch: timing.Timer,
+    limits: timing.Limits,
+    found: constants.Constants,
+) -> list[Row]:
+    """The rows of one case: those that are right are timed."""
+    problem = cases.build(case, device)
+    work = roofline.count(problem)
+    expected = gate.expect(problem)
+    verdicts: dict[str, Row] = {}
+    right: dict[str, Function] = {}
+    for name in names:
+        verdicts[name], function = _judge(name, problem, expected)
+        if function is not None:
+            right[name] = function
+        _say_verdict(name, verdicts[name])
+    peaks = {name: timing.peak_memory(function, problem) for name, function in right.items()}
+    times = timing.measure(right, problem, watch, limits)
+    rows = []
+    for way in timing.WAYS:
+        floor = roofline.floor(way, problem, work, found)
+        for name in names:
+            rows.append(
+                {"case": case.shape, "distribution": case.distribution, "dtype": case.dtype}
+                | {"way": way, "implementation": name, **verdicts[name]}
+                | _statistics(times[way].get(name, []), floor)
+                | {"peak_bytes": (peaks.get(name) or {}).get(way)}
+            )
+            _say(rows[-1])
+    return rows
+
+
+def _judge(name: str, problem: Problem, expected: gate.Expected) -> tuple[Row, Function | None]:
+    """The verdict on an implementation, and the implementation if it is right."""
+    try:
+        function = implementations.make(name, problem)
+        errors = gate.errors(function, problem, expected)
+    except Exception as error:  # a peer may fail in any way; its error is the result
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        return _verdict("raised", lines[0]), None
+    outside = [f"{part} {error:.2g}" for part, error in errors.items() if not error <= 1]
+    if outside:
+        return _verdict("wrong", f"errors in units of their budgets: {', '.join(outside)}"), None
+    return _verdict("right", None, errors), function
+
+
+def _say_verdict(name: str, verdict: Row) -> None:
+    """A verdict as a line of progress."""
+    errors = verdict["errors"] or {}
+    why = verdict["why"] or f"errors up to {max(errors.values()):.2f} of their budgets"
+    print(f"  {'check':9}{name:22}{verdict['verdict']}: {why}", flush=True)
+
+
+def _verdict(verdict: str, why: str | None, errors: dict[str, float] | None = None) -> Row:
+    """The part of a row that judges; errors in units of their budgets."""
+    return {"verdict": verdict, "why": why, "errors": errors}
+
+
+def _statistics(times: Sequence[float], floor: roofline.Floor) -> Row:
+    """The part of a row that measures."""
+    row: Row = {
+        "median_ms": None,
+        "quartiles_ms": None,
+        "repeats": len(times),
+        "floor_ms": floor.milliseconds,
+        "floor_terms_ms": floor.terms,
+        "unshared_terms_ms": floor.unshared,
+        "share": None,
+    }
+    if times:
+        low, median, high = (float(np.quantile(times, part)) for part in (0.25, 0.5, 0.75))
+        row |= {"median_ms": median, "quartiles_ms": [low, high]}
+        row["share"] = floor.milliseconds / median
+    return row
+
+
+def _say_start(results: Row, found: constants.Constants) -> None:
+    """The machine, its constants and who is missing."""
+    facts = results["machine"].items()
+    print("  ".join(f"{key} {value}" for key, value in facts if key != "versions"))
+    print("measured  " + _words(found), flush=True)
+    for name, why in results["absent"].items():
+        print(f"without   {name}: {why}")
+
+
+def _say(row: Row) -> None:
+    """A row as a line of progress."""
+    if row["median_ms"] is None:
+        return
+    low, high = row["quartiles_ms"]
+    text = f"{row['median_ms']:9.3f} ms [{low:.3f}, {high:.3f}] of {row['repeats']:2}"
+    text += f"   floor {row['share']:.1%} of it"
+    if row["peak_bytes"] is not None:
+        text += f"   peak {row['peak_bytes'] / 1e6:.1f} MB"
+    print(f"  {row['way']:9}{row['implementation']:22}{text}", flush=True)
+
+
+def _words(found: constants.Constants) -> str:
+    """The constants in a line."""
+    parts = [f"copy {rate / 1e9:.0f} GB/s in {reach / 1e6:.1f} MB" for reach, rate in found.copy]
+    parts.append(f"{found.multiply_adds / 1e9:.0f} G multiply-adds/s")
+    for label, rate in (
+        ("gather from L1", found.gather),
+        ("from L2", found.gather_l2),
+        ("scatter", found.scatter),
+    ):
+        parts += [f"{label} {rate / 1e9:.0f} GB/s"] if rate else []
+    parts += [f"launch {1e6 * found.launch:.1f} us"] if found.launch else []
+    return ", ".join(parts)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a result file says, as a Markdown table and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+OURS = "cupy_msda"  # as `implementations` names it, which needs torch
+_COLOURS = ("#d62728", "#1f77b4", "#17a2b8", "#2ca02c", "#9467bd")
+_WAYS = ("forward", "backward")  # as in `timing`
+
+Results = dict[str, Any]
+
+
+def caption(results: Results) -> str:
+    """Where and with what a run was done, and how busy the machine was, beside the run itself."""
+    machine = results["machine"]
+    threads = machine["threads"]
+    parts = [f"{machine['device']}, {threads} thread{'s' if threads > 1 else ''}"]
+    parts += [f"driver {machine['driver']}"] if machine["driver"] else []
+    parts += [f"{name} {version}" for name, version in machine["versions"].items()]
+    before, after = machine["load_average_before"], machine["load_average_after"]
+    text = f"{', '.join(parts)}; {results['date'][:10]}, load average {before} before and {after} after."
+    if not machine["driver"] and (after or 0) > threads + 1:
+        text += " The machine was busy with other work: not to be relied on."
+    return text
+
+
+def table(results: Results) -> str:
+    """A row for each case and way: our median, its share of the floor, and how many times longer each peer takes."""
+    peers = [name for name in _implementations(results) if name != OURS]
+    lines = ["| case | | " + " | ".join([OURS, "floor / time", *peers]) + " |"]
+    lines.append("| --- " * (4 + len(peers)) + "|")
+    for case in _cases(results):
+        for way in _WAYS:
+            rows = _rows(results, case, way)
+            label = case if way == _WAYS[0] else ""
+            cells = [label, way, *_ours(rows[OURS]), *(_peer(rows, name) for name in peers)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _ours(row: Results) -> tuple[str, str]:
+    """Our time, and what part of it the floor is."""
+    if row["median_ms"] is None:
+        return row["verdict"], ""
+    return _time(row["median_ms"]), f"{row['share']:.0%}"
+
+
+def _peer(rows: dict[str, Results], name: str) -> str:
+    """A peer's time and its ratio to ours."""
+    if name not in rows:
+        return ""
+    theirs, ours = rows[name]["median_ms"], rows[OURS]["median_ms"]
+    if theirs is None:
+        return str(rows[name]["verdict"])
+    return _time(theirs) + (f", {theirs / ours:.1f}x" if ours else "")
+
+
+def _time(milliseconds: float) -> str:
+    """Three digits."""
+    digits = f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
+    return f"{digits} ms"
+
+
+def _implementations(results: Results) -> list[str]:
+    """Those of any row, in the order of the run."""
+    return list(dict.fromkeys(row["implementation"] for row in results["rows"]))
+
+
+def _case(row: Results) -> str:
+    """The words that name a row's case."""
+    return f"{row['case']}, {row['distribution']}, {row['dtype']}"
+
+
+def _cases(results: Results) -> list[str]:
+    """Those of any row, in the order of the run."""
+    return list(dict.fromkeys(map(_case, results["rows"])))
+
+
+def _rows(results: Results, case: str, way: str) -> dict[str, Results]:
+    """The rows of one case and way, by implementation."""
+    found = (row for row in results["rows"] if _case(row) == case and row["way"] == way)
+    return {row["implementation"]: row for row in found}
+
+
+def plot(results: Results, file: Path) -> None:
+    """Draw medians and quartiles of all, and the floor, for both ways; raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    cases = _cases(results)
+    figure = Figure((11, 1.6 + 0.42 * len(cases)), layout="constrained")
+    panels = figure.subplots(1, len(_WAYS), sharey=True)
+    for axes, way in zip(panels, _WAYS, strict=True):
+        for name, colour in zip(_implementations(results), _COLOURS, strict=False):
+            _draw_times(axes, results, way, name, colour)
+        for height, case in enumerate(cases):
+            floor = _rows(results, case, way)[OURS]["floor_ms"]
+            axes.plot([floor], [height], "|", color="black", markersize=13, label="floor")
+        axes.set(title=way, xscale="log", xlabel="milliseconds")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(cases)), cases)
+    panels[0].set_ylim(len(cases) - 0.5, -0.5)
+    figure.suptitle(results["machine"]["device"])
+    marks, labels = panels[0].get_legend_handles_labels()
+    legend = dict(zip(labels, marks, strict=True))  # one mark of each label
+    figure.legend(
+        list(legend.values()),
+        list(legend),
+        loc="outside lower center",
+        ncols=len(legend),
+        frameon=False,
+    )
+    figure.savefig(file, dpi=110)
+
+
+def _draw_times(axes: Any, results: Results, way: str, name: str, colour: str) -> None:
+    """The marks of one implementation in one panel."""
+    for height, case in enumerate(_cases(results)):
+        row = _rows(results, case, way).get(name)
+        if row is None or row["median_ms"] is None:
+            continue
+        low, high = row["quartiles_ms"]
+        axes.plot([low, high], [height] * 2, color=colour, linewidth=2.5, alpha=0.5)
+        axes.plot([row["median_ms"]], [height], "o", color=colour, label=name)
