@@ -139,28 +139,22 @@ template <typename T, int COUNT, typename Location, typename Weight>
 __device__ __forceinline__ void backward_stage(const Walk& walk, Slots<BLOCK>& slots, const Level* levels, int member,
                                                bool active, int first, const Location* locations, const Weight* weights,
                                                Location* grad_locations, Weight* grad_weights) {
-  // Lanes without a point of their own repeat the last one, for a slot that nothing reads.
-  const int index = first + min(member, COUNT - 1), slot = slot_of<T::G>(member);
+  const int index = first + member, slot = slot_of<T::G>(member);
   const bool owner = active && member < COUNT;
-  const Level level = levels[index / T::P];
-  float location[2];
-  load(location, locations + 2 * index);
-  const float weight = widen(weights[index]);
-  const Coordinates<float> at(location[0], location[1], level);
   Point point;
-  Four<float> dot;
-  if (__all_sync(ALL_LANES, active && is_interior(at, level))) {
-    point = make_record<T::PIXEL, true, T::FIXED>(slots, slot, at, weight, level, walk.weight_factor);
-    __syncwarp();
-    dot = visit_all<T, true, T::G, COUNT>(walk, 0, member);
+  if (owner) {
+    const Level level = levels[index / T::P];
+    float location[2];
+    load(location, locations + 2 * index);
+    point = make_record<T::PIXEL, false, T::FIXED>(slots, slot, {location[0], location[1], level},
+                                                   widen(weights[index]), level, walk.weight_factor);
   } else {
-    if (active)
-      point = make_record<T::PIXEL, false, T::FIXED>(slots, slot, at, weight, level, walk.weight_factor);
-    else
-      point = empty_record(slots, slot);
-    __syncwarp();
-    dot = visit_all<T, false, T::G, COUNT>(walk, 0, member);
+    point = empty_record(slots, slot);
   }
+  const bool interior = __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
+  __syncwarp();
+  const Four<float> dot =
+      interior ? visit_all<T, true, T::G, COUNT>(walk, 0, member) : visit_all<T, false, T::G, COUNT>(walk, 0, member);
   if constexpr (T::FIXED) {
     const bool broken = !is_finite(point.weight);
     if (__any_sync(ALL_LANES, broken || walk.broken != 0u))

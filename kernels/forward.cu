@@ -10,6 +10,15 @@
 #include "order.cuh"
 #include "records.cuh"
 
+// As corner_pointer, for records that are interior and so do not lie before their base: unsigned offsets spare
+// instructions, and taking the corner bits off last folds into the load's immediate offset.
+template <int PIXEL>
+__device__ __forceinline__ const char* interior_pointer(const char* base, const int2& place, int corner) {
+  const char* row = base + static_cast<size_t>(static_cast<unsigned>(place.x));
+  if (corner & 2) row += static_cast<size_t>(static_cast<unsigned>(place.y));
+  return row + (corner & 1 ? PIXEL : 0) - static_cast<int>(ALL_CORNERS);
+}
+
 // Add one record's four corners to the lane's channels. INTERIOR: all four lie inside the level.
 template <bool INTERIOR, int PIXEL, typename Value, int VEC>
 __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base, const float4& share,
@@ -18,8 +27,10 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     float pixel[VEC] = {};  // outside the level reads exact zero
-    if (INTERIOR || (place.x >> corner & 1))
-      load(pixel, reinterpret_cast<const Value*>(corner_pointer<INTERIOR, PIXEL, 1>(base, place, corner)));
+    if constexpr (INTERIOR)
+      load(pixel, reinterpret_cast<const Value*>(interior_pointer<PIXEL>(base, place, corner)));
+    else if (place.x >> corner & 1)
+      load(pixel, reinterpret_cast<const Value*>(corner_pointer<false, PIXEL, 1>(base, place, corner)));
 #pragma unroll
     for (int c = 0; c < VEC; ++c) sum[c] += shares[corner] * pixel[c];
   }

@@ -103,18 +103,12 @@ __device__ __forceinline__ Point empty_record(Slots<THREADS>& slots, int slot) {
 }
 
 // Where corner i of a record lies. WIDER: the array's elements are so many times as wide as those the record was made for.
-// INTERIOR records have all corner bits set, and do not lie before their base: taking the bits off folds into the load's
-// immediate offset, and unsigned offsets spare instructions.
+// INTERIOR records have all corner bits set, so that no mask is needed to take them off.
 template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
 __device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
-  constexpr int BITS = static_cast<int>(ALL_CORNERS);
-  if constexpr (INTERIOR) {
-    Bytes* row = base + static_cast<size_t>(static_cast<unsigned>(place.x)) * WIDER;
-    if (corner & 2) row += static_cast<size_t>(static_cast<unsigned>(place.y)) * WIDER;
-    return row + ((corner & 1 ? PIXEL : 0) - BITS) * WIDER;
-  } else {
-    Bytes* row = base + static_cast<long long>(place.x & ~BITS) * WIDER;
-    if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
-    return corner & 1 ? row + PIXEL * WIDER : row;
-  }
+  const int corner_bits = static_cast<int>(ALL_CORNERS);
+  const int top_left = INTERIOR ? place.x - corner_bits : place.x & ~corner_bits;
+  Bytes* row = base + static_cast<long long>(top_left) * WIDER;
+  if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
+  return corner & 1 ? row + PIXEL * WIDER : row;
 }
