@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(BLOCK)
     const long long row = (rows.image * static_cast<long long>(p.num_queries) + query) * p.num_heads + rows.head;
     for (int channel = lane; channel < p.head_dim; channel += WARP)
       of_grad = max(of_grad, exponent_field(static_cast<Real>(widen(grad_output[row * p.head_dim + channel]))));
+#pragma unroll 1
     for (int k = lane; k < points; k += WARP) {
       const long long at = row * points + k;
       const int field = exponent_field(static_cast<Real>(widen(weights[at])));

@@ -130,6 +130,22 @@ def test_shapes_of_models(name, dtypes):
     check(random_inputs(sizes, **{"m": 8, "d": 32, **rest}, dtypes=dtypes, device=DEVICE))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
+@pytest.mark.parametrize("name", ["detr-encoder", "mask2former-512", "bevformer-tsa"])
+def test_the_order_of_the_queries_changes_no_bit(name, dtypes):
+    from cupy_msda import contract, launch
+
+    sizes, rest = MODELS[name]
+    inputs = random_inputs(sizes, **{"m": 8, "d": 32, **rest}, dtypes=dtypes, device=DEVICE)
+    problem, table = contract.check(inputs.value, sizes, None, inputs.locations, inputs.weights)
+    assert launch.plan_forward(problem, table, 132, ()) != launch.plan_forward(problem, table, 132)
+    outputs = [torch.full_like(inputs.grad_output, NAN) for _ in range(2)]
+    with launch.on_stream(0, torch.cuda.current_stream().cuda_stream):
+        for output, grids in zip(outputs, ((), None), strict=True):
+            launch.forward(problem, table, *inputs.tensors, output, grids)
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("n", [154, 8200])
 def test_many_images(n):
     # 8200 images of 8 heads are more than one axis of a grid holds.
