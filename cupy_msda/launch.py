@@ -96,9 +96,15 @@ def plan_backward(
 
 
 @lru_cache(maxsize=1024)
-def plan_sorted(problem: Problem, table: LevelTable, grids: Grids = ()) -> Plan:
-    """The gradient of value by sums over the points of a cell; `table` holds host facts only."""
-    template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
+def plan_sorted(
+    problem: Problem, table: LevelTable, grids: Grids = (), fixed: bool = False
+) -> Plan:
+    """The gradient of value by sums over the points of a cell; `table` holds host facts only.
+
+    `fixed`: those sums are added in fixed point, between `plan_scale` and `plan_finish`.
+    """
+    arguments = (*_shape_arguments(problem), _cpp_bool(fixed))
+    template = ", ".join([_types(problem), *map(str, arguments)])
     kernel = Kernel("sorted.cu", f"msda_sorted<{template}>")
     grid = _grid(problem, -(-problem.num_queries // BLOCK))
     return Plan(kernel, grid, (BLOCK, 1, 1), _params(problem, table, grids=grids))
@@ -154,10 +160,10 @@ def _separate_plan(
     problem: Problem, table: LevelTable, multiprocessors: int, reproducible: bool, grids: Grids
 ) -> Plan | None:
     """The kernel that computes the gradient of value alone, where that is better than all three at once."""
-    if reproducible:
-        return plan_owner(problem, table) if _owned(problem) else None
+    if reproducible and _owned(problem):
+        return plan_owner(problem, table)
     if _sorted(problem, multiprocessors, grids):
-        return plan_sorted(problem, table, grids)
+        return plan_sorted(problem, table, grids, reproducible)
     return None
 
 
@@ -386,27 +392,25 @@ def backward(
     it is of the dtype of value instead, written whole, and reproducible bit for bit.
     """
     device, multiprocessors = _current_device()
-    known, needs_points = _host_part(table), gradients[1] is not None
+    case = problem, _host_part(table), multiprocessors
     grad_output, *others = map(_as_cupy, inputs)
     grad_value, *of_points = map(_as_cupy, gradients)
     levels = [_as_cupy(array) for array in table[2:]]
-    needs_value = gradients[0] is not None
-    separate = _separate_plan(problem, known, multiprocessors, sums is not None, grids)
-    if needs_value and separate is not None:
-        _launch(separate, device, (grad_output, *others[1:], grad_value, *levels))
-        if not needs_points:
-            return
-        needs_value, grad_value, sums = False, _as_cupy(None), None
-    if sums is None:
-        plan = plan_backward(problem, known, multiprocessors, needs_value, needs_points)
-        _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
-        return
-    sums = _as_cupy(sums)
-    plan = plan_scale(problem, known, multiprocessors)
-    _launch(plan, device, (grad_output, *others[1:], sums, *levels))
-    plan = plan_backward(problem, known, multiprocessors, True, needs_points, True)
-    _launch(plan, device, (grad_output, *others, sums, *of_points, *levels))
-    _launch(plan_finish(problem, multiprocessors), device, (sums, grad_value))
+    needs_value, needs_points = (gradient is not None for gradient in gradients[:2])
+    separate = _separate_plan(*case, sums is not None, grids) if needs_value else None
+    fixed = sums is not None and not _owned(problem)
+    added_to = _as_cupy(sums) if fixed else grad_value
+    if fixed:
+        _launch(plan_scale(*case), device, (grad_output, *others[1:], added_to, *levels))
+    if separate is not None:
+        _launch(separate, device, (grad_output, *others[1:], added_to, *levels))
+    if separate is None or needs_points:
+        together = separate is None and needs_value
+        plan = plan_backward(*case, together, needs_points, fixed and together)
+        to = added_to if together else _as_cupy(None)
+        _launch(plan, device, (grad_output, *others, to, *of_points, *levels))
+    if fixed:
+        _launch(plan_finish(problem, multiprocessors), device, (added_to, grad_value))
 
 
 def compile_ahead(
@@ -418,16 +422,15 @@ def compile_ahead(
         case = problem, _NO_TABLE, multiprocessors
         plans = [plan_forward(*case, ())]
         separate = _separate_plan(*case, reproducible, ())
+        fixed = reproducible and not _owned(problem)
         if with_backward:
             plans.append(plan_backward(*case, False, True))
         if with_backward and separate is not None:
             plans.append(separate)
         elif with_backward:
-            for needs_points in (True, False):
-                plans.append(plan_backward(*case, True, needs_points, reproducible))
-            if reproducible:
-                plans.append(plan_scale(*case))
-                plans.append(plan_finish(problem, multiprocessors))
+            plans += [plan_backward(*case, True, points, fixed) for points in (True, False)]
+        if with_backward and fixed:
+            plans += [plan_scale(*case), plan_finish(problem, multiprocessors)]
         for plan in plans:
             load(plan.kernel, index)
 

@@ -90,7 +90,8 @@ __device__ inline Scale<Real> read_scale(Sum* sums, const Shape& p, long long im
   const int* fields = largest_exponents<Real>(sums, p, image_head);
   // |grad_output| < 2^of_grad and |weight| < 2^of_weight.
   const int of_grad = max(fields[0], 1) + LOWEST, of_weight = max(fields[1], 1) + LOWEST;
-  const long long addends = static_cast<long long>(p.num_queries) * p.num_levels * p.num_points;
+  long long addends = static_cast<long long>(p.num_queries) * p.num_levels * p.num_points;
+  addends += addends >> 10;  // sorted.cu adds up to 8192 of them as floats, each sum too large by 2^-11 at most
   const int bits = min(MOST_BITS, VALID_BITS - (64 - __clzll(addends)));
   const int taken = min(of_weight, -LOWEST);  // 2^-taken must be a normal number
   return {power(Real{}, -taken), bits - of_grad - (of_weight - taken), of_grad + of_weight - bits, bits, elements(p)};
@@ -123,6 +124,14 @@ __device__ __forceinline__ void add_fixed(Sum* to, const Scale<double>& scale, d
   } else {
     atomicExch(to, NOT_FINITE);
   }
+}
+
+// Add a sum of such products, of any number of quanta up to 2^VALID_BITS.
+__device__ __forceinline__ void add_quanta(Sum* to, float quanta) {
+  if (is_finite(quanta))
+    atomicAdd(to, static_cast<Sum>(__float2ll_rn(quanta)));
+  else
+    atomicExch(to, NOT_FINITE);
 }
 
 // The number that a sum stands for.

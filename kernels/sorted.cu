@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient of value for encoders: points are sorted by cell, and summed in registers before they go to memory.
 //
-// Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well.
-//          msda_backward without grad_value computes the other two gradients.
+// Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well. FIXED: it is
+//          the array of sums that fixed.cuh describes. msda_backward without grad_value computes the other two gradients.
 // Threads  A block takes 256 queries that follow one another in the order of order.cuh, of one image and head. It counts
 //          their points by level, row modulo 32 and column modulo 32, and lists them in the order of those bins. Then
 //          every group of G = D / 4 lanes walks through a stretch of the list, a lane on four channels: the sums of the
 //          four corners stay in registers while one point after the other lies in the same cell. If the next cell is
-//          the neighbour to the right, its left column goes on with the sums of the right one.
+//          the neighbour to the right, its left column goes on with the sums of the right one. FIXED: the points of a bin
+//          are listed in the order of their rows, so that every sum comes out the same; a lane's channels lie G apart.
 // Grid     x: batches of queries, y and z: (image, head).
 // Limits   as backward.cu; at most 8 levels and 32 points a row, fewer than 2^31 rows.
+#include "fixed.cuh"
 #include "order.cuh"
 #include "records.cuh"
 
 constexpr int VEC = 4, CORNERS = 4;
 constexpr int SIDE = 32, BINS = SIDE * SIDE;  // of a level
-constexpr unsigned NONE = 0xffffffffu;
+constexpr unsigned NONE = 0xffffffffu, NO_BIN = 0xffffu;
 
 // Counters of the bins, two to a word, and what becomes of them: where each bin begins in the list.
 template <int L>
@@ -28,8 +30,10 @@ struct Bins {
     for (int i = threadIdx.x; i < WORDS; i += BLOCK) words[i] = 0;
   }
 
-  // Count a point; how many the bin had before.
-  __device__ unsigned add(unsigned bin) { return get(atomicAdd(&words[bin / 2], 1u << bin % 2 * 16), bin); }
+  // Count points; how many the bin had before.
+  __device__ unsigned add(unsigned bin, unsigned points = 1) {
+    return get(atomicAdd(&words[bin / 2], points << bin % 2 * 16), bin);
+  }
 
   __device__ unsigned begin(unsigned bin) const { return get(words[bin / 2], bin); }
 
@@ -72,19 +76,39 @@ struct Shared {
   Order order;
   unsigned rows[BLOCK];  // of the batch, among N * Lq * M; NONE beyond the last
   Bins<L> bins;
-  unsigned short list[BLOCK * K];  // points of the batch, row * K + point of the row, in the order of their bins
+  // Points of the batch, row * K + point of the row, in the order of their bins. Before that, FIXED: each one's bin, then
+  // its number within the bin.
+  unsigned short list[BLOCK * K];
   Slots<BLOCK> slots;
   unsigned slot_rows[BLOCK];  // of the slots' records
 };
 
-// The points of the batch in the order of their bins; how many there are.
-template <int P, int L, int K, typename Location>
+// Number the points of every bin by their rows. One warp takes a level, whose bins are its own.
+template <int P, int L, int K>
+__device__ void number_in_order(Shared<L, K>& shared) {
+  static_assert(L <= BLOCK / WARP, "every level needs a warp");
+  const unsigned level = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+  if (level >= L) return;
+#pragma unroll 1
+  for (unsigned point = lane; point < BLOCK * P; point += WARP) {
+    const unsigned id = point / P * K + level * P + point % P, bin = shared.list[id];
+    const unsigned same = __match_any_sync(ALL_LANES, bin), before = __popc(same & ((1u << lane) - 1));
+    if (bin != NO_BIN) shared.list[id] = static_cast<unsigned short>(shared.bins.begin(bin) + before);
+    __syncwarp();
+    if (bin != NO_BIN && before == 0) shared.bins.add(bin, __popc(same));
+    __syncwarp();
+  }
+}
+
+// The points of the batch in the order of their bins, STABLE: and of their rows; how many there are.
+template <int P, bool STABLE, int L, int K, typename Location>
 __device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations) {
   unsigned ranks[K];  // bin << 16 | number within the bin, of every point that this thread looks at
 #pragma unroll
   for (int i = 0; i < K; ++i) {
     const unsigned id = i * BLOCK + threadIdx.x, row = shared.rows[id / K], k = id % K;
     ranks[i] = NONE;
+    if (STABLE) shared.list[id] = NO_BIN;
     if (row == NONE) continue;
     float location[2];
     load(location, locations + 2 * (static_cast<size_t>(row) * K + k));
@@ -92,9 +116,17 @@ __device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations)
     const Cell<float> cell = locate<true, false, float>({location[0], location[1], level}, level);
     if (cell.corners == 0u) continue;
     const unsigned bin = (k / P * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
-    ranks[i] = bin << 16 | shared.bins.add(bin);
+    if (STABLE) shared.list[id] = static_cast<unsigned short>(bin);
+    ranks[i] = bin << 16 | (STABLE ? 0 : shared.bins.add(bin));
   }
   __syncthreads();
+  if constexpr (STABLE) {
+    number_in_order<P>(shared);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+      if (ranks[i] != NONE) ranks[i] |= shared.list[i * BLOCK + threadIdx.x];
+  }
   const unsigned count = shared.bins.scan();
 #pragma unroll
   for (int i = 0; i < K; ++i)
@@ -105,18 +137,21 @@ __device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations)
 }
 
 // The sums of one cell's corners, in the lane's channels, on their way to memory.
-template <int PIXEL, int WIDER>
+template <typename Addend, int PIXEL, int WIDER, int G>
 struct CellSums {
   char* base;  // of the (image, head), at the lane's channels
   int2 place;  // of the cell, as in its record
   float sum[CORNERS][VEC];
 
   __device__ void flush(int corner) const {
-    if (place.x >> corner & 1) {
-      const float (&s)[VEC] = sum[corner];
-      reduce_add(reinterpret_cast<float*>(corner_pointer<false, PIXEL, WIDER>(base, place, corner)), s[0], s[1], s[2],
-                 s[3]);
-    }
+    if (place.x >> corner & 1)
+      add_to(reinterpret_cast<Addend*>(corner_pointer<false, PIXEL, WIDER>(base, place, corner)), sum[corner]);
+  }
+
+  static __device__ void add_to(float* to, const float (&s)[VEC]) { reduce_add(to, s[0], s[1], s[2], s[3]); }
+  static __device__ void add_to(Sum* to, const float (&s)[VEC]) {
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) add_quanta(to + c * G, s[c]);
   }
 
   // Go to another cell: write what it does not share with this one.
@@ -148,10 +183,11 @@ struct CellSums {
   }
 };
 
-// The records of the points at `first` and after it in the list, one by each lane of a group.
+// The records of the points at `first` and after it in the list, one by each lane of a group, with weights multiplied by
+// `weight_factor`.
 template <int P, int G, int PIXEL, int L, int K, typename Location, typename Weight>
 __device__ __forceinline__ void make_records(Shared<L, K>& shared, unsigned first, unsigned end,
-                                             const Location* locations, const Weight* weights) {
+                                             const Location* locations, const Weight* weights, float weight_factor) {
   const unsigned member = threadIdx.x % G;
   const int slot = slot_of<G>(member);
   if (first + member >= end) {
@@ -164,15 +200,29 @@ __device__ __forceinline__ void make_records(Shared<L, K>& shared, unsigned firs
   const Level level = shared.levels[k / P];
   float location[2];
   load(location, locations + 2 * point);
-  make_record<PIXEL, false>(shared.slots, slot, {location[0], location[1], level}, widen(weights[point]), level);
+  make_record<PIXEL, false>(shared.slots, slot, {location[0], location[1], level},
+                            widen(weights[point]) * weight_factor, level);
   shared.slot_rows[slot] = row;
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+// Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in quanta.
+template <bool FIXED, int G, typename Value>
+__device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, const Scale<float>& scale) {
+  if constexpr (FIXED) {
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) to[c] = times_power(widen(from[c * G]), scale.grad);
+  } else {
+    load(to, from);
+  }
+}
+
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, bool FIXED>
 __global__ void __launch_bounds__(BLOCK, 3)
     msda_sorted(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                const Weight* __restrict__ weights, float* __restrict__ grad_value, const long long* __restrict__ sizes,
-                const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
+                const Weight* __restrict__ weights, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                const __grid_constant__ OrderedParams<L> p) {
+  using Addend = typename Accumulator<Value, FIXED>::type;
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value), AHEAD = G < 4 ? G : 4;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
@@ -187,23 +237,27 @@ __global__ void __launch_bounds__(BLOCK, 3)
   shared.rows[threadIdx.x] = index < queries ? OrderedRow(image_head * queries + index, shared.order, p).row : NONE;
   shared.bins.clear();
   __syncthreads();
-  const unsigned count = sort_points<P>(shared, locations);
+  const unsigned count = sort_points<P, FIXED>(shared, locations);
 
   const unsigned member = threadIdx.x % G, stretch = (count + BLOCK / G - 1) / (BLOCK / G);
   const unsigned begin = threadIdx.x / G * stretch, end = min(begin + stretch, count);
+  const unsigned channel = FIXED ? member : member * VEC;
   const size_t plane = static_cast<size_t>(image_head / M) * p.spatial_size * M + image_head % M;
-  CellSums<PIXEL, sizeof(float) / sizeof(Value)> cell = {
-      reinterpret_cast<char*>(grad_value + plane * D + member * VEC), {0, 0}, {}};
+  Scale<float> scale = {1.0f, 0, 0, 0, 0};
+  if constexpr (FIXED) scale = read_scale<float>(grad_value, p, image_head);
+  CellSums<Addend, PIXEL, sizeof(Addend) / sizeof(Value), G> cell = {
+      reinterpret_cast<char*>(grad_value + plane * D + channel), {0, 0}, {}};
 #pragma unroll 1
   for (unsigned first = 0; first < stretch; first += G) {  // as often in every group of the warp
-    make_records<P, G, PIXEL>(shared, begin + first, end, locations, weights);
+    make_records<P, G, PIXEL>(shared, begin + first, end, locations, weights, scale.weight);
     __syncwarp();
 #pragma unroll 1
     for (int j = 0; j < G; j += AHEAD) {
       float grad[AHEAD][VEC];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i)
-        load(grad[i], grad_output + static_cast<size_t>(shared.slot_rows[slot_of<G>(j + i)]) * D + member * VEC);
+        load_grad<FIXED, G>(
+            grad[i], grad_output + static_cast<size_t>(shared.slot_rows[slot_of<G>(j + i)]) * D + channel, scale);
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
         const int2 place = shared.slots.places[slot_of<G>(j + i)];

@@ -50,7 +50,10 @@ class Interior(NamedTuple):
     per_corner: int = 1  # of the first of them
     whole_points: bool = True  # no block of it holds fewer of the first than one point has
     rows: float | None = None  # (query, head) of a warp
-    again: bool = False  # a warp takes one row after the other: what each after the first adds
+    turns: int | None = (
+        1  # it meets them so many times over; None: what each turn after the first adds
+    )
+    once: dict[str, int] = {}  # what it meets besides, whatever the turns
 
 
 def _forward(size: int, split: int) -> Interior:
@@ -77,6 +80,20 @@ def _backward(
     return Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
 
 
+def _sorted(architecture: int) -> Interior:
+    """Every point in a cell of its own. Each turn takes a record of every lane, until the points of 32 rows are through."""
+    additions = 1 if architecture >= 90 else 4
+    passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": _GROUP + 2}  # gradients, location, weight
+    turns = _K * 32 // (4 * _GROUP)  # by the 4 groups of a warp
+    once = {"LDG": _K, r"^ATOMS\.": _K, r"STS\.U16": _K}
+    return Interior(passes, additions, False, 32, turns, once)
+
+
+def _sorted_fixed() -> Interior:
+    """One turn of that, by its additions alone."""
+    return Interior({r"^REDG?\.": 16 * _GROUP}, 4, whole_points=False)
+
+
 def _owner() -> Interior:
     """One turn of the loop over pairs: it reads four pairs, and a sum for each."""
     return Interior({r"LDS\.(U\.)?64": 8}, whole_points=False)
@@ -89,7 +106,7 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
     scale, fixed, finish = test_nvrtc.fixed_kernels("detr", dtype)
     interiors = {
         "forward": _forward(size, 1),
-        "forward-ordered": _forward(size, 1)._replace(again=True),
+        "forward-ordered": _forward(size, 1)._replace(turns=None),
         "forward-split": _forward(size, 32 // (2 * size)),
         "backward": _backward(size, on),
         "backward-split": _backward(size, on, split=2),
@@ -101,7 +118,8 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         "fixed-scale": (scale, None),
         "fixed": (fixed, _backward(size, on, fixed=True)),
         "fixed-finish": (finish, None),
-        "sorted": (plain["sorted"], None),
+        "sorted": (plain["sorted"], _sorted(on)),
+        "sorted-fixed": (test_nvrtc.sorted_kernel("detr", dtype), _sorted_fixed()),
         "owner": (test_nvrtc.owner_kernel("detr", dtype), _owner()),
     }
 
@@ -127,17 +145,23 @@ def measure_one(kernel: Kernel, interior: Interior | None, architecture: int) ->
     if interior is None or architecture not in DISASSEMBLED or sass.disassembler() is None:
         return figures
     corner, times = next(iter(interior.passes)), interior.per_corner
-    blocks, at_least = (
-        sass.basic_blocks(sass.disassemble(code)),
-        4 * times if interior.whole_points else 1,
-    )
-    way = sass.cheapest_way(blocks, interior.passes, at_least)
-    assert way, f"{kernel.name} on sm_{architecture}: no way meets {interior.passes}"
-    cost = sass.total_cost(way)
-    if interior.again:
-        twice = {mark: 2 * count for mark, count in interior.passes.items()}
-        cost = sass.total_cost(sass.cheapest_way(blocks, twice, at_least)) - cost
-    per_corner = sass.densest_cost(way, corner, _TURN * times) * times
+    at_least = 4 * times if interior.whole_points else 1
+    graph = sass.basic_blocks(sass.disassemble(code))
+
+    def way(turns: int) -> tuple[sass.Block, ...]:
+        passes = {mark: turns * count for mark, count in interior.passes.items()}
+        for mark, count in interior.once.items():
+            passes[mark] = passes.get(mark, 0) + count
+        found = sass.cheapest_way(graph, passes, at_least)
+        assert found, f"{kernel.name} on sm_{architecture}: no way meets {passes}"
+        return found
+
+    first = way(1)
+    cost = sass.total_cost(first)
+    if interior.turns != 1:
+        turn = sass.total_cost(way(2)) - cost
+        cost = turn if interior.turns is None else cost + (interior.turns - 1) * turn
+    per_corner = sass.densest_cost(first, corner, _TURN * times) * times
     per_row = round(cost / interior.rows, 2) if interior.rows else None
     return figures._replace(per_corner=round(per_corner, 2), per_row=per_row)
 
@@ -177,7 +201,8 @@ with as many groups to a row as there can be; the launches of sums in fixed poin
   takes every corner without a predicate, makes every record and stores every result. NOP is not counted, nor what loads
   the level table: one warp of a block does that. Counted for one architecture of each kind.
 * Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
-  it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column.
+  it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column; for "sorted",
+  where every point lies in a cell of its own, which is the dearest case.
 * Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of "forward-ordered" goes on to other rows:
   what each of those adds, without the placing of rows, which every lane does for one row at a time.
 

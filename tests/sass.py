@@ -102,6 +102,7 @@ def cheapest_way(
     Blocks that meet the first pattern, but fewer than `at_least` times, are avoided.
     """
     met = [tuple(map(block.count, passes)) for block in graph]
+    ahead = _still_met(graph, met)
     wanted = tuple(passes.values())
     queue = [(0, 0, (0,) * len(wanted), -1)]
     ways: list[tuple[int, int]] = []  # the block that each step takes, and the step before it
@@ -114,6 +115,11 @@ def cheapest_way(
         count = tuple(map(sum, zip(count, met[block], strict=True)))
         if any(map(int.__gt__, count, wanted)):
             continue
+        if any(
+            now < want and not more
+            for now, want, more in zip(count, wanted, ahead[block], strict=True)
+        ):
+            continue
         ways.append((block, before))
         if graph[block].may_exit and count == wanted:
             return _walked(graph, ways)
@@ -121,6 +127,24 @@ def cheapest_way(
             step = cost + graph[block].cost, following, count, len(ways) - 1
             heapq.heappush(queue, step)
     return None
+
+
+def _still_met(graph: list[Block], met: list[tuple[int, ...]]) -> list[tuple[bool, ...]]:
+    """Of each pattern, whether a way from the end of a block may still meet it."""
+    before: list[list[int]] = [[] for _ in graph]
+    for number, block in enumerate(graph):
+        for following in block.following:
+            before[following].append(number)
+    columns = []
+    for counts in zip(*met, strict=True):
+        found: set[int] = set()
+        waiting = [number for number, count in enumerate(counts) if count]
+        while waiting:
+            new = set(before[waiting.pop()]) - found
+            found |= new
+            waiting += new
+        columns.append([number in found for number in range(len(graph))])
+    return list(zip(*columns, strict=True))
 
 
 def _walked(graph: list[Block], ways: list[tuple[int, int]]) -> tuple[Block, ...]:

@@ -99,6 +99,7 @@ CASES = {
     "generic": random_inputs(d=5),
     "float64": random_inputs(d=8, dtypes=(torch.float64, torch.float32)),
     "many-levels": random_inputs(((2, 3),) * 18, d=8, p=1),
+    "encoder": random_inputs(((13, 17), (5, 6)), d=16, lq=13 * 17 + 5 * 6),
 }
 
 
@@ -122,7 +123,7 @@ class Once:
 
 @pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("needs_points", [True, False])
-@pytest.mark.parametrize("most_points_owned", [0, 15], ids=["fixed", "owner"])
+@pytest.mark.parametrize("most_points_owned", [0, 1000], ids=["fixed", "owner"])
 def test_reproducible_gradients_of_value(
     emulated_device, monkeypatch, inputs: Inputs, needs_points: bool, most_points_owned: int
 ) -> None:
@@ -291,7 +292,7 @@ def test_compiled_once_per_device(monkeypatch) -> None:
 
 
 def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
-    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu", "owner.cu"):
+    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu", "owner.cu", "sorted.cu"):
         source = compiler.assemble(file)
         assert "#include" not in source
         assert "#pragma once" not in source

@@ -123,6 +123,12 @@ def fixed_kernels(
     )
 
 
+def sorted_kernel(shape: str, dtypes: str) -> Kernel:
+    """The launch that sums sorted points in fixed point."""
+    d, levels, points, heads = SHAPES[shape]
+    return launch.plan_sorted(*problem(DTYPES[dtypes], d, levels, points, heads), (), True).kernel
+
+
 def owner_kernel(shape: str, dtypes: str) -> Kernel:
     """The launch whose blocks own tiles of the gradient of value."""
     d, levels, points, heads = SHAPES[shape]
@@ -197,6 +203,9 @@ def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
         fixed_kernels("detr", "f32", MANY)[1],
         fixed_kernels("dfine", "bf16", MANY)[1],
         fixed_kernels("detr", "f32", needs_points=False)[1],
+        *(sorted_kernel("detr", dtypes) for dtypes in MIXED),
+        *(sorted_kernel(shape, "f32") for shape in ("dino5", "bevformer-sca", "rfdetr", "d64")),
+        *(sorted_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
     ]
     check_budgets(others, architecture)
 

@@ -127,3 +127,23 @@ def backward_sorted(
     tensors = (inputs.grad_output, inputs.locations, inputs.weights, wide)
     emulate(launch.plan_sorted(problem, table or known, grids), tensors, **options)
     return wide.to(inputs.value.dtype)
+
+
+def backward_sorted_fixed(
+    inputs: Inputs,
+    table: LevelTable | None = None,
+    tables: Sequence[torch.Tensor | None] = (None, None),
+    source: str | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The same with sums in fixed point; `source` of the kernel itself."""
+    problem, known = checked(inputs)
+    known = table or known
+    sums = torch.zeros(launch.num_fixed_sums(problem), dtype=torch.int64)
+    grad_value = poisoned(inputs.value)
+    tensors = (inputs.grad_output, inputs.locations, inputs.weights, sums)
+    emulate(launch.plan_scale(problem, known), tensors, tables, **options)
+    plan = launch.plan_sorted(problem, known, (), True)
+    emulate(plan, tensors, tables, source=source, **options)
+    emulate(launch.plan_finish(problem), (sums, grad_value), (), **options)
+    return grad_value
