@@ -50,10 +50,8 @@ class Interior(NamedTuple):
     per_corner: int = 1  # of the first of them
     whole_points: bool = True  # no block of it holds fewer of the first than one point has
     rows: float | None = None  # (query, head) of a warp
-    turns: int | None = (
-        1  # it meets them so many times over; None: what each turn after the first adds
-    )
-    once: dict[str, int] = {}  # what it meets besides, whatever the turns
+    turns: int | None = 1  # how often it meets all that; None: what each turn after the first adds
+    once: tuple[tuple[str, int], ...] = ()  # what it meets besides, whatever the turns
 
 
 def _forward(size: int, split: int) -> Interior:
@@ -81,11 +79,11 @@ def _backward(
 
 
 def _sorted(architecture: int) -> Interior:
-    """Every point in a cell of its own. Each turn takes a record of every lane, until the points of 32 rows are through."""
+    """Every point in a cell of its own. A turn takes a record of every lane, all turns the points of 32 rows."""
     additions = 1 if architecture >= 90 else 4
     passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": _GROUP + 2}  # gradients, location, weight
     turns = _K * 32 // (4 * _GROUP)  # by the 4 groups of a warp
-    once = {"LDG": _K, r"^ATOMS\.": _K, r"STS\.U16": _K}
+    once = (("LDG", _K), (r"^ATOMS\.", _K), (r"STS\.U16", _K))
     return Interior(passes, additions, False, 32, turns, once)
 
 
@@ -150,7 +148,7 @@ def measure_one(kernel: Kernel, interior: Interior | None, architecture: int) ->
 
     def way(turns: int) -> tuple[sass.Block, ...]:
         passes = {mark: turns * count for mark, count in interior.passes.items()}
-        for mark, count in interior.once.items():
+        for mark, count in interior.once:
             passes[mark] = passes.get(mark, 0) + count
         found = sass.cheapest_way(graph, passes, at_least)
         assert found, f"{kernel.name} on sm_{architecture}: no way meets {passes}"
