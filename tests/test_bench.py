@@ -311,6 +311,22 @@ def test_cases_are_known_and_grouped_by_shape(device, quick):
     assert len(list(groupby(float32))) == len(set(float32))
 
 
+def test_every_shape_is_measured_on_both_kinds_of_device():
+    for device in ("cpu", "cuda"):
+        assert {case.shape for case in cases.select(device, False)} == set(cases.SHAPES)
+
+
+def test_what_samples_first_is_left_out_of_large_cases_on_a_cpu():
+    large, small = (cases.Case(name, "uniform", "float32") for name in ("bevformer-sca", "rfdetr"))
+    for name in implementations._MAKERS:
+        assert implementations.applies(name, large, "cuda")
+        assert implementations.applies(name, small, "cpu")
+    on_cpu = [
+        name for name in implementations._MAKERS if implementations.applies(name, large, "cpu")
+    ]
+    assert on_cpu == [OURS, "torch-ms-deform-attn"]
+
+
 def row(implementation, median, way="forward", **more):
     return {
         "case": "shape",

@@ -85,7 +85,7 @@ def measure(device: str, quick: bool, output: Path) -> Row:
     chosen = cases.select(device, quick)
     for number, case in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}, {time.perf_counter() - begin:.0f} s] {case}", flush=True)
-        taking_part = [name for name in names if implementations.applies(name, case)]
+        taking_part = [name for name in names if implementations.applies(name, case, device)]
         rows += _measure_case(case, device, taking_part, watch, limits, found)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         results["machine"]["load_average_after"] = machine.load()
