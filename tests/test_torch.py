@@ -196,7 +196,7 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     flags = []
 
     def spy(*arguments):
-        flags.append(arguments[-2:])
+        flags.append(arguments[8:10])
         return BACKWARD(*arguments)
 
     monkeypatch.setattr(backend, "BACKWARD", spy)
@@ -745,6 +745,7 @@ class FakeLaunch:
 
     def __init__(self):
         self.computed = []
+        self.grids = []
         self.place = None
 
     @contextlib.contextmanager
@@ -753,15 +754,18 @@ class FakeLaunch:
         yield
         self.place = None
 
-    def forward(self, problem, table, *arrays):
+    def forward(self, problem, table, *arrays_and_grids):
+        *arrays, grids = arrays_and_grids
         value, locations, weights, output = self._imported(problem, arrays, "vlwv")
+        self.grids.append(grids)
         output.copy_(reference.forward(value, self._levels(problem, table), locations, weights))
         self.computed.append("output")
 
     def num_sums(self, problem):
         return launch.num_sums(problem)
 
-    def backward(self, problem, table, inputs, gradients, sums=None):
+    def backward(self, problem, table, inputs, gradients, sums, grids):
+        self.grids.append(grids)
         letters = "vvlw" + ("alw" if sums is None else "vlw")
         grad, value, *points, by_value, by_locations, by_weights = self._imported(
             problem, (*inputs, *gradients), letters
@@ -826,13 +830,13 @@ TABLES = {
 }
 
 
-def on_pretended_device(inputs, table, needs=(True, True)):
+def on_pretended_device(inputs, table, needs=(True, True), grids=()):
     """The output and the gradients by the code of CUDA tensors."""
     problem, _ = check(inputs.value, inputs.sizes, None, *inputs.tensors[1:])
     gradients = operators._device_backward(
-        problem, table, inputs.grad_output, *inputs.tensors, *needs
+        problem, table, inputs.grad_output, *inputs.tensors, *needs, grids
     )
-    return operators._device_forward(problem, table, *inputs.tensors), gradients
+    return operators._device_forward(problem, table, *inputs.tensors, grids), gradients
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
