@@ -63,12 +63,12 @@ def ms_deform_attn(
     attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
         Used as given: not normalised here.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
-        A hint about time that changes no output: CUDA kernels take queries that lie on grids in
-        tiles of these, so that caches serve most reads. The pairs are the grids, in queries, on
-        which the Lq queries lie one after another, each row-major: ``[(200, 200)]`` for a bird's-eye
-        view of 200 x 200. What is said so is done, however few the queries. "auto": the grids are
-        the levels where Lq = S, as in an encoder, and the order is used where there are queries
-        enough. None: queries are taken as they come. On the host it is checked and has no effect.
+        A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
+        grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
+        queries, on which all Lq queries lie one after another, each row-major: ``[(200, 200)]`` for
+        a bird's-eye view. They are followed however few the queries. "auto": where Lq = S, as in an
+        encoder, the levels are the grids, and followed if the queries are enough to fill the device.
+        None: queries are taken as they come. On the host it is checked and has no effect.
 
     Returns
     -------

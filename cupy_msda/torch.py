@@ -156,7 +156,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
 
     ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
     attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
-    may be anything or left out: batches are never split, so it has no effect.
+    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
 
     Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
     not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
