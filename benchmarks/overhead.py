@@ -54,7 +54,7 @@ class Problem:
     def checked(self, grad_output: Tensor | None) -> Any:
         """What the operators do before anything else."""
         table = (self.sizes, self.starts, None, None)
-        return operators._checked(grad_output, self.value, *table, *self.inputs[1:])
+        return operators._checked(grad_output, None, self.value, *table, *self.inputs[1:])[:2]
 
 
 def whole_calls(problem: Problem) -> Calls:

@@ -11,7 +11,14 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from cupy_msda import host
-from cupy_msda.contract import check, check_described, check_grad_output, library, on_host
+from cupy_msda.contract import (
+    check,
+    check_described,
+    check_grad_output,
+    check_query_order,
+    library,
+    on_host,
+)
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -28,6 +35,8 @@ def ms_deform_attn(
     level_start_index: Any,
     sampling_locations: Any,
     attention_weights: Any,
+    *,
+    query_order: Any = "auto",
 ) -> Any:
     """Multi-scale deformable attention: weighted bilinear samples of a feature pyramid.
 
@@ -53,6 +62,13 @@ def ms_deform_attn(
         outside read zero.
     attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
         Used as given: not normalised here.
+    query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
+        A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
+        grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
+        queries, on which all Lq queries lie one after another, each row-major: ``[(200, 200)]`` for
+        a bird's-eye view. They are followed however few the queries. "auto": where Lq = S, as in an
+        encoder, the levels are the grids, and followed if the queries are enough to fill the device.
+        None: queries are taken as they come. On the host it is checked and has no effect.
 
     Returns
     -------
@@ -64,7 +80,7 @@ def ms_deform_attn(
     TypeError
         A dtype or an array type violates the contract.
     ValueError
-        A shape, level size or device violates the contract.
+        A shape, level size, grid or device violates the contract.
     KernelCompileError
         The CUDA compiler refused a kernel.
     ModuleNotFoundError
@@ -78,12 +94,13 @@ def ms_deform_attn(
     if library(value) == "torch":
         from cupy_msda import torch as torch_backend
 
-        return torch_backend.ms_deform_attn(*inputs)
+        return torch_backend.ms_deform_attn(*inputs, query_order=query_order)
     problem, table = check(*inputs)
+    grids = check_query_order(query_order, problem.num_queries)
     if not on_host(value):
         from cupy_msda import launch
 
-        return _like(value, launch.forward_arrays(problem, table, value, *inputs[3:]))
+        return _like(value, launch.forward_arrays(problem, table, value, *inputs[3:], grids))
     return _like(value, host.forward(problem, table, value, *inputs[3:]))
 
 
@@ -94,6 +111,8 @@ def ms_deform_attn_backward(
     level_start_index: Any,
     sampling_locations: Any,
     attention_weights: Any,
+    *,
+    query_order: Any = "auto",
 ) -> MSDeformAttnGradients:
     """Gradients of `ms_deform_attn` by value, sampling_locations and attention_weights.
 
@@ -101,8 +120,9 @@ def ms_deform_attn_backward(
     ----------
     grad_output : array, shape (N, Lq, M*D), dtype of `value`
         Gradient of a scalar with respect to the output.
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        As `ms_deform_attn` takes them.
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, query_order
+        As `ms_deform_attn` takes them. The order may change the last bits of the gradient of
+        `value`.
 
     Returns
     -------
@@ -124,14 +144,18 @@ def ms_deform_attn_backward(
     if library(value) == "torch":
         from cupy_msda import torch as torch_backend
 
-        return MSDeformAttnGradients(*torch_backend.ms_deform_attn_backward(grad_output, *inputs))
+        gradients = torch_backend.ms_deform_attn_backward(
+            grad_output, *inputs, query_order=query_order
+        )
+        return MSDeformAttnGradients(*gradients)
     problem, table = check(*inputs)
+    grids = check_query_order(query_order, problem.num_queries)
     check_grad_output(problem, grad_output, value)
     arrays = (grad_output, value, sampling_locations, attention_weights)
     if not on_host(value):
         from cupy_msda import launch
 
-        gradients = launch.backward_arrays(problem, table, *arrays)
+        gradients = launch.backward_arrays(problem, table, *arrays, grids)
     else:
         gradients = host.backward(problem, table, *arrays)
     return MSDeformAttnGradients(*map(_like, arrays[1:], gradients))
@@ -145,6 +169,7 @@ def warmup(
     points_dtype: Any = None,
     backward: bool = True,
     device: str = "cuda",
+    query_order: Any = "auto",
 ) -> None:
     """Compile what calls of these shapes and dtypes will run, so that none of them compiles anything.
 
@@ -167,6 +192,8 @@ def warmup(
         `torch.use_deterministic_algorithms(True)` holds now.
     device : str
         "cuda", the current device, "cuda:1", ..., or "cpu".
+    query_order : "auto", None or sequence of (H, W) pairs of ints
+        As the calls will pass it to `ms_deform_attn`.
 
     Raises
     ------
@@ -174,6 +201,7 @@ def warmup(
         As `ms_deform_attn`; a ValueError for a device that is none of these.
     """
     problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype)
+    grids = check_query_order(query_order, problem.num_queries)
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:INDEX", got {device!r}')
@@ -184,7 +212,8 @@ def warmup(
 
         torch = sys.modules.get("torch")
         reproducible = torch is not None and torch.are_deterministic_algorithms_enabled()
-        launch.compile_ahead(problem, backward, reproducible, int(index) if index else None)
+        where = int(index) if index else None
+        launch.compile_ahead(problem, backward, reproducible, where, grids)
 
 
 def _like(array: Any, result: Any) -> Any:

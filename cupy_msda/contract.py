@@ -22,11 +22,16 @@ _LIBRARIES = ("numpy", "torch", "cupy")
 INT32_MAX = 2**31 - 1
 # A CUDA launch takes the table by value, in at most 4 KB; as in levels.cuh.
 MAX_HOST_LEVELS = 320
+MAX_GRIDS = 16  # as in order.cuh
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # The namespace has the from_dlpack by which results become arrays of the caller's library.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
 # DLPack's device codes: the host's memory, plain and pinned, and CUDA's, plain and managed.
 _DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
+
+# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
+# queries as positions, the levels. None: queries are taken as they come.
+Grids = tuple[tuple[int, int], ...] | None
 
 
 class Level(NamedTuple):
@@ -237,6 +242,36 @@ def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
     _check_shape("grad_output", grad_output, "(N, Lq, M*D)", problem.output_shape)
 
 
+def check_query_order(query_order: Any, num_queries: int) -> Grids:
+    """Check `query_order` of a call with so many queries; no grids stand for "auto"."""
+    if query_order is None:
+        return None
+    if isinstance(query_order, str) and query_order == "auto":
+        return ()
+    try:
+        grids = tuple(map(_grid, query_order))
+    except TypeError as error:
+        raise TypeError(
+            'query_order must be "auto", None or a sequence of (H, W) pairs of integers, '
+            f"got {short_repr(query_order)}"
+        ) from error
+    if not 1 <= len(grids) <= MAX_GRIDS:
+        raise ValueError(f"query_order must hold 1 to {MAX_GRIDS} grids, got {len(grids)}")
+    for number, (height, width) in enumerate(grids):
+        if min(height, width) < 0 or max(height, width) > INT32_MAX:
+            raise ValueError(
+                "query_order must have H and W from 0 to 2**31 - 1, "
+                f"got (H, W) = {height, width} for grid {number}"
+            )
+    total = sum(height * width for height, width in grids)
+    if total != num_queries:
+        raise ValueError(
+            f"query_order must have grids that hold the Lq = {num_queries} queries of "
+            f"sampling_locations, got {total} in {short_repr(query_order)}"
+        )
+    return grids
+
+
 def check_module(
     d_model: int,
     num_levels: int,
@@ -409,6 +444,19 @@ def _pair(row: Any) -> tuple[int, int]:
         height, width = sizes
     except ValueError as error:
         raise ValueError(f"spatial_shapes must hold (H, W) pairs, got {short_repr(row)}") from error
+    return height, width
+
+
+def _grid(row: Any) -> tuple[int, int]:
+    """(H, W) as ints, of which the host need not wait for any."""
+    sizes = tuple(row)
+    for size in sizes:
+        if isinstance(size, bool) or hasattr(size, "__dlpack__"):
+            raise TypeError
+    try:
+        height, width = map(operator.index, sizes)
+    except ValueError as error:
+        raise ValueError(f"query_order must hold (H, W) pairs, got {short_repr(row)}") from error
     return height, width
 
 

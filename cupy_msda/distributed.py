@@ -18,7 +18,7 @@ On each dimension of the device mesh, the operators split their work by one axis
 The gradients of locations and weights lie as these do, and grad_output as the output. The first of
 value, locations, weights and grad_output that is sharded by one of these axes decides; whatever
 lies otherwise is redistributed. Level tables are whole on every process: integers, a plain tensor
-or a DTensor.
+or a DTensor. So are the grids of `query_order`; split by query, each part is taken as it comes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from cupy_msda.contract import check, check_grad_output
+from cupy_msda.contract import check, check_grad_output, check_query_order
 from cupy_msda.modules import MSDeformAttn
-from cupy_msda.operators import as_given
+from cupy_msda.operators import as_given, order_as_given, with_order
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -155,6 +155,10 @@ class _Split(NamedTuple):
                 placements.append(Replicate() if axis is None else Shard(axis))
         return placements
 
+    def order(self, query_order: list[int] | None) -> list[int] | None:
+        """That of a part: grids do not describe some of the queries."""
+        return [] if query_order and _QUERY in self.axes else query_order
+
     def joined(self, part: Tensor, shape: Sequence[int], placements: list[Placement]) -> DTensor:
         """The DTensor of this shape whose part on this process is given."""
         # The stride of what is contiguous, as the operators' results are.
@@ -219,16 +223,16 @@ def _whole(table: Any) -> Any:
 
 def _forward(_: type, run: Any, __: Any, arguments: Sequence[Any], ___: Any) -> DTensor:
     """The forward operator on DTensors."""
-    value, *table, locations, weights = arguments
+    value, *table, locations, weights, order = with_order(arguments, 8)
     split = _split(value=value, sampling_locations=locations, attention_weights=weights)
     table = [_whole(argument) for argument in table]
-    _check(value, table, locations, weights)
+    _check(value, table, locations, weights, order)
     points = split.placements()
     parts = [_local(value, split.placements(by_query=Replicate()))]
     parts += [_local(tensor, points) for tensor in (locations, weights)]
     output = parts[0]
     if _takes_part(split.mesh):
-        output = run(parts[0], *table, *parts[1:])
+        output = run(parts[0], *table, *parts[1:], split.order(order))
     n, _, m, d = value.shape
     return split.joined(output, (n, locations.shape[1], m * d), points)
 
@@ -237,7 +241,9 @@ def _backward(
     _: type, run: Any, __: Any, arguments: Sequence[Any], ___: Any
 ) -> tuple[DTensor, ...]:
     """The backward operator on DTensors."""
-    grad_output, value, *table, locations, weights, needs_value, needs_points = arguments
+    grad_output, value, *table, locations, weights, needs_value, needs_points, order = with_order(
+        arguments, 11
+    )
     split = _split(
         value=value,
         sampling_locations=locations,
@@ -245,13 +251,14 @@ def _backward(
         grad_output=grad_output,
     )
     table = [_whole(argument) for argument in table]
-    _check(value, table, locations, weights, grad_output)
+    _check(value, table, locations, weights, order, grad_output)
     points = split.placements()
     parts = [_local(grad_output, points), _local(value, split.placements(by_query=Replicate()))]
     parts += [_local(tensor, points) for tensor in (locations, weights)]
     gradients = parts[1:]
     if _takes_part(split.mesh):
-        gradients = run(*parts[:2], *table, *parts[2:], needs_value, needs_points)
+        needs = needs_value, needs_points
+        gradients = run(*parts[:2], *table, *parts[2:], *needs, split.order(order))
     everywhere: list[Placement] = [Replicate()] * split.mesh.ndim
     joined = (
         # One that is not needed is as empty everywhere.
@@ -272,12 +279,14 @@ def _check(
     table: Sequence[Any],
     locations: DTensor,
     weights: DTensor,
+    query_order: list[int] | None,
     grad_output: DTensor | None = None,
 ) -> None:
     """Check the contract on whole shapes, so that all processes raise or none does."""
     if torch.compiler.is_compiling():
         return
     problem, _ = check(value, *as_given(*table), locations, weights)
+    check_query_order(order_as_given(query_order), problem.num_queries)
     if grad_output is not None:
         check_grad_output(problem, grad_output, value)
 

@@ -9,8 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from cupy_msda import reference
-from cupy_msda.contract import Level, check
-from cupy_msda.operators import BACKWARD, FORWARD, as_given, levels_of
+from cupy_msda.contract import Level, check, check_query_order
+from cupy_msda.operators import (
+    BACKWARD,
+    FORWARD,
+    as_given,
+    levels_of,
+    order_as_given,
+    with_order,
+)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -52,16 +59,16 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def forward(value: Tensor, *arguments: Any) -> Tensor:
     """The forward operator by standard ones, with the arguments of its schema."""
-    *_, locations, weights = arguments
+    locations, weights = arguments[4:6]
     output: Tensor = reference.forward(value, _known(value, *arguments), locations, weights)
     return output
 
 
 def backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The backward operator by standard ones, with the arguments of its schema."""
-    *table, locations, weights, needs_value, needs_points = arguments
+    *table, locations, weights, needs_value, needs_points, order = with_order(arguments, 9)
     inputs = (value, locations, weights)
-    levels = _known(value, *table, locations, weights)
+    levels = _known(value, *table, locations, weights, order)
     gradients = reference.backward(grad_output, value, levels, locations, weights)
     needs = (needs_value, needs_points, needs_points)
     return tuple(
@@ -72,6 +79,9 @@ def backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tenso
 
 def _known(value: Tensor, *arguments: Any) -> list[Level]:
     """The levels, after the checks that need no numbers of a tensor."""
-    *table, locations, weights = arguments
+    *table, locations, weights, order = with_order(arguments, 7)
     check(value, *as_given(*table), locations, weights, traced=True)
+    numbers = (locations.shape[1], *(order or ()))
+    if all(isinstance(number, int) for number in numbers):
+        check_query_order(order_as_given(order), locations.shape[1])
     return levels_of(value.shape[1], *table)

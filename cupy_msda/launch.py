@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_msda.compile import Kernel, load
-from cupy_msda.contract import MAX_HOST_LEVELS, LevelTable, Problem
+from cupy_msda.contract import MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
 BLOCK = 256
 ORDERED_BLOCK = 1024
@@ -19,7 +19,6 @@ WARP = 32
 MAX_GRID_YZ = 65535
 ALIGNMENT = 16  # bytes: the widest load
 MAX_LEVELS_SPECIALISED = 16
-MAX_GRIDS = 16  # as in order.cuh
 DERIVED_START = -1  # as in levels.cuh
 
 _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
@@ -34,10 +33,6 @@ _TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
 _MOST_LEVELS_SORTED = 8
 _MOST_POINTS_SORTED = 32
 _NO_TABLE = LevelTable(None, None)
-
-# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
-# queries as positions, the levels. None: queries are taken as they come.
-Grids = tuple[tuple[int, int], ...] | None
 
 
 class Plan(NamedTuple):
@@ -111,13 +106,14 @@ def plan_sorted(
 
 
 def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -> bool:
-    """Whether to take the rows, of `group` lanes each, in the order of order.cuh: enough for a block on every
-    multiprocessor, of queries on known grids (benchmarks/README.md has the traffic that this saves).
+    """Whether to take the rows, of `group` lanes each, in the order of order.cuh: on grids that were given or, where
+    the levels are the grids, if a block on every multiprocessor is full (benchmarks/README.md has what this saves).
     """
+    if grids is None:
+        return False
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
-    known = grids is not None and (len(grids) > 0 or lq == s)
-    enough = n * lq * m * group >= multiprocessors * ORDERED_BLOCK
-    return known and enough and n * m * max(lq, s) < 2**31
+    pays = lq == s and n * lq * m * group >= multiprocessors * ORDERED_BLOCK
+    return (len(grids) > 0 or pays) and n * m * max(lq, s) < 2**31
 
 
 def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:
@@ -332,7 +328,12 @@ class _External:
 
 
 def forward_arrays(
-    problem: Problem, table: LevelTable, value: Any, locations: Any, weights: Any
+    problem: Problem,
+    table: LevelTable,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    grids: Grids = (),
 ) -> Any:
     """The operator on CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
     cupy = require_cupy()
@@ -341,12 +342,18 @@ def forward_arrays(
         if problem.is_empty:
             return cupy.zeros(problem.output_shape, value.dtype)
         output = cupy.empty(problem.output_shape, value.dtype)
-        forward(problem, _aligned_table(table), value, locations, weights, output)
+        forward(problem, _aligned_table(table), value, locations, weights, output, grids)
     return output
 
 
 def backward_arrays(
-    problem: Problem, table: LevelTable, grad_output: Any, value: Any, locations: Any, weights: Any
+    problem: Problem,
+    table: LevelTable,
+    grad_output: Any,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    grids: Grids = (),
 ) -> tuple[Any, Any, Any]:
     """The three gradients on CUDA arrays of any library but torch, as CuPy arrays."""
     cupy = require_cupy()
@@ -356,7 +363,7 @@ def backward_arrays(
         of_points = map(cupy.zeros_like if problem.is_empty else cupy.empty_like, arrays[1:])
         gradients = (cupy.zeros(value.shape, accumulator), *of_points)
         if not problem.is_empty:
-            backward(problem, _aligned_table(table), (grad, *arrays), gradients)
+            backward(problem, _aligned_table(table), (grad, *arrays), gradients, grids=grids)
         return gradients[0].astype(arrays[0].dtype, copy=False), gradients[1], gradients[2]
 
 
@@ -414,14 +421,18 @@ def backward(
 
 
 def compile_ahead(
-    problem: Problem, with_backward: bool, reproducible: bool, device: int | None = None
+    problem: Problem,
+    with_backward: bool,
+    reproducible: bool,
+    device: int | None = None,
+    grids: Grids = (),
 ) -> None:
     """Compile what `forward` and `backward`, with sums or without, will launch on `device` or CuPy's current one."""
     with require_cupy().cuda.Device(device):
         index, multiprocessors = _current_device()
         case = problem, _NO_TABLE, multiprocessors
-        plans = [plan_forward(*case, ())]
-        separate = _separate_plan(*case, reproducible, ())
+        plans = [plan_forward(*case, grids)]
+        separate = _separate_plan(*case, reproducible, grids)
         fixed = reproducible and not _owned(problem)
         if with_backward:
             plans.append(plan_backward(*case, False, True))

@@ -8,6 +8,7 @@ from `torch.ops.cupy_msda` as from the public functions, and tracing never reads
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from types import ModuleType
@@ -18,17 +19,27 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from cupy_msda import host
-from cupy_msda.contract import Level, LevelTable, Problem, check, check_grad_output
+from cupy_msda.contract import (
+    Grids,
+    Level,
+    LevelTable,
+    Problem,
+    check,
+    check_grad_output,
+    check_query_order,
+)
 
 # The level table as the operators take it: each half as a tensor that is passed on unread, or as
 # flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
 _TABLE = "Tensor? spatial_shapes, Tensor? level_start_index, SymInt[]? sizes, SymInt[]? starts"
 _POINTS = "Tensor sampling_locations, Tensor attention_weights"
+# The grids of the queries as flat integers, too; [] for queries as they come, None for "auto".
+_ORDER = "SymInt[]? query_order=None"
 _SCHEMAS = {
-    "ms_deform_attn_forward": f"(Tensor value, {_TABLE}, {_POINTS}) -> Tensor",
+    "ms_deform_attn_forward": f"(Tensor value, {_TABLE}, {_POINTS}, {_ORDER}) -> Tensor",
     # A gradient that is not needed comes back without elements: operators cannot return None.
     "ms_deform_attn_backward": f"(Tensor grad_output, Tensor value, {_TABLE}, {_POINTS}, "
-    "bool needs_value, bool needs_points) -> (Tensor, Tensor, Tensor)",
+    f"bool needs_value, bool needs_points, {_ORDER}) -> (Tensor, Tensor, Tensor)",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
@@ -51,6 +62,18 @@ def as_given(
         pairs if spatial_shapes is None else spatial_shapes,
         starts if level_start_index is None else level_start_index,
     )
+
+
+def order_as_given(query_order: Sequence[int] | None) -> Any:
+    """query_order as `check_query_order` takes it, from what the operators take."""
+    if query_order is None:
+        return "auto"
+    return list(zip(query_order[::2], query_order[1::2], strict=True)) or None
+
+
+def with_order(arguments: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """All of so many arguments that end in query_order, which torch leaves out where it is None."""
+    return (*arguments, None)[:count]
 
 
 def levels_of(
@@ -80,12 +103,13 @@ def _shrunk(level: Level, spatial_size: int) -> Level:
     return Level(h * fits, w * fits, start * fits)
 
 
-_accepted: dict[tuple[Any, ...], tuple[Problem, LevelTable]] = {}
+_accepted: dict[tuple[Any, ...], tuple[Problem, LevelTable, Grids]] = {}
 _MOST_ACCEPTED = 4096  # problems, of which a process has few
 
 
 def _checked(
     grad_output: Tensor | None,
+    query_order: list[int] | None,
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -93,7 +117,7 @@ def _checked(
     starts: list[int] | None,
     locations: Tensor,
     weights: Tensor,
-) -> tuple[Problem, LevelTable]:
+) -> tuple[Problem, LevelTable, Grids]:
     """`check`, done once for all calls that are alike in everything it looks at."""
     # Spelled out: this is most of what a small call costs.
     key = (
@@ -105,17 +129,19 @@ def _checked(
         None if level_start_index is None else _contents(level_start_index, value),
         None if sizes is None else tuple(sizes),
         None if starts is None else tuple(starts),
+        None if query_order is None else tuple(query_order),
     )
     found = _accepted.get(key)
     if found is None:
         given = as_given(spatial_shapes, level_start_index, sizes, starts)
         problem, table = check(value, *given, locations, weights)
+        grids = check_query_order(order_as_given(query_order), problem.num_queries)
         if grad_output is not None:
             check_grad_output(problem, grad_output, value)
         if len(_accepted) >= _MOST_ACCEPTED:
             _accepted.clear()
-        found = _accepted[key] = problem, LevelTable(table.sizes, table.starts)
-    problem, table = found
+        found = _accepted[key] = problem, LevelTable(table.sizes, table.starts), grids
+    problem, table, grids = found
     if table.sizes is None or table.starts is None:
         table = LevelTable(
             table.sizes,
@@ -123,7 +149,7 @@ def _checked(
             spatial_shapes if table.sizes is None else None,
             level_start_index if table.starts is None else None,
         )
-    return problem, table
+    return problem, table, grids
 
 
 def _contents(given: Tensor, value: Tensor) -> Any:
@@ -144,39 +170,28 @@ def _forward(
     starts: list[int] | None,
     locations: Tensor,
     weights: Tensor,
+    query_order: list[int] | None = None,
 ) -> Tensor:
     """The forward operator on real tensors, with the arguments of its schema."""
-    problem, table = _checked(
-        None, value, spatial_shapes, level_start_index, sizes, starts, locations, weights
-    )
+    given = spatial_shapes, level_start_index, sizes, starts
+    problem, table, grids = _checked(None, query_order, value, *given, locations, weights)
     if value.is_cuda:
-        return _device_forward(problem, table, value, locations, weights)
+        return _device_forward(problem, table, value, locations, weights, grids)
     arrays = _numpy(value), _numpy(locations), _numpy(weights)
     output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
     return torch.from_numpy(output).to(value.dtype)
 
 
-def _backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sizes: list[int] | None,
-    starts: list[int] | None,
-    locations: Tensor,
-    weights: Tensor,
-    needs_value: bool,
-    needs_points: bool,
-) -> tuple[Tensor, ...]:
+def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The backward operator on real tensors, with the arguments of its schema."""
-    problem, table = _checked(
-        grad_output, value, spatial_shapes, level_start_index, sizes, starts, locations, weights
-    )
+    locations, weights, needs_value, needs_points, order = with_order(arguments, 9)[4:]
+    problem, table, grids = _checked(grad_output, order, value, *arguments[:6])
     if not (needs_value or needs_points):
         by_value, by_locations, by_weights = None, None, None
     elif value.is_cuda:
+        tensors, needs = (grad_output, value, locations, weights), (needs_value, needs_points)
         by_value, by_locations, by_weights = _device_backward(
-            problem, table, grad_output, value, locations, weights, needs_value, needs_points
+            problem, table, *tensors, *needs, grids
         )
     else:
         arrays = _numpy(grad_output), _numpy(value), _numpy(locations), _numpy(weights)
@@ -203,7 +218,7 @@ def _fake_forward(value: Tensor, *arguments: Any) -> Tensor:
 
 def _fake_backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and devices of the gradients."""
-    *_, locations, weights, needs_value, needs_points = arguments
+    locations, weights, needs_value, needs_points = arguments[4:8]
     needs = (needs_value, needs_points, needs_points)
     return tuple(
         tensor.new_empty(tensor.shape if need else 0)
@@ -228,7 +243,12 @@ def _numpy(tensor: Tensor) -> Any:
 
 
 def _device_forward(
-    problem: Problem, table: LevelTable, value: Tensor, locations: Tensor, weights: Tensor
+    problem: Problem,
+    table: LevelTable,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    grids: Grids,
 ) -> Tensor:
     """The output, computed by the CUDA kernels on torch's current stream."""
     if problem.is_empty:
@@ -237,7 +257,7 @@ def _device_forward(
     inputs = [_readable(tensor) for tensor in (value, locations, weights)]
     output = value.new_empty(problem.output_shape)
     with launch.on_stream(*_place(value)):
-        launch.forward(problem, _exported(table), *map(_Exporter, (*inputs, output)))
+        launch.forward(problem, _exported(table), *map(_Exporter, (*inputs, output)), grids)
     return output
 
 
@@ -250,6 +270,7 @@ def _device_backward(
     weights: Tensor,
     needs_value: bool,
     needs_points: bool,
+    grids: Grids,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients that are needed, computed by the CUDA kernels on torch's current stream."""
     by_value, by_locations, by_weights, sums = None, None, None, None
@@ -272,7 +293,7 @@ def _device_backward(
         )
         exported = tuple(map(_Exporter, inputs)), tuple(gradients)
         with launch.on_stream(*_place(value)):
-            launch.backward(problem, _exported(table), *exported, sums)
+            launch.backward(problem, _exported(table), *exported, sums, grids)
     return None if by_value is None else by_value.to(value.dtype), by_locations, by_weights
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import transforms
-from cupy_msda.contract import INT32_MAX, check, check_grad_output, unsupported_device
+from cupy_msda.contract import (
+    INT32_MAX,
+    check,
+    check_grad_output,
+    check_query_order,
+    unsupported_device,
+)
 from cupy_msda.operators import BACKWARD, FORWARD
 
 
@@ -21,6 +27,8 @@ def ms_deform_attn(
     level_start_index: Any,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    *,
+    query_order: Any = "auto",
 ) -> Tensor:
     """`cupy_msda.ms_deform_attn` for torch tensors: the same arguments, shapes, dtypes and errors, differentiable.
 
@@ -31,6 +39,8 @@ def ms_deform_attn(
     level_start_index : sequence of ints or integer tensor, shape (L,), or None
     sampling_locations : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     attention_weights : Tensor, shape (N, Lq, M, L, P)
+    query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16, in queries
+        A hint about time: the grids on which the Lq queries lie one after another.
 
     Returns
     -------
@@ -47,10 +57,10 @@ def ms_deform_attn(
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if has_torch_function(inputs):  # a proxy of torch.fx, say
-        return handle_torch_function(ms_deform_attn, inputs, *inputs)
+        return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
-        return transforms.attention(*_operands(*inputs))
-    return MSDeformAttnFunction.apply(*inputs)
+        return transforms.attention(*_operands(*inputs, None, query_order))
+    return MSDeformAttnFunction.apply(*inputs, None, query_order)
 
 
 def ms_deform_attn_backward(
@@ -60,13 +70,15 @@ def ms_deform_attn_backward(
     level_start_index: Any,
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    *,
+    query_order: Any = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cupy_msda.ms_deform_attn_backward` for torch tensors; differentiable itself.
 
     Parameters
     ----------
     grad_output : Tensor, shape (N, Lq, M*D), dtype of `value`
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, query_order
         As `ms_deform_attn` takes them.
 
     Returns
@@ -84,10 +96,10 @@ def ms_deform_attn_backward(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    operands = _operands(*inputs)
+    *operands, order = _operands(*inputs, None, query_order)
     if not _dense(grad_output) or grad_output.is_meta:
         check_grad_output(check(*inputs)[0], grad_output, value)
-    return transforms.gradients(grad_output, *operands, True, True)
+    return transforms.gradients(grad_output, *operands, True, True, order)
 
 
 def ms_deform_attn_core_pytorch(
@@ -144,7 +156,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
 
     ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
     attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
-    may be anything or left out: batches are never split, so it has no effect.
+    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
 
     Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
     not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
@@ -165,6 +177,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
             return _forward(*_operands(*arguments))
         return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
+    # What follows `im2col_step` comes from `ms_deform_attn` alone.
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
     @staticmethod
     def forward(
@@ -175,6 +188,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         sampling_locations: Tensor,
         attention_weights: Tensor,
         im2col_step: Any = None,
+        query_order: Any = "auto",
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
         if torch.compiler.is_compiling() and transforms.active():
@@ -182,10 +196,9 @@ class MSDeformAttnFunction(torch.autograd.Function):
                 "MSDeformAttnFunction.apply must not be compiled under a transform of torch.func, where "
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
-        operands = _operands(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        )
-        ctx.integers = operands[3:5]
+        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        operands = _operands(*inputs, im2col_step, query_order)
+        ctx.integers, ctx.query_order = operands[3:5], operands[7]
         ctx.save_for_backward(*operands[:3], sampling_locations, attention_weights)
         return _forward(*operands)
 
@@ -204,7 +217,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         # Grad mode is on only under create_graph, which a compiled backward refuses by itself.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = transforms.gradients if twice else BACKWARD
-        gradients = run(grad_outputs[0], value, *table, locations, weights, *flags)
+        gradients = run(grad_outputs[0], value, *table, locations, weights, *flags, ctx.query_order)
         by_value, by_locations, by_weights = gradients
         return (
             by_value if needed[0] else None,
@@ -212,6 +225,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
             None,
             by_locations if needed[3] else None,
             by_weights if needed[4] else None,
+            None,
             None,
         )
 
@@ -232,6 +246,7 @@ def _operands(
     sampling_locations: Any,
     attention_weights: Any,
     im2col_step: Any = None,
+    query_order: Any = "auto",
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
@@ -246,6 +261,7 @@ def _operands(
     if kind == "cuda" and torch.version.hip is not None:
         raise unsupported_device(f"{value.device} of a ROCm build of torch")
     shapes, start_index, sizes, starts = _table(*inputs)
+    order = _order(query_order, sampling_locations)
     if (
         value.is_meta
         or sampling_locations.is_meta
@@ -253,8 +269,10 @@ def _operands(
         or (shapes is not None and shapes.is_meta)
         or (start_index is not None and start_index.is_meta)
     ):
-        check(*inputs)  # where only shapes are computed, nothing else does
-    return value, shapes, start_index, sizes, starts, sampling_locations, attention_weights
+        # Where only shapes are computed, nothing else does.
+        problem, _ = check(*inputs)
+        check_query_order(query_order, problem.num_queries)
+    return value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
 
 
 def _dense(array: Any) -> bool:
@@ -285,6 +303,24 @@ def _table(
         check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         raise
     return shapes, start_index, sizes, starts
+
+
+def _order(query_order: Any, sampling_locations: Tensor) -> list[int] | None:
+    """The order of the queries as the operators take it."""
+    if isinstance(query_order, str) and query_order == "auto":
+        return None
+    if query_order is None:
+        return []
+    try:
+        numbers = [number for h, w in query_order for number in (h, w)]
+        order = [_integer(number) for number in numbers]
+    except (OverflowError, TypeError, ValueError):
+        check_query_order(query_order, sampling_locations.shape[1])  # says what is wrong
+        raise
+    # Like ints to the operator, which would not know them.
+    if not order or any(isinstance(number, (bool, Tensor)) for number in numbers):
+        check_query_order(query_order, sampling_locations.shape[1])
+    return order
 
 
 def _integer(number: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
+from cupy_msda.contract import MAX_GRIDS
 from cupy_msda.operators import BACKWARD, FORWARD, levels_of
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
@@ -33,7 +34,7 @@ def attention(value: Tensor, *arguments: Any) -> Tensor:
     if not torch.compiler.is_compiling():
         return Attention.apply(value, *arguments)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
-    *table, locations, weights = arguments
+    *table, locations, weights, _ = arguments
     levels = levels_of(value.shape[1], *table)
     return reference.forward(value, levels, locations, weights)  # type: ignore[no-any-return]
 
@@ -44,7 +45,7 @@ def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return Gradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
     if not active():
         return _CompiledGradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-    grad_output, value, *table, locations, weights, _, _ = arguments
+    grad_output, value, *table, locations, weights, _, _, _ = arguments
     levels = levels_of(value.shape[1], *table)
 
     def forward(value: Tensor, *points: Tensor) -> Any:
@@ -65,7 +66,7 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
-        value, shapes, start_index, *ctx.integers, locations, weights = inputs
+        value, shapes, start_index, *ctx.integers, locations, weights, ctx.query_order = inputs
         tensors = (value, shapes, start_index, locations, weights)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -77,34 +78,38 @@ class Attention(Function):
         needed = ctx.needs_input_grad
         table = (shapes, start_index, *ctx.integers)
         flags = needed[0], needed[5] or needed[6]
-        by_value, *by_points = gradients(grad_outputs[0], value, *table, locations, weights, *flags)
-        wanted = [by if need else None for by, need in zip(by_points, needed[5:], strict=True)]
-        return (by_value if needed[0] else None, *(None,) * 4, *wanted)
+        by_value, *by_points = gradients(
+            grad_outputs[0], value, *table, locations, weights, *flags, ctx.query_order
+        )
+        wanted = [by if need else None for by, need in zip(by_points, needed[5:7], strict=True)]
+        return (by_value if needed[0] else None, *(None,) * 4, *wanted, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Move the inputs along the tangents."""
         with forward_ad._set_fwd_grad_enabled(True):
             value, levels, locations, weights = _primal(*_kept(ctx))
-            directions = (tangents[0], *tangents[5:])
+            directions = (tangents[0], *tangents[5:7])
             return reference.tangent(value, levels, locations, weights, directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
         """Samples become images or, where they share one value, queries."""
-        value, *table, locations, weights = arguments
+        value, *table, locations, weights, order = arguments
         _refuse_batched_table(*in_dims[1:3])
         size = info.batch_size
         points = [
             _batched(tensor, dim, size)
-            for tensor, dim in zip((locations, weights), in_dims[5:], strict=True)
+            for tensor, dim in zip((locations, weights), in_dims[5:7], strict=True)
         ]
         if in_dims[0] is None:
             points = [tensor.movedim(0, 1).flatten(1, 2) for tensor in points]
-            output = Attention.apply(value, *table, *points)  # type: ignore[no-untyped-call]
+            # Each sample's grids again or, where they are too many, queries as they come.
+            order = order and (order * size if len(order) * size <= 2 * MAX_GRIDS else [])
+            output = Attention.apply(value, *table, *points, order)  # type: ignore[no-untyped-call]
             return output.unflatten(1, (size, output.shape[1] // size)), 1
         images = [tensor.flatten(0, 1) for tensor in (_batched(value, in_dims[0], size), *points)]
-        output = Attention.apply(images[0], *table, *images[1:])  # type: ignore[no-untyped-call]
+        output = Attention.apply(images[0], *table, *images[1:], order)  # type: ignore[no-untyped-call]
         return output.unflatten(0, (size, output.shape[0] // size)), 0
 
 
@@ -114,8 +119,8 @@ class _CompiledGradients(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Run the backward operator with the arguments of its schema."""
-        grad_output, value, shapes, start_index, *integers, locations, weights, _, _ = arguments
-        ctx.integers = integers
+        grad_output, value, shapes, start_index, *others = arguments
+        *ctx.integers, locations, weights, _, _, _ = others
         ctx.computed = arguments[8], arguments[9], arguments[9]
         ctx.save_for_backward(value, shapes, start_index, locations, weights, grad_output)
         results: tuple[Tensor, Tensor, Tensor] = BACKWARD(*arguments)
@@ -136,7 +141,7 @@ class _CompiledGradients(Function):
         by_grad, pull, *_ = torch.func.vjp(moved, *inputs)
         by_value, by_locations, by_weights = pull(grad_output)
         by_points = by_locations, by_weights
-        return (by_grad, by_value, *(None,) * 4, *by_points, None, None)
+        return (by_grad, by_value, *(None,) * 4, *by_points, *(None,) * 3)
 
 
 class Gradients(Function):
@@ -164,7 +169,7 @@ class Gradients(Function):
         info: Any, in_dims: Sequence[Any], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         """Samples become images."""
-        grad_output, value, *table, locations, weights, needs_value, needs_points = arguments
+        grad_output, value, *table, locations, weights, needs_value, needs_points, order = arguments
         _refuse_batched_table(*in_dims[2:4])
         tensors = (grad_output, value, locations, weights)
         dims = (*in_dims[:2], *in_dims[6:8])
@@ -174,7 +179,7 @@ class Gradients(Function):
             for tensor, dim in zip(tensors, dims, strict=True)
         )
         needs = needs_value, needs_points, needs_points
-        results = gradients(grad_output, value, *table, *points, needs_value, needs_points)
+        results = gradients(grad_output, value, *table, *points, needs_value, needs_points, order)
         samples = tuple(
             result.reshape(size, result.shape[0] // size, *result.shape[1:]) if need else result
             for result, need in zip(results, needs, strict=True)

@@ -24,6 +24,7 @@ ORDER = (
     "level_start_index",
     "sampling_locations",
     "attention_weights",
+    "query_order",
     "grad_output",
 )
 
@@ -92,6 +93,8 @@ NO_ARRAY = (
     "must be a torch, CuPy or NumPy array or one with shape, dtype, __dlpack__, "
     "__dlpack_device__, __array_namespace__, got"
 )
+NO_ORDER = 'query_order must be "auto", None or a sequence of (H, W) pairs of integers, got '
+NO_GRIDS = "query_order must have grids that hold the Lq = 5 queries of sampling_locations, got "
 OUTSIDE = (
     "spatial_shapes and level_start_index must keep every level inside the S = 28 positions of "
     "value, got (H, W) = "
@@ -520,6 +523,105 @@ COMMON = [
         TypeError,
         "level_start_index must have an integer dtype in native byte order, got float64",
     ),
+    # query_order
+    Bad(
+        "an order of another name",
+        lambda lib: {"query_order": "tiles"},
+        TypeError,
+        f"{NO_ORDER}'tiles'",
+    ),
+    Bad("a number of queries", lambda lib: {"query_order": 5}, TypeError, f"{NO_ORDER}5"),
+    Bad("False for None", lambda lib: {"query_order": False}, TypeError, f"{NO_ORDER}False"),
+    Bad(
+        "one grid and not a list of one",
+        lambda lib: {"query_order": (1, 5)},
+        TypeError,
+        f"{NO_ORDER}(1, 5)",
+    ),
+    Bad(
+        "a permutation of the queries",
+        lambda lib: {"query_order": [4, 3, 2, 1, 0]},
+        TypeError,
+        f"{NO_ORDER}[4, 3, 2, 1, 0]",
+    ),
+    Bad(
+        "a grid of floats",
+        lambda lib: {"query_order": [(1.0, 5.0)]},
+        TypeError,
+        f"{NO_ORDER}[(1.0, 5.0)]",
+    ),
+    Bad(
+        "a grid of bools",
+        lambda lib: {"query_order": [(True, 5)]},
+        TypeError,
+        f"{NO_ORDER}[(True, 5)]",
+    ),
+    Bad(
+        "an array of grids of floats",
+        lambda lib: {"query_order": np.array([(1.0, 5.0)])},
+        TypeError,
+        f"{NO_ORDER}array([[1., 5.]])",
+    ),
+    Bad(
+        "an array of grids of bools",
+        lambda lib: {"query_order": np.ones((5, 2), bool)},
+        TypeError,
+        f"{NO_ORDER}array(...",
+    ),
+    Bad(
+        "a tensor of grids, which may be on a device",
+        lambda lib: {"query_order": torch.tensor([(1, 5)])},
+        TypeError,
+        f"{NO_ORDER}tensor([[1, 5]])",
+    ),
+    Bad(
+        "grids with starts",
+        lambda lib: {"query_order": [(1, 5, 0)]},
+        ValueError,
+        "query_order must hold (H, W) pairs, got (1, 5, 0)",
+    ),
+    Bad(
+        "no grids",
+        lambda lib: {"query_order": []},
+        ValueError,
+        "query_order must hold 1 to 16 grids, got 0",
+    ),
+    Bad(
+        "a grid too many",
+        lambda lib: {"query_order": [(1, 5), *[(0, 0)] * 16]},
+        ValueError,
+        "query_order must hold 1 to 16 grids, got 17",
+    ),
+    Bad(
+        "a negative grid",
+        lambda lib: {"query_order": [(2, 5), (-1, 5)]},
+        ValueError,
+        "query_order must have H and W from 0 to 2**31 - 1, got (H, W) = (-1, 5) for grid 1",
+    ),
+    Bad(
+        "an empty grid whose width is beyond 32 bits",
+        lambda lib: {"query_order": [(1, 5), (0, 2**31)]},
+        ValueError,
+        "query_order must have H and W from 0 to 2**31 - 1, got (H, W) = (0, 2147483648) for grid 1",
+    ),
+    Bad(
+        "a grid beyond 64 bits",
+        lambda lib: {"query_order": [(2**70, 1)]},
+        ValueError,
+        f"query_order must have H and W from 0 to 2**31 - 1, got (H, W) = ({2**70}, 1) for grid 0",
+    ),
+    Bad(
+        "a grid of other queries",
+        lambda lib: {"query_order": [(200, 200)]},
+        ValueError,
+        f"{NO_GRIDS}40000 in [(200, 200)]",
+    ),
+    Bad(
+        "the levels as grids of other queries",
+        lambda lib: {"query_order": SIZES},
+        ValueError,
+        f"{NO_GRIDS}28 in [(4, 5), (2, 3), (1, 2)]",
+    ),
     # grad_output
     Bad(
         "a gradient with heads and channels apart",
@@ -760,11 +862,12 @@ def pattern(message):
 def test_bad_input(function, lib, bad):
     inputs = good_inputs(lib) | bad.change(lib)
     grad_output = inputs.pop("grad_output")
+    order = inputs.pop("query_order", "auto")
     arguments = list(inputs.values())
     if function == "ms_deform_attn_backward":
         arguments.insert(0, grad_output)
     with pytest.raises(bad.error) as raised:
-        getattr(cupy_msda, function)(*arguments)
+        getattr(cupy_msda, function)(*arguments, query_order=order)
     assert type(raised.value) is bad.error
     assert re.match(pattern(bad.message), str(raised.value)), raised.value
     # The argument at fault or, where two do not fit, the other of them; the contract; the fact.
@@ -854,6 +957,44 @@ def test_every_form_runs_through_the_public_function(form):
 def test_iterators_are_read_once():
     _, table = check_with(NumPy(), spatial_shapes=iter(SIZES), level_start_index=iter(STARTS))
     assert table.levels == LEVELS
+
+
+GRIDS = [(1, 2), (3, 1)]
+GRIDS_FORMS = {
+    "a list of tuples": GRIDS,
+    "a tuple of lists": tuple(map(list, GRIDS)),
+    "a list of torch.Size": list(map(torch.Size, GRIDS)),
+    "NumPy int64": np.array(GRIDS),
+    "NumPy uint8": np.array(GRIDS, np.uint8),
+    "a list of NumPy rows": list(np.array(GRIDS)),
+    "a list of NumPy integers": [(np.int32(h), np.uint8(w)) for h, w in GRIDS],
+}
+
+
+@pytest.mark.parametrize("form", GRIDS_FORMS)
+def test_forms_of_query_order(form):
+    grids = contract.check_query_order(GRIDS_FORMS[form], LQ)
+    assert grids == tuple(GRIDS)
+    assert plain_ints(grids)
+    assert contract.check_query_order(iter(GRIDS), LQ) == grids
+
+
+@pytest.mark.parametrize("grids", [[(0, 7), (5, 1), (3, 0)], [(1, 5), *[(0, 0)] * 15]], ids=str)
+def test_grids_that_hold_the_queries(grids):
+    assert contract.check_query_order(grids, LQ) == tuple(grids)
+
+
+@pytest.mark.parametrize("lib", [NumPy(), Torch()], ids=["NumPy", "Torch"])
+@pytest.mark.parametrize("order", ["auto", None, *GRIDS_FORMS.values()], ids=str)
+def test_every_order_gives_the_same(lib, order):
+    inputs = good_inputs(lib)
+    grad_output = inputs.pop("grad_output")
+    output = cupy_msda.ms_deform_attn(*inputs.values(), query_order=order)
+    assert (output == cupy_msda.ms_deform_attn(*inputs.values())).all()
+    arguments = (grad_output, *inputs.values())
+    gradients = cupy_msda.ms_deform_attn_backward(*arguments, query_order=order)
+    expected = cupy_msda.ms_deform_attn_backward(*arguments)
+    assert all((a == b).all() for a, b in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -436,6 +437,25 @@ def assert_compiled(mesh, value, points, batches):
         others = torch.autograd.grad(expected, plain, inputs.grad_output)
         for gradient, other in zip(gradients, others, strict=True):
             torch.testing.assert_close(gradient.full_tensor(), other)
+
+
+@check(*LAYOUTS)
+def check_orders_of_the_queries(mesh, variant):
+    """Grids describe all queries: a part of them is taken as it comes."""
+    value, points, _ = LAYOUTS[variant]
+    inputs = random_inputs(**EVEN)
+    tensors = leaves(inputs, mesh, [value], [points])
+    arguments = tensors[0], inputs.sizes, None, *tensors[1:]
+    of_grids = [] if variant == "query" else [2, 4]
+    for order, expected in (("auto", None), (None, []), ([(2, 4)], of_grids)):
+        with patch.object(operators, "_checked", wraps=operators._checked) as spy:
+            output = ms_deform_attn(*arguments, query_order=order)
+            grad_output = distribute_tensor(inputs.grad_output, mesh, output.placements)
+            gradients = torch.autograd.grad(output, tensors, grad_output)
+        assert [call.args[1] for call in spy.call_args_list] == [expected] * 2
+        assert_numbers(inputs, output, gradients)
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 8"):
+        ms_deform_attn(*arguments, query_order=[(1, 4)])
 
 
 # --- what is refused -------------------------------------------------------------------------------

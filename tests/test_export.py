@@ -330,6 +330,61 @@ def test_decomposed_programs_run_where_the_package_is_absent(tmp_path):
             torch.testing.assert_close(got, output)
 
 
+class Ordered(nn.Module):
+    """The function with an order of the queries, which may be that of a map's pixels."""
+
+    def __init__(self, order: Any) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, value, locations, weights, pixels):
+        order = [pixels.shape] if self.order == "map" else self.order
+        return ms_deform_attn(value, SIZES, None, locations, weights, query_order=order)
+
+
+ORDERS = {"auto": ("auto", []), "none": (None, [[]]), "map": ("map", [[2, 3]])}
+ORDERS["grids"] = ([(1, 2), (4, 1)], [[1, 2, 4, 1]])
+
+
+@pytest.mark.parametrize(("order", "kept"), ORDERS.values(), ids=ORDERS)
+def test_programs_keep_the_order_of_the_queries(order, kept, tmp_path):
+    arguments = (*bare_arguments(*TRACED), torch.ones(2, 3))
+    program = torch.export.export(Ordered(order), arguments)
+    torch.export.save(program, tmp_path / "ordered.pt2")
+    loaded = torch.export.load(tmp_path / "ordered.pt2")
+    (node,) = (node for node in loaded.graph.nodes if "cupy_msda" in str(node.target))
+    assert list(node.args[7:]) == kept
+    output = Ordered("auto")(*arguments)
+    assert torch.equal(loaded.module()(*arguments), output)
+    standard = loaded.run_decompositions(decompositions())
+    assert is_standard(standard)
+    torch.testing.assert_close(standard.module()(*arguments), output)
+
+
+def test_the_grids_of_the_queries_may_be_dynamic():
+    h, w = Dim("h"), Dim("w")
+    by_query = {0: BATCH, 1: QUERIES}
+    program = torch.export.export(
+        Ordered("map"),
+        (*bare_arguments(*TRACED), torch.ones(2, 3)),
+        dynamic_shapes=({0: BATCH}, by_query, by_query, {0: h, 1: w}),
+    )
+    standard = program.run_decompositions(decompositions())
+    others = (*bare_arguments(3, 20), torch.ones(4, 5))
+    output = Ordered("auto")(*others)
+    assert torch.equal(program.module()(*others), output)
+    torch.testing.assert_close(standard.module()(*others), output)
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 20"):
+        program.module()(*others[:3], torch.ones(4, 4))
+
+
+def test_an_order_that_does_not_fit_is_refused_while_decomposing():
+    arguments = (*bare_arguments(*TRACED), torch.ones(2, 3))
+    program = torch.export.export(Ordered([(2, 2)]), arguments)
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 6"):
+        program.run_decompositions(decompositions())
+
+
 def test_the_operator_stays_in_one_piece_unless_asked_for():
     program = torch.export.export(Bare(), bare_arguments(*TRACED), dynamic_shapes=DYNAMIC)
     core = program.run_decompositions()
@@ -478,6 +533,12 @@ def test_a_fixed_size_in_onnxruntime_and_then_the_kernels_again(to_onnx, monkeyp
     torch.testing.assert_close(output, model(*arguments).detach())
 
 
+def test_an_order_in_onnxruntime(to_onnx):
+    inputs = random_inputs(SIZES, lq=6)
+    arguments = (*inputs.tensors, torch.ones(2, 3))
+    check_output(inputs, to_onnx(Ordered([(2, 3)]), arguments)(*arguments))
+
+
 def test_a_decomposed_program_in_onnxruntime(to_onnx):
     program = torch.export.export(Bare(), bare_arguments(*TRACED), dynamic_shapes=DYNAMIC)
     infer = to_onnx(program.run_decompositions(decompositions()))
@@ -518,6 +579,12 @@ def test_packages_of_compiled_code(tmp_path):
     expected = [model(*one) for one in arguments]
     for one, output in zip(arguments, expected, strict=True):
         assert torch.equal(whole(*one), output)
+    ordered, others = Ordered([(2, 3)]), (*arguments[0], torch.ones(2, 3))
+    path = str(tmp_path / "ordered.pt2")
+    torch._inductor.aoti_compile_and_package(
+        torch.export.export(ordered, others), package_path=path
+    )
+    assert torch.equal(torch._inductor.aoti_load_package(path)(*others), expected[0])
     torch.save(arguments, tmp_path / "in")
     code = """
         import sys

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from cupy_msda import api, launch
 from cupy_msda import compile as compiler
-from cupy_msda import launch
 from cupy_msda.contract import LevelTable, Problem, check
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs, check_against_reference, random_inputs
@@ -234,6 +234,60 @@ def test_rows_are_split_only_while_the_device_is_not_full() -> None:
     assert splits[0] == 1
     assert splits == sorted(splits)
     assert splits[-1] == 4  # the most that four groups of eight lanes allow
+
+
+def test_given_grids_are_an_order_however_few_the_queries() -> None:
+    inputs = random_inputs(((4, 4),), m=8, d=32, lq=16, p=4)
+    small, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    most = 2 * 16 * 8 * 8 // launch.ORDERED_BLOCK  # multiprocessors whose blocks are full
+
+    def ordered(multiprocessors: int, grids: launch.Grids, **changed: int) -> bool:
+        problem = small._replace(**changed)
+        plan = launch.plan_forward(problem, table, multiprocessors, grids)
+        sums_by_cell = launch._sorted(problem, multiprocessors, grids)
+        assert sums_by_cell == plan.kernel.name.startswith("msda_forward_ordered<")
+        return sums_by_cell
+
+    assert [ordered(n, ()) for n in (most, most + 1)] == [True, False]
+    for multiprocessors in (most, most + 1, 10**6):
+        assert ordered(multiprocessors, ((2, 8),))
+        assert not ordered(multiprocessors, None)
+    assert not ordered(1, (), num_queries=15)
+    assert ordered(1, ((3, 5),), num_queries=15)
+    # What the kernels cannot take: rows beyond 32 bits, and what is for the generic ones.
+    assert not ordered(1, ((2**15, 2**12),), num_queries=2**27)
+    assert not ordered(1, ((2, 8),), head_dim=30)
+
+
+ORDERS = {
+    "auto": ("auto", True),
+    "as-they-come": (None, False),
+    "grids": ([(6, 7), (1, 5)], True),
+    "one-grid": ([(47, 1)], True),
+}
+
+
+@pytest.mark.parametrize(("order", "ordered"), ORDERS.values(), ids=ORDERS.keys())
+def test_the_order_reaches_the_kernels_from_the_array_functions(
+    emulated_device, monkeypatch, order: object, ordered: bool
+) -> None:
+    inputs = random_inputs(m=4, d=32, lq=47)  # enough for the order by itself
+    names = []
+    load = launch.load
+
+    def spy(kernel: compiler.Kernel, device: int) -> object:
+        names.append(kernel.name.partition("<")[0])
+        return load(kernel, device)
+
+    monkeypatch.setattr(launch, "load", spy)
+    monkeypatch.setattr(api, "on_host", lambda _: False)
+    grad_output, value, *points = in_numpy(inputs)
+    arguments = value, inputs.sizes, None, *points
+    output = api.ms_deform_attn(*arguments, query_order=order)
+    gradients = api.ms_deform_attn_backward(grad_output, *arguments, query_order=order)
+    tensors = [torch.from_numpy(np.asarray(array)) for array in (output, *gradients)]
+    check_against_reference(inputs, tensors[0], tensors[1:])
+    assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (ordered, ordered)
 
 
 def test_a_null_pointer_stands_for_none() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import pickle
 import sys
 import threading
 
@@ -196,7 +197,7 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     flags = []
 
     def spy(*arguments):
-        flags.append(arguments[-2:])
+        flags.append(arguments[8:10])
         return BACKWARD(*arguments)
 
     monkeypatch.setattr(backend, "BACKWARD", spy)
@@ -372,6 +373,32 @@ def test_forms_of_the_level_table(shapes, starts):
         torch.testing.assert_close(tensor.grad, gradient)
 
 
+ORDERS = {"auto": "auto", "as they come": None, "grids": [(1, 2), (3, 1)], "column": [(5, 1)]}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_orders_of_the_queries_give_the_same(order):
+    inputs = with_grad(random_inputs())
+    arguments = inputs.value, inputs.sizes, None, inputs.locations, inputs.weights
+    results = []
+    for output in (call(inputs), ms_deform_attn(*arguments, query_order=order)):
+        gradients = torch.autograd.grad(
+            output, inputs.tensors, inputs.grad_output, create_graph=True
+        )
+        twice = torch.autograd.grad(gradients[1].square().sum(), inputs.weights, retain_graph=True)
+        results.append((output, *gradients, *twice))
+    assert all(map(torch.equal, *results))
+    gradients = ms_deform_attn_backward(inputs.grad_output, *arguments, query_order=order)
+    assert all(map(torch.equal, gradients, results[0][1:4]))
+
+
+def test_the_order_of_meta_tensors_is_checked():
+    inputs = random_inputs(device="meta")
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 5"):
+        call(inputs, functools.partial(ms_deform_attn, query_order=[(2, 3)]))
+    assert call(inputs, functools.partial(ms_deform_attn, query_order=[(5, 1)])).is_meta
+
+
 # --- the Function ----------------------------------------------------------------------------------
 
 
@@ -448,6 +475,17 @@ def test_operators_pass_opcheck(table, layout, needed):
     flags = (0 in needed, 1 in needed or 2 in needed)
     grad_output = layout(inputs.grad_output).requires_grad_(bool(needed))
     torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, *flags))
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("order", [None, [], [5, 1], [1, 2, 3, 1]], ids=str)
+def test_operators_with_an_order_pass_opcheck(order):
+    inputs = random_inputs(n=1, d=3, p=1)
+    table = operator_tables(inputs)["integers"]
+    value, *points = with_grad(inputs).tensors
+    torch.library.opcheck(FORWARD, (value, *table, *points, order))
+    grad_output = inputs.grad_output.requires_grad_()
+    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, True, True, order))
 
 
 # torch 2.13's own tracer makes a Function and warns about it.
@@ -528,6 +566,32 @@ def test_other_sizes_compile_nothing_again_where_they_are_dynamic():
     torch.testing.assert_close(got, results_of(step, inputs[1]))
 
 
+@COMPILES
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("order", [None, [(1, 2), (3, 1)], "of the input"], ids=str)
+def test_compiles_whole_with_an_order(order, dynamic):
+    def step(value, locations, weights):
+        grids = [(1, weights.shape[1])] if order == "of the input" else order
+        return ms_deform_attn(value * 1, SIZES, None, locations, weights, query_order=grids).tanh()
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for lq in (5,) if isinstance(order, list) else (5, 7):
+        inputs = with_grad(random_inputs(SIZES, lq=lq))
+        torch.testing.assert_close(results_of(compiled, inputs), results_of(step, inputs))
+
+
+@COMPILES
+def test_a_compiled_order_that_does_not_fit_is_refused():
+    def step(value, locations, weights):
+        return ms_deform_attn(value, SIZES, None, locations, weights, query_order=[(2, 2)])
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 5"):
+        compiled(*random_inputs(SIZES).tensors)
+
+
 def test_the_profiler_shows_the_operators_by_name():
     inputs = with_grad(random_inputs())
     with torch.profiler.profile() as profile:
@@ -545,6 +609,20 @@ def test_fx_keeps_the_function_whole():
 
     traced = torch.fx.symbolic_trace(function)
     assert [n.name for n in traced.graph.nodes if n.op == "call_function"] == ["ms_deform_attn"]
+    assert torch.equal(traced(*inputs.tensors), function(*inputs.tensors))
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_fx_keeps_the_order(order):
+    inputs = random_inputs()
+
+    def function(value, locations, weights):
+        arguments = value, inputs.sizes, None, locations, weights
+        return ms_deform_attn(*arguments, query_order=order)
+
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(function)))
+    (node,) = (node for node in traced.graph.nodes if node.op == "call_function")
+    assert node.kwargs == {"query_order": order}
     assert torch.equal(traced(*inputs.tensors), function(*inputs.tensors))
 
 
@@ -610,9 +688,8 @@ def test_whatever_a_check_looks_at_is_checked_anew(checks):
         arguments = {"value": inputs.value, "shapes": table[0], "starts": table[1]}
         arguments |= {"locations": inputs.locations, "weights": inputs.weights, **changed}
         before = len(checks)
-        ms_deform_attn(
-            *(arguments[k] for k in ("value", "shapes", "starts", "locations", "weights"))
-        )
+        order = arguments.pop("order", "auto")
+        ms_deform_attn(*arguments.values(), query_order=order)
         return len(checks) - before
 
     assert run() == 1
@@ -620,6 +697,11 @@ def test_whatever_a_check_looks_at_is_checked_anew(checks):
     assert run(shapes=table[0].int()) == 1
     assert run(starts=None) == 1
     assert run(weights=inputs.weights.double().float()) == 0
+    for order in (None, [(5, 1)], [(1, 5)]):
+        assert run(order=order) == 1
+        assert run(order=order) == 0
+    with pytest.raises(ValueError, match="query_order must have grids"):
+        run(order=[(1, 4)])
     with pytest.raises(TypeError, match="attention_weights must have dtype float32"):
         run(weights=inputs.weights.double())
     with pytest.raises(ValueError, match="attention_weights must have shape"):
@@ -685,6 +767,11 @@ def test_the_operators_check_what_they_are_given():
             True,
             True,
         )
+    arguments = inputs.value, *tables["integers"], inputs.locations, inputs.weights
+    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 5"):
+        FORWARD(*arguments, [2, 3])
+    with pytest.raises(ValueError, match="query_order must hold 1 to 16 grids, got 17"):
+        BACKWARD(inputs.grad_output, *arguments, True, True, [1, 5, *[0] * 32])
 
 
 @pytest.mark.parametrize(
@@ -745,6 +832,7 @@ class FakeLaunch:
 
     def __init__(self):
         self.computed = []
+        self.grids = []
         self.place = None
 
     @contextlib.contextmanager
@@ -753,15 +841,18 @@ class FakeLaunch:
         yield
         self.place = None
 
-    def forward(self, problem, table, *arrays):
+    def forward(self, problem, table, *arrays_and_grids):
+        *arrays, grids = arrays_and_grids
         value, locations, weights, output = self._imported(problem, arrays, "vlwv")
+        self.grids.append(grids)
         output.copy_(reference.forward(value, self._levels(problem, table), locations, weights))
         self.computed.append("output")
 
     def num_sums(self, problem):
         return launch.num_sums(problem)
 
-    def backward(self, problem, table, inputs, gradients, sums=None):
+    def backward(self, problem, table, inputs, gradients, sums, grids):
+        self.grids.append(grids)
         letters = "vvlw" + ("alw" if sums is None else "vlw")
         grad, value, *points, by_value, by_locations, by_weights = self._imported(
             problem, (*inputs, *gradients), letters
@@ -826,13 +917,13 @@ TABLES = {
 }
 
 
-def on_pretended_device(inputs, table, needs=(True, True)):
+def on_pretended_device(inputs, table, needs=(True, True), grids=()):
     """The output and the gradients by the code of CUDA tensors."""
     problem, _ = check(inputs.value, inputs.sizes, None, *inputs.tensors[1:])
     gradients = operators._device_backward(
-        problem, table, inputs.grad_output, *inputs.tensors, *needs
+        problem, table, inputs.grad_output, *inputs.tensors, *needs, grids
     )
-    return operators._device_forward(problem, table, *inputs.tensors), gradients
+    return operators._device_forward(problem, table, *inputs.tensors, grids), gradients
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -846,6 +937,32 @@ def test_what_reaches_the_kernels_and_comes_back(dtypes, table, layout, fake_lau
     output, gradients = on_pretended_device(laid_out, TABLES[table](inputs))
     check_against_reference(inputs, output, gradients)
     assert fake_launch.computed == [(True, True), "output"]
+
+
+class OnDevice(torch.Tensor):
+    """A host tensor that says it is on a device."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("order", "grids"), [(None, ()), ([], None), ([1, 2, 3, 1], ((1, 2), (3, 1)))], ids=str
+)
+def test_the_order_reaches_the_launch(order, grids, fake_launch, monkeypatch):
+    def on_host(function, problem, table, *arguments):
+        tensors = (a.as_subclass(torch.Tensor) if type(a) is OnDevice else a for a in arguments)
+        return function(problem, table, *tensors)
+
+    for name in ("_device_forward", "_device_backward"):
+        function = getattr(operators, name)
+        monkeypatch.setattr(operators, name, functools.partial(on_host, function))
+    inputs = random_inputs()
+    table = operator_tables(inputs)["integers"]
+    arguments = inputs.value.as_subclass(OnDevice), *table, inputs.locations, inputs.weights
+    output = operators._forward(*arguments, order)
+    gradients = operators._backward(inputs.grad_output, *arguments, True, True, order)
+    check_against_reference(inputs, output, gradients)
+    assert fake_launch.grids == [grids, grids]
 
 
 def test_misaligned_tensors_are_copied_for_the_kernels(fake_launch):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 
@@ -238,6 +239,55 @@ def test_vmap_over_a_shared_value_runs_it_once(smooth, monkeypatch) -> None:
     tensors, in_dims = samples(smooth, (1, 2), 0)
     func.vmap(by_operator(smooth), in_dims)(*tensors)
     assert shapes == [(smooth.value.shape, (1, 3 * 2))]
+
+
+GRIDS = [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_with_an_order(smooth, transform) -> None:
+    def function(value, *points):
+        return ms_deform_attn(value, smooth.sizes, None, *points, query_order=GRIDS)
+
+    along = directions(smooth)
+    got = transform(function, smooth.tensors, along)
+    close(got, transform(by_reference(smooth), smooth.tensors, along))
+
+
+@pytest.mark.parametrize(
+    ("order", "count", "of_images", "of_queries"),
+    [
+        ("auto", 3, None, None),
+        (None, 3, [], []),
+        (GRIDS, 8, [1, 1, 1, 1], [1, 1] * 16),
+        (GRIDS, 9, [1, 1, 1, 1], []),
+        ([(2, 1)], 9, [2, 1], [2, 1] * 9),
+    ],
+    ids=str,
+)
+def test_samples_that_become_queries_lie_on_grids_of_their_own(
+    smooth, monkeypatch, order, count, of_images, of_queries
+) -> None:
+    orders = []
+
+    def spy(operator, position, *arguments):
+        orders.append(arguments[position])
+        return operator(*arguments)
+
+    for name, position in (("FORWARD", 7), ("BACKWARD", 10)):
+        operator = getattr(transforms, name)
+        monkeypatch.setattr(transforms, name, partial(spy, operator, position))
+
+    def function(value, *points):
+        return ms_deform_attn(value, smooth.sizes, None, *points, query_order=order)
+
+    for batched, expected in ((ALL, of_images), ((1, 2), of_queries)):
+        tensors, in_dims = samples(smooth, batched, 0, count)
+        got = func.grad(loss_of(func.vmap(function, in_dims)), ALL)(*tensors)
+        assert orders == [expected] * 2
+        plain = func.grad(loss_of(func.vmap(by_reference(smooth), in_dims)), ALL)(*tensors)
+        close(got, plain)
+        orders.clear()
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

@@ -11,7 +11,7 @@ import pytest
 import cupy_msda
 from cupy_msda import launch, ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.compile import Kernel
-from cupy_msda.contract import LevelTable, Problem
+from cupy_msda.contract import LevelTable, Problem, check_query_order
 
 VALUE, LOCATIONS = (2, 26, 3, 16), (2, 5, 3, 2, 4, 2)
 
@@ -83,6 +83,23 @@ def test_calls_find_their_kernels_compiled(
     assert ("owner.cu" in files, "fixed.cu" in files) == (owned, deterministic and not owned)
 
 
+@pytest.mark.parametrize("order", ["auto", None, [(2, 2), (1, 1)]], ids=str)
+def test_calls_in_an_order_find_their_kernels_compiled(compiled, order) -> None:
+    cupy_msda.warmup(VALUE, LOCATIONS, query_order=order)
+    warm = set(compiled)
+    compiled.clear()
+    problem = Problem(2, 26, 3, 16, 5, 2, 4, "float32", "float32", "float32")
+    table, array = LevelTable(((4, 5), (2, 3)), (0, 20)), np.intp(0)
+    grids = check_query_order(order, 5)
+    launch.forward(problem, table, *[None] * 4, grids)
+    for needed in ((array,) * 3, (array, None, None), (None, array, array)):
+        launch.backward(problem, table, [None] * 4, needed, grids=grids)
+    assert compiled == warm
+    names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
+    given = isinstance(order, list)
+    assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (given, given)
+
+
 def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:
     cupy_msda.warmup(VALUE, LOCATIONS, backward=False)
     ((kernel, device),) = compiled
@@ -117,6 +134,8 @@ def test_host_calls_compile_nothing_any_more(dtype) -> None:
         ({"dtype": "int8"}, TypeError, "value must have dtype float16, bfloat16, float32, float64, got int8"),
         ({"points_dtype": "float16"}, TypeError, "sampling_locations must have dtype float32, got float16"),
         ({"value_shape": (2, 26, 3)}, ValueError, "value must have shape"),
+        ({"query_order": [(2, 2)]}, ValueError, "query_order must have grids that hold the Lq = 5 queries"),
+        ({"query_order": "tiles"}, TypeError, 'query_order must be "auto", None or a sequence'),
         ({"sampling_locations_shape": (2, 5, 3)}, ValueError, "sampling_locations must have shape"),
         ({"sampling_locations_shape": (2, 5, 4, 2, 4, 2)}, ValueError, "since value has shape"),
         ({"value_shape": (2, 26, 3, 1.5)}, TypeError, "integer"),
