@@ -121,6 +121,37 @@ class Once:
         return 1, 0
 
 
+@pytest.mark.parametrize(("case", "launches"), [("specialised", 1), ("encoder", 2)])
+def test_each_array_is_exchanged_once_and_all_scalars_are_one_argument(
+    emulated_device, monkeypatch, case: str, launches: int
+) -> None:
+    """Four arrays in the forward and seven in the backward, whatever it launches; the table goes with the scalars."""
+    exchanged, launched = [], []
+    from_dlpack = launch.require_cupy().from_dlpack
+
+    def exchange(exporter):
+        exchanged.append(exporter)
+        return from_dlpack(exporter)
+
+    monkeypatch.setattr(launch.require_cupy(), "from_dlpack", exchange)
+    monkeypatch.setattr(launch, "load", lambda *_: lambda *call: launched.append(call[2]))
+    inputs = CASES[case]
+    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    arrays = in_numpy(inputs)
+    output, *gradients = map(np.zeros_like, arrays)
+    launch.forward(problem, table, *map(Once, (*arrays[1:], output)))
+    assert len(exchanged) == 4
+    launch.backward(problem, table, tuple(map(Once, arrays)), tuple(map(Once, gradients)))
+    assert len(exchanged) == 4 + 7
+    assert len(launched) == 1 + launches
+    for *pointers, params in launched:
+        assert all(type(pointer) in (np.ndarray, np.intp) for pointer in pointers)
+        assert params.dtype.names[:7] == Problem._fields[:7]
+        assert params["levels"][: problem.num_levels, :2].tolist() == [
+            list(s) for s in inputs.sizes
+        ]
+
+
 @pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("needs_points", [True, False])
 @pytest.mark.parametrize("most_points_owned", [0, 1000], ids=["fixed", "owner"])
