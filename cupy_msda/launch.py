@@ -59,10 +59,9 @@ def plan_forward(
         return _generic_plan(problem, table, "msda_forward_generic")
     group = problem.head_dim // vector
     if _ordered(problem, group, multiprocessors, grids):
-        template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
-        kernel = Kernel("forward.cu", f"msda_forward_ordered<{template}>")
-        params = _params(problem, table, grids=grids)
-        return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
+        return _ordered_plan(
+            problem, table, multiprocessors, grids, "forward.cu", "msda_forward_ordered"
+        )
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
     queries = BLOCK // (group * split)
@@ -77,6 +76,7 @@ def plan_backward(
     needs_value: bool = True,
     needs_points: bool = True,
     fixed: bool = False,
+    grids: Grids = None,
 ) -> Plan:
     """Choose the backward kernel for the gradients that are needed; `table` holds host facts only.
 
@@ -85,6 +85,11 @@ def plan_backward(
     if not _specialised(problem, 4):
         return _generic_plan(problem, table, "msda_backward_generic", (_cpp_bool(fixed),))
     group = problem.head_dim // 4
+    points_alone = needs_points and not needs_value
+    if points_alone and _ordered(problem, group, multiprocessors, grids):
+        return _ordered_plan(
+            problem, table, multiprocessors, grids, "backward.cu", "msda_backward_ordered"
+        )
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
     split = _split(problem, group, min(WARP // group, max(1, points // group)), multiprocessors)
@@ -223,6 +228,16 @@ def _generic_plan(
     """One warp for each row."""
     params = _params(problem, table, MAX_HOST_LEVELS)
     return _plan(problem, "generic.cu", name, arguments, BLOCK // WARP, params)
+
+
+def _ordered_plan(
+    problem: Problem, table: LevelTable, multiprocessors: int, grids: Grids, file: str, name: str
+) -> Plan:
+    """One persistent block for each multiprocessor."""
+    template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
+    params = _params(problem, table, grids=grids)
+    kernel = Kernel(file, f"{name}<{template}>")
+    return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
 
 
 def _plan(
@@ -398,7 +413,8 @@ def backward(
             return
         needs_value, grad_value, sums = False, _as_cupy(None), None
     if sums is None:
-        plan = plan_backward(problem, known, multiprocessors, needs_value, needs_points)
+        needs = needs_value, needs_points
+        plan = plan_backward(problem, known, multiprocessors, *needs, grids=grids)
         _launch(plan, device, (grad_output, *others, grad_value, *of_points, *levels))
         return
     sums = _as_cupy(sums)
@@ -419,7 +435,7 @@ def compile_ahead(
         plans = [plan_forward(*case, ())]
         separate = _separate_plan(*case, reproducible, ())
         if with_backward:
-            plans.append(plan_backward(*case, False, True))
+            plans.append(plan_backward(*case, False, True, grids=()))
         if with_backward and separate is not None:
             plans.append(separate)
         elif with_backward:
