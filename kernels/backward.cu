@@ -9,6 +9,8 @@
 //          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
 //          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
 //          lane j, which computed that point's record: it finishes the point alone, without atomics.
+//          msda_backward_ordered: 64 registers, all that blocks of 1024 threads leave, hold a point's visit at every shape;
+//          ptxas spills a few numbers that are read once a row (kernels/README.md).
 // Grid and limits as in forward.cu.
 #include "order.cuh"
 #include "records.cuh"
@@ -236,7 +238,8 @@ __global__ void __launch_bounds__(BLOCK)
                            grad_locations, grad_weights);
 }
 
-// The gradients of locations and weights on persistent blocks in the order of order.cuh, as msda_forward_ordered.
+// The gradients of locations and weights alone, as VALUE = false gives them, on persistent blocks like
+// msda_forward_ordered. It takes the arguments of msda_backward.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
 __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
     msda_backward_ordered(const Value* __restrict__ grad_output, const Value* __restrict__ value,
@@ -245,7 +248,6 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
                           Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
                           const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
-  constexpr unsigned ROWS = WARP / G, STEP = ORDERED_BLOCK / G;  // at a time, of a warp and of the block
   using T = Traits<ORDERED_BLOCK, Value, G, PIXEL, P, false, true, false>;
 
   __shared__ Level levels[L];
@@ -254,25 +256,15 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
   load_levels(levels, sizes, starts, p);
   load_order(order, levels, p);
 
-  const unsigned lane = threadIdx.x % WARP, group = lane / G, member = lane % G;
-  const unsigned end = share_of_rows(p, blockIdx.x + 1);
-  unsigned first = share_of_rows(p, blockIdx.x) + threadIdx.x / WARP * ROWS;
+  const unsigned member = threadIdx.x % G;
   Walk<T> walk = {};
   walk.slots = &slots;
   walk.slot = slot_of<G>(0);
-  while (first < end) {
-    // Each lane places one of the rows of the warp's next G turns.
-    const OrderedRow mine(min(first + lane / ROWS * STEP + lane % ROWS, end - 1), order, p);
-#pragma unroll 1
-    for (unsigned turn = 0; turn < G && first < end; ++turn, first += STEP) {
-      const unsigned from = turn * ROWS + group;
-      const unsigned row = __shfl_sync(ALL_LANES, mine.row, from), plane = __shfl_sync(ALL_LANES, mine.plane, from);
-      walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
-      load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
-      const size_t point = static_cast<size_t>(row) * K;
-      const bool active = first + group < end;
-      backward_points<T, K>(walk, slots, levels, member, active, 0, locations + 2 * point, weights + point,
-                            grad_locations + 2 * point, grad_weights + point);
-    }
-  }
+  visit_in_order<G>(order, p, [&](unsigned row, unsigned plane, bool counts) {
+    walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
+    load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
+    const size_t point = static_cast<size_t>(row) * K;
+    backward_points<T, K>(walk, slots, levels, member, counts, 0, locations + 2 * point, weights + point,
+                          grad_locations + 2 * point, grad_weights + point);
+  });
 }
