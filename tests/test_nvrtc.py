@@ -106,9 +106,7 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
         "backward-split": launch.plan_backward(*case, MANY).kernel,
         "backward-value": launch.plan_backward(*case, 1, True, False).kernel,
         "backward-points": launch.plan_backward(*case, 1, False, True).kernel,
-        "backward-points-ordered": launch.plan_backward(
-            *case, 1, False, True, grids=LEVELS
-        ).kernel,
+        "backward-points-ordered": launch.plan_backward(*case, 1, False, True, grids=LEVELS).kernel,
         "sorted": launch.plan_sorted(*case).kernel,
     }
 
