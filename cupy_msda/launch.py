@@ -85,8 +85,9 @@ def plan_backward(
     if not _specialised(problem, 4):
         return _generic_plan(problem, table, "msda_backward_generic", (_cpp_bool(fixed),))
     group = problem.head_dim // 4
-    points_alone = needs_points and not needs_value
-    if points_alone and _ordered(problem, group, multiprocessors, grids):
+    # A row to a whole warp needs more than the 64 registers that a persistent block leaves a thread.
+    persistent = needs_points and not needs_value and group < WARP
+    if persistent and _ordered(problem, group, multiprocessors, grids):
         return _ordered_plan(
             problem, table, multiprocessors, grids, "backward.cu", "msda_backward_ordered"
         )

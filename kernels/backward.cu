@@ -9,9 +9,9 @@
 //          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
 //          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
 //          lane j, which computed that point's record: it finishes the point alone, without atomics.
-//          msda_backward_ordered: 64 registers, all that blocks of 1024 threads leave, hold a point's visit at every shape;
-//          ptxas spills a few numbers that are read once a row (kernels/README.md).
-// Grid and limits as in forward.cu.
+// Grid     as in forward.cu.
+// Limits   as in forward.cu; of msda_backward_ordered also G < 32: there the visit of a row's points leaves too few of the
+//          64 registers that a block of 1024 threads can have.
 #include "order.cuh"
 #include "records.cuh"
 

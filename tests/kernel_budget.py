@@ -179,7 +179,7 @@ with as many groups to a row as there can be; the launches of sums in fixed poin
   the level table: one warp of a block does that. Counted for one architecture of each kind.
 * Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
   it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column.
-* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of "forward-ordered" goes on to other rows:
+* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of a kernel "-ordered" goes on to other rows:
   what each of those adds, without the placing of rows, which every lane does for one row at a time.
 
 | kernel | dtype | sm | registers | spill bytes | instructions per corner | per row |

@@ -259,6 +259,7 @@ def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known()
         plan(encoder, needs=(True, True)),
         plan(encoder, needs=(True, False)),
         plan(decoder),
+        plan(encoder._replace(head_dim=128, num_heads=2)),
     ):
         assert plain.kernel.name.startswith("msda_backward<")
     assert plan(encoder._replace(head_dim=30)).kernel.file == "generic.cu"
