@@ -9,7 +9,7 @@
 //          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
 //          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
 //          lane j, which computed that point's record: it finishes the point alone, without atomics.
-// Grid     as in forward.cu.
+// Grid     as in forward.cu; msda_backward_ordered as msda_forward_ordered.
 // Limits   as in forward.cu; of msda_backward_ordered also G < 32: there the visit of a row's points leaves too few of the
 //          64 registers that a block of 1024 threads can have.
 #include "order.cuh"
@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
                           const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
   using T = Traits<ORDERED_BLOCK, Value, G, PIXEL, P, false, true, false>;
+  static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");
 
   __shared__ Level levels[L];
   __shared__ Slots<ORDERED_BLOCK> slots;

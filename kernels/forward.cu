@@ -4,7 +4,7 @@
 // Layout   value (N, S, M, D), locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P), output (N, Lq, M, D), contiguous.
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. SPLIT groups share a row when there are too few rows to fill the device; shuffles join their sums.
-// Grid     x: blocks of queries, y and z: (image, head).
+// Grid     x: blocks of queries, y and z: (image, head). msda_forward_ordered: persistent blocks, one to a multiprocessor.
 // Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; L at most 16; fewer than 2^22 positions and
 //          2^31 bytes per image. Everything else is generic.cu.
 #include "order.cuh"
