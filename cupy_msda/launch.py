@@ -54,10 +54,9 @@ def plan_forward(
         return _generic_plan(problem, table, "msda_forward_generic")
     group = problem.head_dim // vector
     if _ordered(problem, group, multiprocessors, grids):
-        template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
-        kernel = Kernel("forward.cu", f"msda_forward_ordered<{template}>")
-        params = _params(problem, table, grids=grids)
-        return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
+        return _ordered_plan(
+            problem, table, multiprocessors, grids, "forward.cu", "msda_forward_ordered"
+        )
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
     queries = BLOCK // (group * split)
@@ -72,6 +71,7 @@ def plan_backward(
     needs_value: bool = True,
     needs_points: bool = True,
     fixed: bool = False,
+    grids: Grids = None,
 ) -> Plan:
     """Choose the backward kernel for the gradients that are needed; `table` holds host facts only.
 
@@ -80,6 +80,12 @@ def plan_backward(
     if not _specialised(problem, 4):
         return _generic_plan(problem, table, "msda_backward_generic", (_cpp_bool(fixed),))
     group = problem.head_dim // 4
+    # A row to a whole warp needs more than the 64 registers that a persistent block leaves a thread.
+    persistent = needs_points and not needs_value and group < WARP
+    if persistent and _ordered(problem, group, multiprocessors, grids):
+        return _ordered_plan(
+            problem, table, multiprocessors, grids, "backward.cu", "msda_backward_ordered"
+        )
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
     split = _split(problem, group, min(WARP // group, max(1, points // group)), multiprocessors)
@@ -225,6 +231,16 @@ def _generic_plan(
     """One warp for each row."""
     params = _params(problem, table, MAX_HOST_LEVELS)
     return _plan(problem, "generic.cu", name, arguments, BLOCK // WARP, params)
+
+
+def _ordered_plan(
+    problem: Problem, table: LevelTable, multiprocessors: int, grids: Grids, file: str, name: str
+) -> Plan:
+    """One persistent block for each multiprocessor."""
+    template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
+    params = _params(problem, table, grids=grids)
+    kernel = Kernel(file, f"{name}<{template}>")
+    return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
 
 
 def _plan(
@@ -413,7 +429,7 @@ def backward(
         _launch(separate, device, (grad_output, *others[1:], added_to, *levels))
     if separate is None or needs_points:
         together = separate is None and needs_value
-        plan = plan_backward(*case, together, needs_points, fixed and together)
+        plan = plan_backward(*case, together, needs_points, fixed and together, grids)
         to = added_to if together else _as_cupy(None)
         _launch(plan, device, (grad_output, *others, to, *of_points, *levels))
     if fixed:
@@ -435,7 +451,7 @@ def compile_ahead(
         separate = _separate_plan(*case, reproducible, grids)
         fixed = reproducible and not _owned(problem)
         if with_backward:
-            plans.append(plan_backward(*case, False, True))
+            plans.append(plan_backward(*case, False, True, grids=grids))
         if with_backward and separate is not None:
             plans.append(separate)
         elif with_backward:

@@ -9,14 +9,27 @@
 //          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
 //          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
 //          lane j, which computed that point's record: it finishes the point alone, without atomics.
-// Grid and limits as in forward.cu.
+// Grid     as in forward.cu; msda_backward_ordered as msda_forward_ordered.
+// Limits   as in forward.cu; of msda_backward_ordered also G < 32: there the visit of a row's points leaves too few of the
+//          64 registers that a block of 1024 threads can have.
+#include "order.cuh"
 #include "records.cuh"
 
 constexpr int VEC = 4;
 
+// What a kernel is specialised for, handed down in one piece.
+template <int THREADS_, typename Value_, int G_, int PIXEL_, int P_, bool VALUE_, bool POINTS_, bool FIXED_>
+struct Traits {
+  using Value = Value_;
+  using Addend = typename Accumulator<Value, FIXED_>::type;
+  static constexpr int THREADS = THREADS_, G = G_, PIXEL = PIXEL_, P = P_;
+  static constexpr bool VALUE = VALUE_, POINTS = POINTS_, FIXED = FIXED_;
+};
+
 // What a group needs to walk through its slots.
+template <typename T>
 struct Walk {
-  const Slots<BLOCK>* slots;
+  const Slots<T::THREADS>* slots;
   int slot;           // of the group's first record
   int first_lane;     // of the group
   const char* value;  // of the group's (image, head), at the lane's channels
@@ -29,18 +42,9 @@ struct Walk {
   unsigned broken;  // bit c: channel c of those is not finite, and its quanta are zero
 };
 
-// What a kernel is specialised for, handed down in one piece.
-template <typename Value_, int G_, int PIXEL_, int P_, bool VALUE_, bool POINTS_, bool FIXED_>
-struct Traits {
-  using Value = Value_;
-  using Addend = typename Accumulator<Value, FIXED_>::type;
-  static constexpr int G = G_, PIXEL = PIXEL_, P = P_;
-  static constexpr bool VALUE = VALUE_, POINTS = POINTS_, FIXED = FIXED_;
-};
-
 // Where the gradient of corner i of a record goes, of the lane's first channel.
 template <typename T, bool INTERIOR>
-__device__ __forceinline__ typename T::Addend* sum_pointer(const Walk& walk, const int2& place, int corner) {
+__device__ __forceinline__ typename T::Addend* sum_pointer(const Walk<T>& walk, const int2& place, int corner) {
   constexpr int WIDER = sizeof(typename T::Addend) / sizeof(typename T::Value);
   return reinterpret_cast<typename T::Addend*>(
       corner_pointer<INTERIOR, T::PIXEL, WIDER>(walk.grad_value, place, corner));
@@ -48,7 +52,7 @@ __device__ __forceinline__ typename T::Addend* sum_pointer(const Walk& walk, con
 
 // Add the gradient of one corner to memory. INTERIOR: all four lie inside the level.
 template <typename T, bool INTERIOR>
-__device__ __forceinline__ void add_corner(const Walk& walk, const int2& place, int corner, float share) {
+__device__ __forceinline__ void add_corner(const Walk<T>& walk, const int2& place, int corner, float share) {
   const auto to = sum_pointer<T, INTERIOR>(walk, place, corner);
   if constexpr (T::FIXED) {
 #pragma unroll
@@ -61,7 +65,7 @@ __device__ __forceinline__ void add_corner(const Walk& walk, const int2& place, 
 
 // The lane's share of the four dot products of one point; its corners' gradients go to memory on the way.
 template <typename T, bool INTERIOR>
-__device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
+__device__ __forceinline__ Four<float> visit(const Walk<T>& walk, int j) {
   using Value = typename T::Value;
   const float4 share = walk.slots->shares[walk.slot + j * (WARP / T::G)];
   const int2 place = walk.slots->places[walk.slot + j * (WARP / T::G)];
@@ -89,7 +93,7 @@ __device__ __forceinline__ Four<float> visit(const Walk& walk, int j) {
 // the lane's in its low bits: the two halves of the points change hands between the two halves of the lanes, so every
 // level halves what is left to move.
 template <typename T, bool INTERIOR, int SPAN, int COUNT>
-__device__ __forceinline__ Four<float> visit_all(const Walk& walk, int first, int member) {
+__device__ __forceinline__ Four<float> visit_all(const Walk<T>& walk, int first, int member) {
   if constexpr (SPAN == 1) {
     return first < COUNT ? visit<T, INTERIOR>(walk, first) : Four<float>{};
   } else {
@@ -110,12 +114,12 @@ __device__ __forceinline__ Four<float> visit_all(const Walk& walk, int first, in
 }
 
 // The row's gradient once more, for the sums.
-template <int G, typename Value>
-__device__ __forceinline__ void load_quanta(Walk& walk, const Value* grad_output, const Scale<float>& scale) {
+template <typename T, typename Value>
+__device__ __forceinline__ void load_quanta(Walk<T>& walk, const Value* grad_output, const Scale<float>& scale) {
   walk.weight_factor = scale.weight;
 #pragma unroll
   for (int c = 0; c < VEC; ++c) {
-    const float grad = widen(grad_output[c * G]);
+    const float grad = widen(grad_output[c * T::G]);
     walk.quanta[c] = is_finite(grad) ? times_power(grad, scale.grad) : 0.0f;
     walk.broken |= is_finite(grad) ? 0u : 1u << c;
   }
@@ -124,7 +128,7 @@ __device__ __forceinline__ void load_quanta(Walk& walk, const Value* grad_output
 // Mark the sums that numbers that are not finite take part in; such numbers have been added as zero. `weights`: bit j is
 // set where the weight of point j is one. Short rather than fast.
 template <typename T, int COUNT>
-__device__ __forceinline__ void mark_broken(const Walk& walk, unsigned weights) {
+__device__ __forceinline__ void mark_broken(const Walk<T>& walk, unsigned weights) {
 #pragma unroll 1
   for (int i = 0; i < COUNT * 4 * VEC; ++i) {
     const int j = i / (4 * VEC), corner = i / VEC % 4, c = i % VEC;
@@ -136,9 +140,9 @@ __device__ __forceinline__ void mark_broken(const Walk& walk, unsigned weights) 
 
 // One stage: COUNT points of every group of the warp.
 template <typename T, int COUNT, typename Location, typename Weight>
-__device__ __forceinline__ void backward_stage(const Walk& walk, Slots<BLOCK>& slots, const Level* levels, int member,
-                                               bool active, int first, const Location* locations, const Weight* weights,
-                                               Location* grad_locations, Weight* grad_weights) {
+__device__ __forceinline__ void backward_stage(const Walk<T>& walk, Slots<T::THREADS>& slots, const Level* levels,
+                                               int member, bool active, int first, const Location* locations,
+                                               const Weight* weights, Location* grad_locations, Weight* grad_weights) {
   const int index = first + member, slot = slot_of<T::G>(member);
   const bool owner = active && member < COUNT;
   Point point;
@@ -169,6 +173,21 @@ __device__ __forceinline__ void backward_stage(const Walk& walk, Slots<BLOCK>& s
   grad_weights[index] = narrow_to<Weight>(gradient.weight);
 }
 
+// Points [begin, begin + PART) of every group's row, in stages of G; the arrays are the row's.
+template <typename T, int PART, typename Location, typename Weight>
+__device__ __forceinline__ void backward_points(const Walk<T>& walk, Slots<T::THREADS>& slots, const Level* levels,
+                                                int member, bool active, int begin, const Location* locations,
+                                                const Weight* weights, Location* grad_locations, Weight* grad_weights) {
+  constexpr int G = T::G, TAIL = PART % G;
+  const int end = begin + PART;
+#pragma unroll 1
+  for (int first = begin; first + G <= end; first += G)
+    backward_stage<T, G>(walk, slots, levels, member, active, first, locations, weights, grad_locations, grad_weights);
+  if constexpr (TAIL != 0)
+    backward_stage<T, TAIL>(walk, slots, levels, member, active, end - TAIL, locations, weights, grad_locations,
+                            grad_weights);
+}
+
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT, bool VALUE,
           bool POINTS, bool FIXED>
 __global__ void __launch_bounds__(BLOCK)
@@ -179,8 +198,8 @@ __global__ void __launch_bounds__(BLOCK)
                   const long long* __restrict__ sizes, const long long* __restrict__ starts,
                   const __grid_constant__ Params<L> p) {
   constexpr int G = D / VEC, K = L * P, PART = K / SPLIT;
-  constexpr int PIXEL = M * D * sizeof(Value), TAIL = PART % G;
-  using T = Traits<Value, G, PIXEL, P, VALUE, POINTS, FIXED>;
+  constexpr int PIXEL = M * D * sizeof(Value);
+  using T = Traits<BLOCK, Value, G, PIXEL, P, VALUE, POINTS, FIXED>;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
   static_assert(VALUE || !FIXED, "only gradients of value are summed");
@@ -195,7 +214,7 @@ __global__ void __launch_bounds__(BLOCK)
   if (!row.active) row.image = row.query = 0;  // takes part in its warp's exchanges, and writes nothing
   const long long index = row.index(p);
   const long long base = row.template base<D>(p) + row.member * VEC;
-  Walk walk = {};
+  Walk<T> walk = {};
   walk.slots = &slots;
   walk.slot = slot_of<G>(0);
   walk.first_lane = threadIdx.x % WARP - row.member;
@@ -203,7 +222,7 @@ __global__ void __launch_bounds__(BLOCK)
   load(walk.grad, grad_output + index * D + row.member * VEC);
   if constexpr (FIXED) {
     const long long image_head = static_cast<long long>(row.image) * M + row.head;
-    load_quanta<G>(walk, grad_output + index * D + row.member, read_scale<float>(grad_value, p, image_head));
+    load_quanta(walk, grad_output + index * D + row.member, read_scale<float>(grad_value, p, image_head));
     walk.grad_value = reinterpret_cast<char*>(grad_value + row.template base<D>(p) + row.member);
   } else if (VALUE) {
     walk.grad_value = reinterpret_cast<char*>(grad_value + base);
@@ -215,12 +234,38 @@ __global__ void __launch_bounds__(BLOCK)
     grad_weights += index * K;
   }
 
-  const int begin = row.part * PART, end = begin + PART;
-#pragma unroll 1
-  for (int first = begin; first + G <= end; first += G)
-    backward_stage<T, G>(walk, slots, levels, row.member, row.active, first, locations, weights, grad_locations,
-                         grad_weights);
-  if constexpr (TAIL != 0)
-    backward_stage<T, TAIL>(walk, slots, levels, row.member, row.active, end - TAIL, locations, weights, grad_locations,
-                            grad_weights);
+  backward_points<T, PART>(walk, slots, levels, row.member, row.active, row.part * PART, locations, weights,
+                           grad_locations, grad_weights);
+}
+
+// The gradients of locations and weights alone, as VALUE = false gives them, on persistent blocks like
+// msda_forward_ordered. It takes the arguments of msda_backward.
+template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+__global__ void __launch_bounds__(ORDERED_BLOCK, 1)
+    msda_backward_ordered(const Value* __restrict__ grad_output, const Value* __restrict__ value,
+                          const Location* __restrict__ locations, const Weight* __restrict__ weights,
+                          float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
+                          Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
+                          const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
+  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
+  using T = Traits<ORDERED_BLOCK, Value, G, PIXEL, P, false, true, false>;
+  static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");
+
+  __shared__ Level levels[L];
+  __shared__ Slots<ORDERED_BLOCK> slots;
+  __shared__ Order order;
+  load_levels(levels, sizes, starts, p);
+  load_order(order, levels, p);
+
+  const unsigned member = threadIdx.x % G;
+  Walk<T> walk = {};
+  walk.slots = &slots;
+  walk.slot = slot_of<G>(0);
+  visit_in_order<G>(order, p, [&](unsigned row, unsigned plane, bool counts) {
+    walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
+    load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
+    const size_t point = static_cast<size_t>(row) * K;
+    backward_points<T, K>(walk, slots, levels, member, counts, 0, locations + 2 * point, weights + point,
+                          grad_locations + 2 * point, grad_weights + point);
+  });
 }

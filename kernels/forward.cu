@@ -4,7 +4,7 @@
 // Layout   value (N, S, M, D), locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P), output (N, Lq, M, D), contiguous.
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. SPLIT groups share a row when there are too few rows to fill the device; shuffles join their sums.
-// Grid     x: blocks of queries, y and z: (image, head).
+// Grid     x: blocks of queries, y and z: (image, head). msda_forward_ordered: persistent blocks, one to a multiprocessor.
 // Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; L at most 16; fewer than 2^22 positions and
 //          2^31 bytes per image. Everything else is generic.cu.
 #include "order.cuh"
@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(BLOCK, 4)
   if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
 }
 
-// The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of order.cuh; the
-// block's warps take turns in it, so that all of them sample the same few tiles at a time.
+// The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of order.cuh.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
 __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
     msda_forward_ordered(const Value* __restrict__ value, const Location* __restrict__ locations,
@@ -130,7 +129,6 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
                          const long long* __restrict__ sizes, const long long* __restrict__ starts,
                          const __grid_constant__ OrderedParams<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
-  constexpr unsigned ROWS = WARP / G, STEP = ORDERED_BLOCK / G;  // at a time, of a warp and of the block
 
   __shared__ Level levels[L];
   __shared__ Slots<ORDERED_BLOCK> slots;
@@ -138,21 +136,12 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
   load_levels(levels, sizes, starts, p);
   load_order(order, levels, p);
 
-  const unsigned lane = threadIdx.x % WARP, group = lane / G, member = lane % G;
-  const unsigned end = share_of_rows(p, blockIdx.x + 1);
-  unsigned first = share_of_rows(p, blockIdx.x) + threadIdx.x / WARP * ROWS;
-  while (first < end) {
-    // Each lane places one of the rows of the warp's next G turns.
-    const OrderedRow mine(min(first + lane / ROWS * STEP + lane % ROWS, end - 1), order, p);
-#pragma unroll 1
-    for (unsigned turn = 0; turn < G && first < end; ++turn, first += STEP) {
-      const unsigned from = turn * ROWS + group;
-      const unsigned row = __shfl_sync(ALL_LANES, mine.row, from), plane = __shfl_sync(ALL_LANES, mine.plane, from);
-      const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
-      float sum[VEC] = {};
-      const size_t point = static_cast<size_t>(row) * K;
-      add_points<K, G, PIXEL, P, Value>(sum, base, slots, levels, 0, locations + 2 * point, weights + point);
-      if (first + group < end) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
-    }
-  }
+  const unsigned member = threadIdx.x % G;
+  visit_in_order<G>(order, p, [&](unsigned row, unsigned plane, bool counts) {
+    const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
+    float sum[VEC] = {};
+    const size_t point = static_cast<size_t>(row) * K;
+    add_points<K, G, PIXEL, P, Value>(sum, base, slots, levels, 0, locations + 2 * point, weights + point);
+    if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
+  });
 }

@@ -86,3 +86,23 @@ __device__ inline unsigned share_of_rows(const Shape& p, unsigned block) {
   const unsigned rows = static_cast<unsigned>(p.batch * p.num_heads) * p.num_queries;
   return static_cast<unsigned>(static_cast<unsigned long long>(rows) * block / gridDim.x);
 }
+
+// Call visit(row, plane, counts) for every row of a persistent block's range, which groups of G lanes own. The block's
+// warps take turns, so that all of them sample the same few tiles at a time. A group without a row, in a warp with others,
+// visits the last one, which then does not count.
+template <int G, typename Visit>
+__device__ __forceinline__ void visit_in_order(const Order& order, const Shape& p, Visit visit) {
+  constexpr unsigned ROWS = WARP / G, STEP = ORDERED_BLOCK / G;  // at a time, of a warp and of the block
+  const unsigned lane = threadIdx.x % WARP, group = lane / G;
+  const unsigned end = share_of_rows(p, blockIdx.x + 1);
+  unsigned first = share_of_rows(p, blockIdx.x) + threadIdx.x / WARP * ROWS;
+  while (first < end) {
+    // Each lane places one of the rows of the warp's next G turns.
+    const OrderedRow mine(min(first + lane / ROWS * STEP + lane % ROWS, end - 1), order, p);
+#pragma unroll 1
+    for (unsigned from = group; from < WARP && first < end; from += ROWS, first += STEP) {
+      const unsigned row = __shfl_sync(ALL_LANES, mine.row, from), plane = __shfl_sync(ALL_LANES, mine.plane, from);
+      visit(row, plane, first + group < end);
+    }
+  }
+}

@@ -110,6 +110,7 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         "backward-split": _backward(size, on, split=2),
         "backward-value": _backward(size, on, points=False),
         "backward-points": _backward(size, on, value=False),
+        "backward-points-ordered": _backward(size, on, value=False)._replace(again=True),
     }
     return {
         **{name: (plain[name], interior) for name, interior in interiors.items()},
@@ -201,7 +202,7 @@ with as many groups to a row as there can be; the launches of sums in fixed poin
 * Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
   it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column; for "sorted",
   where every point lies in a cell of its own, which is the dearest case.
-* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of "forward-ordered" goes on to other rows:
+* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of a kernel "-ordered" goes on to other rows:
   what each of those adds, without the placing of rows, which every lane does for one row at a time.
 
 | kernel | dtype | sm | registers | spill bytes | instructions per corner | per row |

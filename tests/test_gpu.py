@@ -144,6 +144,14 @@ def test_the_order_of_the_queries_changes_no_bit(name, dtypes):
         for output, grids in zip(outputs, ((), None), strict=True):
             launch.forward(problem, table, *inputs.tensors, output, grids)
     assert torch.equal(*outputs)
+    points = inputs.locations, inputs.weights
+    gradients = [[torch.full_like(one, NAN) for one in points] for _ in range(2)]
+    with launch.on_stream(0, torch.cuda.current_stream().cuda_stream):
+        for of_points, grids in zip(gradients, ((), None), strict=True):
+            arrays = inputs.grad_output, *inputs.tensors
+            launch.backward(problem, table, arrays, (None, *of_points), grids=grids)
+    for ordered, plain in zip(*gradients, strict=True):
+        assert torch.equal(ordered, plain)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)

@@ -321,6 +321,36 @@ def test_the_order_reaches_the_kernels_from_the_array_functions(
     assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (ordered, ordered)
 
 
+def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known() -> None:
+    encoder = Problem(2, 22223, 8, 32, 22223, 4, 4, *["float32"] * 3)
+    table = LevelTable(None, None)
+
+    def plan(
+        problem: Problem,
+        grids: launch.Grids = (),
+        multiprocessors: int = 132,
+        needs: tuple[bool, bool] = (False, True),
+    ) -> launch.Plan:
+        return launch.plan_backward(problem, table, multiprocessors, *needs, grids=grids)
+
+    decoder = encoder._replace(num_queries=900)
+    for ordered in (plan(encoder), plan(decoder, ((30, 30),), 100)):
+        assert ordered.kernel.name.startswith("msda_backward_ordered<float, float, float, 8, 32, ")
+        assert (ordered.grid[1:], ordered.block) == ((1, 1), (1024, 1, 1))
+    assert plan(encoder).grid == (132, 1, 1)
+    assert list(plan(decoder, ((30, 30),), 100).params["grids"][0]) == [30, 30]
+    for plain in (
+        plan(encoder, None),
+        plan(encoder, (), 10**6),
+        plan(encoder, needs=(True, True)),
+        plan(encoder, needs=(True, False)),
+        plan(decoder),
+        plan(encoder._replace(head_dim=128, num_heads=2)),
+    ):
+        assert plain.kernel.name.startswith("msda_backward<")
+    assert plan(encoder._replace(head_dim=30)).kernel.file == "generic.cu"
+
+
 def test_a_null_pointer_stands_for_none() -> None:
     """CuPy would pass None as a null pointer to the argument, which the driver reads."""
     assert launch._as_cupy(None) == 0

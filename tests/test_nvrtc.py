@@ -95,7 +95,7 @@ SHAPES = {
 
 
 def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
-    """Every launch that the shape may lead to."""
+    """Every launch that the shape may lead to; at d128 the last of the backward is the one before."""
     d, levels, points, heads = SHAPES[shape]
     case = problem(DTYPES[dtypes], d, levels, points, heads)
     return {
@@ -106,6 +106,7 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
         "backward-split": launch.plan_backward(*case, MANY).kernel,
         "backward-value": launch.plan_backward(*case, 1, True, False).kernel,
         "backward-points": launch.plan_backward(*case, 1, False, True).kernel,
+        "backward-points-ordered": launch.plan_backward(*case, 1, False, True, grids=LEVELS).kernel,
         "sorted": launch.plan_sorted(*case).kernel,
     }
 

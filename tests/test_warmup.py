@@ -100,6 +100,24 @@ def test_calls_in_an_order_find_their_kernels_compiled(compiled, order) -> None:
     assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (given, given)
 
 
+def test_encoders_find_theirs(compiled, deterministic) -> None:
+    """Queries are the pixels, enough to take them in order; then all gradients of points are."""
+    problem = Problem(8, 300, 8, 32, 300, 2, 4, *["float32"] * 3)
+    cupy_msda.warmup((8, 300, 8, 32), (8, 300, 8, 2, 4, 2))
+    warm = set(compiled)
+    compiled.clear()
+    table = LevelTable(((15, 16), (6, 10)), (0, 240))
+    array = np.intp(0)  # a null pointer
+    launch.forward(problem, table, *[None] * 4)
+    for needed in ((array,) * 3, (array, None, None), (None, array, array)):
+        sums = array if deterministic and needed[0] is not None else None
+        launch.backward(problem, table, [None] * 4, needed, sums)
+    assert compiled == warm
+    names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
+    assert {"msda_forward_ordered", "msda_backward_ordered"} < names
+    assert "msda_backward" not in names
+
+
 def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:
     cupy_msda.warmup(VALUE, LOCATIONS, backward=False)
     ((kernel, device),) = compiled

@@ -68,11 +68,13 @@ def backward(
     multiprocessors: int = 1,
     table: LevelTable | None = None,
     needs: tuple[bool, bool] = (True, True),
+    grids: launch.Grids = None,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The three gradients of the emulated backward, None where not needed."""
+    """The three gradients of the emulated backward, None where not needed; with grids, in their order."""
     problem, known = checked(inputs)
-    plan = launch.plan_backward(problem, table or known, multiprocessors, *needs)
+    case = problem, table or known, multiprocessors
+    plan = launch.plan_backward(*case, *needs, grids=grids)
     wide = torch.promote_types(inputs.value.dtype, torch.float32)  # as the kernels accumulate
     grad_value = torch.zeros(inputs.value.shape, dtype=wide) if needs[0] else None
     of_points = [poisoned(t) if needs[1] else None for t in (inputs.locations, inputs.weights)]

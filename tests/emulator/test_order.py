@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Queries in tiles: the order itself, the forward of persistent blocks, and gradients of value by sorted points."""
+"""Queries in tiles: the order itself, what persistent blocks compute, and gradients of value by sorted points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cupy_msda.compile import assemble
 from cupy_msda.contract import Level, LevelTable, Problem
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated
-from tests.emulator.launches import backward_sorted, checked, emulate, forward, poisoned
+from tests.emulator.launches import backward, backward_sorted, checked, emulate, forward, poisoned
 from tests.problems import Inputs, random_inputs
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -131,9 +131,30 @@ on_encoders = pytest.mark.parametrize("inputs", ENCODERS.values(), ids=ENCODERS.
 
 
 def is_ordered(inputs: Inputs, multiprocessors: int, grids: launch.Grids = ()) -> bool:
-    """Whether the forward is planned on persistent blocks."""
-    plan = launch.plan_forward(*checked(inputs), multiprocessors, grids)
-    return "msda_forward_ordered" in plan.kernel.name
+    """Whether the forward and the gradients of the points are planned on persistent blocks."""
+    case = *checked(inputs), multiprocessors
+    plans = (
+        launch.plan_forward(*case, grids),
+        launch.plan_backward(*case, False, True, grids=grids),
+    )
+    ordered = {"_ordered<" in plan.kernel.name for plan in plans}
+    assert len(ordered) == 1
+    return ordered.pop()
+
+
+def of_points(
+    inputs: Inputs, multiprocessors: int, grids: launch.Grids = None, **options: Any
+) -> list[torch.Tensor]:
+    """The gradients of locations and weights alone; with grids, in their order."""
+    needs = False, True
+    return backward(inputs, multiprocessors, needs=needs, grids=grids, **options)[1:]
+
+
+def assert_same_bits(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Both gradients must be whole and equal."""
+    for one, other in zip(actual, expected, strict=True):
+        assert other.isfinite().all()
+        assert torch.equal(one, other)
 
 
 @on_encoders
@@ -152,17 +173,31 @@ def test_blocks_share_out_all_rows_whatever_their_number() -> None:
         assert torch.equal(forward(inputs, multiprocessors, grids=()), plain)
 
 
-def test_forward_in_the_order_of_the_callers_grids() -> None:
+# Three images, 16 bits, points in a last stage that is not full, and in no full one.
+@pytest.mark.parametrize(
+    "case", ["several-images", "bf16", "five-levels-three-points", "d16-two-points"]
+)
+def test_gradients_of_points_in_order_have_the_same_bits(case: str) -> None:
+    inputs = ENCODERS[case]
+    plain = of_points(inputs, 0)
+    for multiprocessors, seed in ((1, 0), (2, 1)):
+        assert is_ordered(inputs, multiprocessors)
+        assert_same_bits(of_points(inputs, multiprocessors, (), seed=seed), plain)
+
+
+def test_the_order_of_the_callers_grids() -> None:
     inputs = encoder(((9, 13), (4, 5)), m=2, lq=20 * 18)
     assert not is_ordered(inputs, 1)
     assert is_ordered(inputs, 1, ((20, 18),))
     assert torch.equal(forward(inputs, 1, grids=((20, 18),)), forward(inputs, 0))
+    assert_same_bits(of_points(inputs, 1, ((20, 18),)), of_points(inputs, 0))
 
 
 def test_order_from_a_table_on_the_device() -> None:
     inputs = ENCODERS["several-images"]
     unknown: dict[str, Any] = {"table": LevelTable(None, None), "tables": (inputs.shapes(), None)}
     assert torch.equal(forward(inputs, 2, grids=(), **unknown), forward(inputs, 0))
+    assert_same_bits(of_points(inputs, 2, (), **unknown), of_points(inputs, 0))
     assert_value(inputs, backward_sorted(inputs, **unknown))
 
 
@@ -173,6 +208,10 @@ def test_levels_that_do_not_fit_give_nan_in_order_too() -> None:
     unknown: dict[str, Any] = {"table": LevelTable(None, None), "tables": (sizes, inputs.starts())}
     assert forward(inputs, 2, grids=(), **unknown).isnan().all()
     assert forward(inputs, 0, **unknown).isnan().all()
+    gradients = zip(of_points(inputs, 2, (), **unknown), of_points(inputs, 0), strict=True)
+    for actual, plain in gradients:
+        assert actual[:, :, :, 1].isnan().all()
+        assert torch.equal(actual[:, :, :, 0], plain[:, :, :, 0])
 
 
 def test_order_waits_until_every_multiprocessor_has_a_full_block() -> None:
@@ -288,6 +327,11 @@ def test_order_under_sanitizers(case: str) -> None:
     inputs = ENCODERS[case]
     assert torch.equal(forward(inputs, 2, grids=(), sanitize=True), forward(inputs, 0))
     assert_value(inputs, backward_sorted(inputs, sanitize=True))
+
+
+def test_gradients_of_points_in_order_under_sanitizers() -> None:
+    inputs = ENCODERS["d16-two-points"]
+    assert_same_bits(of_points(inputs, 2, (), sanitize=True), of_points(inputs, 0))
 
 
 def test_ordered_forward_writes_every_output_once() -> None:
