@@ -10,13 +10,11 @@
 #include "order.cuh"
 #include "records.cuh"
 
-// As corner_pointer, for records that are interior and so do not lie before their base: unsigned offsets spare
-// instructions, and taking the corner bits off last folds into the load's immediate offset.
+// Where corner i of an interior record lies.
 template <int PIXEL>
 __device__ __forceinline__ const char* interior_pointer(const char* base, const int2& place, int corner) {
-  const char* row = base + static_cast<size_t>(static_cast<unsigned>(place.x));
-  if (corner & 2) row += static_cast<size_t>(static_cast<unsigned>(place.y));
-  return row + (corner & 1 ? PIXEL : 0) - static_cast<int>(ALL_CORNERS);
+  const unsigned first = corner & 2 ? place.y : place.x;
+  return base + static_cast<size_t>(first) * PIXEL + (corner & 1 ? PIXEL : 0);
 }
 
 // Add one record's four corners to the lane's channels. INTERIOR: all four lie inside the level.
@@ -41,8 +39,9 @@ template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, i
 __device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base, const Slots<THREADS>& slots) {
   __syncwarp();
   const int slot = slot_of<G>(0);
+  constexpr int UNROLL = INTERIOR ? 4 : 2;
   // Two points at a time: unrolled further, the loads spill registers.
-#pragma unroll 2
+#pragma unroll UNROLL
   for (int j = 0; j < COUNT * (WARP / G); j += WARP / G)
     add_corners<INTERIOR, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
   __syncwarp();
@@ -60,7 +59,7 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
   const Coordinates<float> at(loaded[0], loaded[1], level);
   const int slot = slot_of<G>(threadIdx.x % G);
   if (__all_sync(ALL_LANES, is_interior(at, level))) {
-    make_record<PIXEL, true>(slots, slot, at, attention, level);
+    make_record<PIXEL, true, false, true>(slots, slot, at, attention, level);
     add_records<true, COUNT, G, PIXEL, Value>(sum, base, slots);
   } else {
     make_record<PIXEL, false>(slots, slot, at, attention, level);

@@ -79,7 +79,7 @@ struct Point {
 
 // PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are known to lie inside the level.
 // FIXED: the shares are multiplied by `factor`, and zero where the weight is not finite.
-template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>
+template <int PIXEL, bool INTERIOR, bool FIXED = false, bool BARE = false, int THREADS>
 __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, const Coordinates<float>& at,
                                              float weight, const Level& level, float factor = 1.0f) {
   Point point = {locate<true, INTERIOR>(at, level), level, weight};
@@ -90,7 +90,8 @@ __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, co
   const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[slot] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  slots.places[slot] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  if (BARE) slots.places[slot] = make_int2(pixel, pixel + level.width);
+  else slots.places[slot] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
   return point;
 }
 

@@ -47,9 +47,15 @@ __device__ __forceinline__ float widen(half_t x) {
 __device__ __forceinline__ float narrow(float, float x) { return x; }
 __device__ __forceinline__ double narrow(double, double x) { return x; }
 __device__ __forceinline__ bfloat16_t narrow(bfloat16_t, float x) {
+#if MSDA_PTX && __CUDA_ARCH__ >= 800
+  bfloat16_t y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
   const unsigned bits = __float_as_uint(x);
   if (x != x) return {static_cast<unsigned short>(bits >> 16 | 0x40u)};
   return {static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+#endif
 }
 __device__ __forceinline__ half_t narrow(half_t, float x) {
 #if MSDA_PTX
