@@ -37,36 +37,43 @@ __device__ __forceinline__ unsigned reread_thread() {
 #endif
 }
 
+__device__ __forceinline__ unsigned untraced(unsigned x) {
+#if MSDA_PTX
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // Which rows a group works on. Blocks run over queries first, then heads, then images: neighbours in time share a head.
 template <int M, int G, int SPLIT>
 struct Row {
-  int image, head, query;
-  int part;    // of the row's points
-  int member;  // lane within the group
+  unsigned image, head, query;
+  unsigned part;    // of the row's points
+  unsigned member;  // lane within the group
   bool active;
 
   static constexpr int QUERIES = BLOCK / (G * SPLIT);  // per block
 
   __device__ Row(const Shape& p, unsigned thread) {
     const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
-    const int group = thread / G;
+    const unsigned group = thread / G;
     image = image_head / M;
     head = image_head % M;
     part = group % SPLIT;
     member = thread % G;
     query = blockIdx.x * QUERIES + group / SPLIT;
-    active = query < p.num_queries && image < p.batch;
+    active = query < static_cast<unsigned>(p.num_queries) && image < static_cast<unsigned>(p.batch);
   }
 
   // Index of the row among N * Lq * M.
-  __device__ long long index(const Shape& p) const {
-    return (static_cast<long long>(image) * p.num_queries + query) * M + head;
+  __device__ size_t index(const Shape& p) const {
+    return (static_cast<size_t>(image) * static_cast<unsigned>(p.num_queries) + query) * M + head;
   }
 
   // Index of the row's first element of position 0 in an array of shape (N, S, M, D).
   template <int D>
-  __device__ long long base(const Shape& p) const {
-    return (static_cast<long long>(image) * p.spatial_size * M + head) * D;
+  __device__ size_t base(const Shape& p) const {
+    return (static_cast<size_t>(image) * static_cast<unsigned>(p.spatial_size) * M + head) * D;
   }
 };
 
@@ -79,7 +86,7 @@ struct Point {
 
 // PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are known to lie inside the level.
 // FIXED: the shares are multiplied by `factor`, and zero where the weight is not finite.
-template <int PIXEL, bool INTERIOR, bool FIXED = false, bool BARE = false, int THREADS>
+template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>
 __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, const Coordinates<float>& at,
                                              float weight, const Level& level, float factor = 1.0f) {
   Point point = {locate<true, INTERIOR>(at, level), level, weight};
@@ -90,8 +97,9 @@ __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, co
   const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[slot] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  if (BARE) slots.places[slot] = make_int2(pixel, pixel + level.width);
-  else slots.places[slot] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  const int below = pixel + level.width;
+  slots.places[slot] =
+      INTERIOR ? make_int2(pixel, below) : make_int2(pixel * 16 | static_cast<int>(point.cell.corners), below * 16);
   return point;
 }
 
@@ -107,9 +115,9 @@ __device__ __forceinline__ Point empty_record(Slots<THREADS>& slots, int slot) {
 // INTERIOR records have all corner bits set, so that no mask is needed to take them off.
 template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
 __device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
-  const int corner_bits = static_cast<int>(ALL_CORNERS);
-  const int top_left = INTERIOR ? place.x - corner_bits : place.x & ~corner_bits;
-  Bytes* row = base + static_cast<long long>(top_left) * WIDER;
-  if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
-  return corner & 1 ? row + PIXEL * WIDER : row;
+  const int bits = static_cast<int>(ALL_CORNERS);
+  constexpr int UNIT = PIXEL / 16 * WIDER;
+  if (corner & 2) return base + static_cast<long long>(place.y) * UNIT + (corner & 1 ? PIXEL * WIDER : 0);
+  if (INTERIOR) return base + static_cast<long long>(place.x) * UNIT + ((corner & 1 ? PIXEL * WIDER : 0) - bits * UNIT);
+  return base + static_cast<long long>(place.x & ~bits) * UNIT + (corner & 1 ? PIXEL * WIDER : 0);
 }

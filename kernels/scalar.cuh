@@ -103,6 +103,11 @@ struct Word<16> {
   using type = uint4;
 };
 
+// One element, likewise.
+__device__ __forceinline__ float load(const float* from) { return __ldg(from); }
+__device__ __forceinline__ float load(const half_t* from) { return widen(half_t{__ldg(&from->bits)}); }
+__device__ __forceinline__ float load(const bfloat16_t* from) { return widen(bfloat16_t{__ldg(&from->bits)}); }
+
 // COUNT elements by one memory instruction, from data that no thread of the launch writes.
 template <typename T, int COUNT>
 __device__ __forceinline__ void load(float (&to)[COUNT], const T* from) {
