@@ -97,9 +97,9 @@ __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, co
   const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[slot] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  const int below = pixel + level.width;
   slots.places[slot] =
-      INTERIOR ? make_int2(pixel, below) : make_int2(pixel * 16 | static_cast<int>(point.cell.corners), below * 16);
+      INTERIOR ? make_int2(pixel, pixel + level.width)
+               : make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
   return point;
 }
 
@@ -115,9 +115,9 @@ __device__ __forceinline__ Point empty_record(Slots<THREADS>& slots, int slot) {
 // INTERIOR records have all corner bits set, so that no mask is needed to take them off.
 template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
 __device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
-  const int bits = static_cast<int>(ALL_CORNERS);
-  constexpr int UNIT = PIXEL / 16 * WIDER;
-  if (corner & 2) return base + static_cast<long long>(place.y) * UNIT + (corner & 1 ? PIXEL * WIDER : 0);
-  if (INTERIOR) return base + static_cast<long long>(place.x) * UNIT + ((corner & 1 ? PIXEL * WIDER : 0) - bits * UNIT);
-  return base + static_cast<long long>(place.x & ~bits) * UNIT + (corner & 1 ? PIXEL * WIDER : 0);
+  const int corner_bits = static_cast<int>(ALL_CORNERS);
+  const int top_left = INTERIOR ? place.x - corner_bits : place.x & ~corner_bits;
+  Bytes* row = base + static_cast<long long>(top_left) * WIDER;
+  if (corner & 2) row += static_cast<long long>(place.y) * WIDER;
+  return corner & 1 ? row + PIXEL * WIDER : row;
 }

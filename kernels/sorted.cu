@@ -123,7 +123,7 @@ struct CellSums {
   __device__ void move(const int2& next) {
     // The same addresses and the same corners that count: so the right column is the left one of the next cell.
     const bool beside =
-        next.x >> 4 == (place.x >> 4) + 1 && next.y == place.y + 16 && (place.x >> 1 & 5) == (next.x & 5);
+        next.x >> 4 == (place.x >> 4) + PIXEL / 16 && next.y == place.y && (place.x >> 1 & 5) == (next.x & 5);
     flush(0);
     flush(2);
     if (!beside) {
