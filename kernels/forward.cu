@@ -88,9 +88,9 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
                                            const Level* levels, unsigned begin,
                                            const Location* locations, const Weight* weights) {
   constexpr unsigned TAIL = PART % G;
-#if MSDA_PTX
-  asm volatile("" : "+l"(locations), "+l"(weights));
-#endif
+  base = untraced(base);
+  locations = untraced(locations);
+  weights = untraced(weights);
   const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned point = begin + member;
   const unsigned first = untraced(slot_of<G>(0));

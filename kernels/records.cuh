@@ -37,9 +37,17 @@ __device__ __forceinline__ unsigned reread_thread() {
 #endif
 }
 
+// x as if it came from elsewhere: the compiler keeps it, and neither computes it anew nor takes its sum apart.
 __device__ __forceinline__ unsigned untraced(unsigned x) {
 #if MSDA_PTX
   asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T* untraced(T* x) {
+#if MSDA_PTX
+  asm volatile("" : "+l"(x));
 #endif
   return x;
 }
