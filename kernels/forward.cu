@@ -17,11 +17,14 @@ struct Shared {
   Slots<THREADS> slots;
 };
 
-// Where corner i of a record lies. From 32-bit numbers of pixels, one multiplication with a 64-bit addend makes an address:
-// half the instructions of 64-bit additions. Border records count in UNITs, with the corner bits in the low ones.
-constexpr int UNIT = 16;  // of a pixel
+// Records that are not interior are made for pixels of so many bytes, which leaves room for the corner bits.
+constexpr int UNIT = 16;
+
+// Where corner i of a record lies: one multiplication of a 32-bit number of pixels, to which the base is added, instead
+// of two 64-bit additions.
 template <bool INTERIOR, int PIXEL>
 __device__ __forceinline__ const char* pixel_pointer(const char* base, const int2& place, int corner) {
+  static_assert(PIXEL % UNIT == 0, "a pixel must be whole units");
   const char* left;
   if constexpr (INTERIOR) {
     left = base + static_cast<long long>(corner & 2 ? place.y : place.x) * PIXEL;
@@ -47,15 +50,14 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
   }
 }
 
-// The sums of COUNT records of every group of the warp.
+// The sums of COUNT records of every group of the warp, that of this thread from slot `first` on.
 template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
 __device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base, const Slots<THREADS>& slots,
-                                            unsigned slot) {
+                                            unsigned first) {
   __syncwarp();
-  const float4* shares = slots.shares + slot;
-  const int2* places = slots.places + slot;
-  constexpr int UNROLL = INTERIOR ? 4 : 2;
-  // Two points at a time: unrolled further, the loads spill registers.
+  const float4* shares = slots.shares + first;
+  const int2* places = slots.places + first;
+  constexpr int UNROLL = INTERIOR ? 8 : 2;  // further, predicated loads spill registers
 #pragma unroll UNROLL
   for (int j = 0; j < COUNT * (WARP / G); j += WARP / G)
     add_corners<INTERIOR, PIXEL, Value>(sum, base, shares[j], places[j]);
@@ -65,8 +67,8 @@ __device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base,
 // One stage: COUNT points of every group of the warp. The lane computes the record of `point`.
 template <int COUNT, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
 __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
-                                          const Level* levels, unsigned first, unsigned point, const Location* locations,
-                                          const Weight* weights) {
+                                          const Level* levels, unsigned first, unsigned point,
+                                          const Location* locations, const Weight* weights) {
   const Level level = levels[point / P];
   float loaded[2];
   load(loaded, locations + static_cast<size_t>(point) * 2);
@@ -82,10 +84,11 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, S
   }
 }
 
-// Points [begin, begin + PART) of every group's row, in stages of G; `locations` and `weights` are the row's.
+// Points [begin, begin + PART) of every group's row, in stages of G; `locations` and `weights` are the row's. Pointers
+// that stay what they are and one counter take fewer registers and instructions than pointers that move.
 template <int PART, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
 __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
-                                           const Level* levels, unsigned begin,
+                                           const Level* levels, unsigned first, unsigned begin,
                                            const Location* locations, const Weight* weights) {
   constexpr unsigned TAIL = PART % G;
   base = untraced(base);
@@ -93,7 +96,6 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
   weights = untraced(weights);
   const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned point = begin + member;
-  const unsigned first = untraced(slot_of<G>(0));
   if constexpr (PART >= G) {
 #pragma unroll 1
     do {
@@ -130,7 +132,8 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, row.part * PART, locations, weights);
+  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, untraced(slot_of<G>(0)), row.part * PART,
+                                       locations, weights);
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT; offset *= 2)
@@ -169,7 +172,8 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
       const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
       float sum[VEC] = {};
       const size_t point = static_cast<size_t>(row) * K;
-      add_points<K, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, 0, locations + 2 * point, weights + point);
+      add_points<K, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, slot_of<G>(0), 0, locations + 2 * point,
+                                        weights + point);
       if (first + group < end) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
     }
   }
