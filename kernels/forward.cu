@@ -45,8 +45,7 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
     float pixel[VEC] = {};  // outside the level reads exact zero
     if (INTERIOR || (place.x >> corner & 1))
       load(pixel, reinterpret_cast<const Value*>(pixel_pointer<INTERIOR, PIXEL>(base, place, corner)));
-#pragma unroll
-    for (int c = 0; c < VEC; ++c) sum[c] += shares[corner] * pixel[c];
+    add_product(sum, shares[corner], pixel);
   }
 }
 

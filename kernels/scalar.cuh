@@ -162,6 +162,29 @@ __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
   store_words(to, words);
 }
 
+// sum += a * x, fused. From sm_100 on by one instruction for two, with the same roundings; ftz as CuPy compiles all else.
+template <int COUNT>
+__device__ __forceinline__ void add_product(float (&sum)[COUNT], float a, const float (&x)[COUNT]) {
+#if MSDA_PTX && __CUDA_ARCH__ >= 1000
+  static_assert(COUNT % 2 == 0, "pairs");
+#pragma unroll
+  for (int i = 0; i < COUNT; i += 2)
+    asm("{\n\t"
+        ".reg .b64 sums, factors, xs;\n\t"
+        "mov.b64 sums, {%0, %1};\n\t"
+        "mov.b64 factors, {%2, %2};\n\t"
+        "mov.b64 xs, {%3, %4};\n\t"
+        "fma.rn.ftz.f32x2 sums, factors, xs, sums;\n\t"
+        "mov.b64 {%0, %1}, sums;\n\t"
+        "}"
+        : "+f"(sum[i]), "+f"(sum[i + 1])
+        : "f"(a), "f"(x[i]), "f"(x[i + 1]));
+#else
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) sum[i] += a * x[i];
+#endif
+}
+
 // Add four neighbouring floats to memory, 16-byte aligned. No kernel reads what it adds, hence no memory clobber:
 // loads may move across.
 __device__ __forceinline__ void reduce_add(float* to, float a, float b, float c, float d) {
