@@ -10,13 +10,29 @@
 #include "order.cuh"
 #include "records.cuh"
 
-// As corner_pointer, for records that are interior and so do not lie before their base: unsigned offsets spare
-// instructions, and taking the corner bits off last folds into the load's immediate offset.
-template <int PIXEL>
-__device__ __forceinline__ const char* interior_pointer(const char* base, const int2& place, int corner) {
-  const char* row = base + static_cast<size_t>(static_cast<unsigned>(place.x));
-  if (corner & 2) row += static_cast<size_t>(static_cast<unsigned>(place.y));
-  return row + (corner & 1 ? PIXEL : 0) - static_cast<int>(ALL_CORNERS);
+// In one struct, so that one address serves both.
+template <int L, int THREADS>
+struct Shared {
+  Level levels[L];
+  Slots<THREADS> slots;
+};
+
+// Records that are not interior are made for pixels of so many bytes, which leaves room for the corner bits.
+constexpr int UNIT = 16;
+
+// Where corner i of a record lies: one multiplication of a 32-bit number of pixels, to which the base is added, instead
+// of two 64-bit additions.
+template <bool INTERIOR, int PIXEL>
+__device__ __forceinline__ const char* pixel_pointer(const char* base, const int2& place, int corner) {
+  static_assert(PIXEL % UNIT == 0, "a pixel must be whole units");
+  const char* left;
+  if constexpr (INTERIOR) {
+    left = base + static_cast<long long>(corner & 2 ? place.y : place.x) * PIXEL;
+  } else {
+    const int top = place.x & ~static_cast<int>(ALL_CORNERS);
+    left = base + static_cast<long long>(corner & 2 ? top + place.y : top) * (PIXEL / UNIT);
+  }
+  return corner & 1 ? left + PIXEL : left;
 }
 
 // Add one record's four corners to the lane's channels. INTERIOR: all four lie inside the level.
@@ -27,64 +43,69 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     float pixel[VEC] = {};  // outside the level reads exact zero
-    if constexpr (INTERIOR)
-      load(pixel, reinterpret_cast<const Value*>(interior_pointer<PIXEL>(base, place, corner)));
-    else if (place.x >> corner & 1)
-      load(pixel, reinterpret_cast<const Value*>(corner_pointer<false, PIXEL, 1>(base, place, corner)));
-#pragma unroll
-    for (int c = 0; c < VEC; ++c) sum[c] += shares[corner] * pixel[c];
+    if (INTERIOR || (place.x >> corner & 1))
+      load(pixel, reinterpret_cast<const Value*>(pixel_pointer<INTERIOR, PIXEL>(base, place, corner)));
+    add_product(sum, shares[corner], pixel);
   }
 }
 
-// The sums of COUNT records of every group of the warp.
+// The sums of COUNT records of every group of the warp, that of this thread from slot `first` on.
 template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
-__device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base, const Slots<THREADS>& slots) {
+__device__ __forceinline__ void add_records(float (&sum)[VEC], const char* base, const Slots<THREADS>& slots,
+                                            unsigned first) {
   __syncwarp();
-  const int slot = slot_of<G>(0);
-  // Two points at a time: unrolled further, the loads spill registers.
-#pragma unroll 2
+  const float4* shares = slots.shares + first;
+  const int2* places = slots.places + first;
+  constexpr int UNROLL = INTERIOR ? 8 : 2;  // further, predicated loads spill registers
+#pragma unroll UNROLL
   for (int j = 0; j < COUNT * (WARP / G); j += WARP / G)
-    add_corners<INTERIOR, PIXEL, Value>(sum, base, slots.shares[slot + j], slots.places[slot + j]);
+    add_corners<INTERIOR, PIXEL, Value>(sum, base, shares[j], places[j]);
   __syncwarp();
 }
 
 // One stage: COUNT points of every group of the warp. The lane computes the record of `point`.
 template <int COUNT, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
 __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
-                                          const Level* levels, unsigned point, const Location* location,
-                                          const Weight* weight) {
+                                          const Level* levels, unsigned first, unsigned point,
+                                          const Location* locations, const Weight* weights) {
   const Level level = levels[point / P];
   float loaded[2];
-  load(loaded, location);
-  const float attention = widen(*weight);
+  load(loaded, locations + static_cast<size_t>(point) * 2);
+  const float attention = load(weights + point);
   const Coordinates<float> at(loaded[0], loaded[1], level);
-  const int slot = slot_of<G>(threadIdx.x % G);
+  const unsigned own = first + threadIdx.x % G * (WARP / G);
   if (__all_sync(ALL_LANES, is_interior(at, level))) {
-    make_record<PIXEL, true>(slots, slot, at, attention, level);
-    add_records<true, COUNT, G, PIXEL, Value>(sum, base, slots);
+    make_record<UNIT, true>(slots, own, at, attention, level);
+    add_records<true, COUNT, G, PIXEL, Value>(sum, base, slots, first);
   } else {
-    make_record<PIXEL, false>(slots, slot, at, attention, level);
-    add_records<false, COUNT, G, PIXEL, Value>(sum, base, slots);
+    make_record<UNIT, false>(slots, own, at, attention, level);
+    add_records<false, COUNT, G, PIXEL, Value>(sum, base, slots, first);
   }
 }
 
-// Points [begin, begin + PART) of every group's row, in stages of G; `locations` and `weights` are the row's.
+// Points [begin, begin + PART) of every group's row, in stages of G; `locations` and `weights` are the row's. Pointers
+// that stay what they are and one counter take fewer registers and instructions than pointers that move.
 template <int PART, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
 __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, Slots<THREADS>& slots,
-                                           const Level* levels, int begin, const Location* locations,
-                                           const Weight* weights) {
-  constexpr int TAIL = PART % G;
-  const unsigned member = threadIdx.x % G;
+                                           const Level* levels, unsigned first, unsigned begin,
+                                           const Location* locations, const Weight* weights) {
+  constexpr unsigned TAIL = PART % G;
+  base = untraced(base);
+  locations = untraced(locations);
+  weights = untraced(weights);
+  const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned point = begin + member;
-  locations += 2 * point;
-  weights += point;
+  if constexpr (PART >= G) {
 #pragma unroll 1
-  for (int stage = 0; stage < PART / G; ++stage, point += G, locations += 2 * G, weights += G)
-    add_stage<G, G, PIXEL, P, Value>(sum, base, slots, levels, point, locations, weights);
+    do {
+      add_stage<G, G, PIXEL, P, Value>(sum, base, slots, levels, first, point, locations, weights);
+      point = untraced(point + G);
+    } while (PART >= 2 * G && point < end);
+  }
   if constexpr (TAIL != 0) {
     // Lanes without a point repeat the last one, for a slot that nothing reads.
-    const unsigned back = member < TAIL ? 0 : member - (TAIL - 1);
-    add_stage<TAIL, G, PIXEL, P, Value>(sum, base, slots, levels, point - back, locations - 2 * back, weights - back);
+    point = end + min(member, TAIL - 1);
+    add_stage<TAIL, G, PIXEL, P, Value>(sum, base, slots, levels, first, point, locations, weights);
   }
 }
 
@@ -98,20 +119,20 @@ __global__ void __launch_bounds__(BLOCK, 4)
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
   static_assert(K % SPLIT == 0 && G * SPLIT <= WARP, "SPLIT parts must be equal and share a warp");
 
-  __shared__ Level levels[L];
-  __shared__ Slots<BLOCK> slots;
-  load_levels(levels, sizes, starts, p);
+  __shared__ Shared<L, BLOCK> shared;
+  load_levels(shared.levels, sizes, starts, p);
 
   Row<M, G, SPLIT> row(p, threadIdx.x);
   if (!__any_sync(ALL_LANES, row.active)) return;
   if (!row.active) row.image = row.query = 0;  // computes along with its warp, and stores nothing
-  const long long index = row.index(p);
+  const size_t index = row.index(p);
   locations += index * K * 2;
   weights += index * K;
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  add_points<PART, G, PIXEL, P, Value>(sum, base, slots, levels, row.part * PART, locations, weights);
+  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, untraced(slot_of<G>(0)), row.part * PART,
+                                       locations, weights);
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT; offset *= 2)
@@ -130,18 +151,18 @@ __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
                          const __grid_constant__ OrderedParams<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
 
-  __shared__ Level levels[L];
-  __shared__ Slots<ORDERED_BLOCK> slots;
+  __shared__ Shared<L, ORDERED_BLOCK> shared;
   __shared__ Order order;
-  load_levels(levels, sizes, starts, p);
-  load_order(order, levels, p);
+  load_levels(shared.levels, sizes, starts, p);
+  load_order(order, shared.levels, p);
 
   const unsigned member = threadIdx.x % G;
   visit_in_order<G>(order, p, [&](unsigned row, unsigned plane, bool counts) {
     const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     float sum[VEC] = {};
     const size_t point = static_cast<size_t>(row) * K;
-    add_points<K, G, PIXEL, P, Value>(sum, base, slots, levels, 0, locations + 2 * point, weights + point);
+    add_points<K, G, PIXEL, P, Value>(sum, base, shared.slots, shared.levels, slot_of<G>(0), 0, locations + 2 * point,
+                                      weights + point);
     if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
   });
 }

@@ -16,7 +16,8 @@
 template <int THREADS>
 struct Slots {
   float4 shares[THREADS];  // of the four corners
-  int2 places[THREADS];  // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row
+  int2 places[THREADS];  // bytes from the (image, head) base to the top-left corner | corner bits, bytes per pixel row;
+                         // of INTERIOR records the pixels from there to the top-left and to the bottom-left corner
 };
 
 // The slot of record j of this thread's group.
@@ -37,36 +38,51 @@ __device__ __forceinline__ unsigned reread_thread() {
 #endif
 }
 
+// x as if it came from elsewhere: the compiler keeps it, and neither computes it anew nor takes its sum apart.
+__device__ __forceinline__ unsigned untraced(unsigned x) {
+#if MSDA_PTX
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T* untraced(T* x) {
+#if MSDA_PTX
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 // Which rows a group works on. Blocks run over queries first, then heads, then images: neighbours in time share a head.
 template <int M, int G, int SPLIT>
 struct Row {
-  int image, head, query;
-  int part;    // of the row's points
-  int member;  // lane within the group
+  unsigned image, head, query;
+  unsigned part;    // of the row's points
+  unsigned member;  // lane within the group
   bool active;
 
   static constexpr int QUERIES = BLOCK / (G * SPLIT);  // per block
 
   __device__ Row(const Shape& p, unsigned thread) {
     const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
-    const int group = thread / G;
+    const unsigned group = thread / G;
     image = image_head / M;
     head = image_head % M;
     part = group % SPLIT;
     member = thread % G;
     query = blockIdx.x * QUERIES + group / SPLIT;
-    active = query < p.num_queries && image < p.batch;
+    active = query < static_cast<unsigned>(p.num_queries) && image < static_cast<unsigned>(p.batch);
   }
 
   // Index of the row among N * Lq * M.
-  __device__ long long index(const Shape& p) const {
-    return (static_cast<long long>(image) * p.num_queries + query) * M + head;
+  __device__ size_t index(const Shape& p) const {
+    return (static_cast<size_t>(image) * static_cast<unsigned>(p.num_queries) + query) * M + head;
   }
 
   // Index of the row's first element of position 0 in an array of shape (N, S, M, D).
   template <int D>
-  __device__ long long base(const Shape& p) const {
-    return (static_cast<long long>(image) * p.spatial_size * M + head) * D;
+  __device__ size_t base(const Shape& p) const {
+    return (static_cast<size_t>(image) * static_cast<unsigned>(p.spatial_size) * M + head) * D;
   }
 };
 
@@ -77,8 +93,8 @@ struct Point {
   float weight;
 };
 
-// PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are known to lie inside the level.
-// FIXED: the shares are multiplied by `factor`, and zero where the weight is not finite.
+// PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are known to lie inside the level,
+// and the record counts pixels. FIXED: the shares are multiplied by `factor`, and zero where the weight is not finite.
 template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>
 __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, const Coordinates<float>& at,
                                              float weight, const Level& level, float factor = 1.0f) {
@@ -90,7 +106,8 @@ __device__ __forceinline__ Point make_record(Slots<THREADS>& slots, int slot, co
   const Four<float> share = corner_shares(point.cell, shared);
   const int pixel = level.start + point.cell.row * level.width + point.cell.column;
   slots.shares[slot] = make_float4(share.at[0], share.at[1], share.at[2], share.at[3]);
-  slots.places[slot] = make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
+  slots.places[slot] = INTERIOR ? make_int2(pixel, pixel + level.width)
+                                : make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), level.width * PIXEL);
   return point;
 }
 
@@ -103,7 +120,7 @@ __device__ __forceinline__ Point empty_record(Slots<THREADS>& slots, int slot) {
 }
 
 // Where corner i of a record lies. WIDER: the array's elements are so many times as wide as those the record was made for.
-// INTERIOR records have all corner bits set, so that no mask is needed to take them off.
+// INTERIOR: all corner bits are known to be set, so that no mask is needed to take them off.
 template <bool INTERIOR, int PIXEL, int WIDER, typename Bytes>
 __device__ __forceinline__ Bytes* corner_pointer(Bytes* base, const int2& place, int corner) {
   const int corner_bits = static_cast<int>(ALL_CORNERS);

@@ -110,7 +110,7 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         "backward-split": _backward(size, on, split=2),
         "backward-value": _backward(size, on, points=False),
         "backward-points": _backward(size, on, value=False),
-        "backward-points-ordered": _backward(size, on, value=False)._replace(again=True),
+        "backward-points-ordered": _backward(size, on, value=False)._replace(turns=None),
     }
     return {
         **{name: (plain[name], interior) for name, interior in interiors.items()},
