@@ -99,7 +99,7 @@ def stages_on_host(problem: Problem) -> Calls:
     def exchanged(tensors: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> None:
         made = [operators._numpy(tensor) for tensor in tensors]
         for array, result in zip(made, results, strict=False):
-            torch.from_numpy(array).to(result.dtype)
+            operators._tensor(array, result.dtype)
 
     backward = (problem.grad_output, *problem.inputs)
     return {

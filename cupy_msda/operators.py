@@ -179,7 +179,7 @@ def _forward(
         return _device_forward(problem, table, value, locations, weights, grids)
     arrays = _numpy(value), _numpy(locations), _numpy(weights)
     output = host.forward(problem, table, *arrays, threads=torch.get_num_threads())
-    return torch.from_numpy(output).to(value.dtype)
+    return _tensor(output, value.dtype)
 
 
 def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -196,10 +196,10 @@ def _backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tens
     else:
         arrays = _numpy(grad_output), _numpy(value), _numpy(locations), _numpy(weights)
         gradients = host.backward(problem, table, *arrays, threads=torch.get_num_threads())
-        by_value = torch.from_numpy(gradients[0]).to(value.dtype) if needs_value else None
+        by_value = _tensor(gradients[0], value.dtype) if needs_value else None
         if needs_points:
-            by_locations = torch.from_numpy(gradients[1]).to(locations.dtype)
-            by_weights = torch.from_numpy(gradients[2]).to(weights.dtype)
+            by_locations = _tensor(gradients[1], locations.dtype)
+            by_weights = _tensor(gradients[2], weights.dtype)
         else:
             by_locations, by_weights = None, None
     return (
@@ -240,6 +240,14 @@ def _numpy(tensor: Tensor) -> Any:
     if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
     return tensor.detach().contiguous().numpy()
+
+
+def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+    """A result of the host kernels as a tensor of this dtype."""
+    tensor = torch.from_numpy(array)
+    return (
+        tensor if tensor.dtype == dtype else tensor.to(dtype)
+    )  # `to` alone takes longer to find out
 
 
 def _device_forward(

@@ -20,6 +20,8 @@ from cupy_msda.contract import (
 )
 from cupy_msda.operators import BACKWARD, FORWARD
 
+_AUTO = "auto"
+
 
 def ms_deform_attn(
     value: Tensor,
@@ -28,7 +30,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
-    query_order: Any = "auto",
+    query_order: Any = _AUTO,
 ) -> Tensor:
     """`cupy_msda.ms_deform_attn` for torch tensors: the same arguments, shapes, dtypes and errors, differentiable.
 
@@ -60,6 +62,8 @@ def ms_deform_attn(
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
         return transforms.attention(*_operands(*inputs, None, query_order))
+    if query_order is _AUTO:  # each argument that `apply` is spared is time on small problems
+        return MSDeformAttnFunction.apply(*inputs)
     return MSDeformAttnFunction.apply(*inputs, None, query_order)
 
 
@@ -71,7 +75,7 @@ def ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
-    query_order: Any = "auto",
+    query_order: Any = _AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cupy_msda.ms_deform_attn_backward` for torch tensors; differentiable itself.
 
@@ -188,7 +192,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         sampling_locations: Tensor,
         attention_weights: Tensor,
         im2col_step: Any = None,
-        query_order: Any = "auto",
+        query_order: Any = _AUTO,
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
         if torch.compiler.is_compiling() and transforms.active():
@@ -198,7 +202,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         operands = _operands(*inputs, im2col_step, query_order)
-        ctx.integers, ctx.query_order = operands[3:5], operands[7]
+        ctx.integers = operands[3], operands[4], operands[7]
         ctx.save_for_backward(*operands[:3], sampling_locations, attention_weights)
         return _forward(*operands)
 
@@ -212,12 +216,13 @@ class MSDeformAttnFunction(torch.autograd.Function):
         """Gradients of the arguments of `apply`; None where there is none or none is needed."""
         value, shapes, start_index, locations, weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        table = (shapes, start_index, *ctx.integers)
+        sizes, starts, order = ctx.integers
+        table = shapes, start_index, sizes, starts
         flags = needed[0], needed[3] or needed[4]
         # Grad mode is on only under create_graph, which a compiled backward refuses by itself.
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         run = transforms.gradients if twice else BACKWARD
-        gradients = run(grad_outputs[0], value, *table, locations, weights, *flags, ctx.query_order)
+        gradients = run(grad_outputs[0], value, *table, locations, weights, *flags, order)
         by_value, by_locations, by_weights = gradients
         return (
             by_value if needed[0] else None,
@@ -246,7 +251,7 @@ def _operands(
     sampling_locations: Any,
     attention_weights: Any,
     im2col_step: Any = None,
-    query_order: Any = "auto",
+    query_order: Any = _AUTO,
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
@@ -255,10 +260,9 @@ def _operands(
     if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
         check(*inputs)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
-    kind = value.device.type
-    if kind not in ("cpu", "cuda", "meta"):
+    if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise unsupported_device(str(value.device))
-    if kind == "cuda" and torch.version.hip is not None:
+    if value.is_cuda and torch.version.hip is not None:
         raise unsupported_device(f"{value.device} of a ROCm build of torch")
     shapes, start_index, sizes, starts = _table(*inputs)
     order = _order(query_order, sampling_locations)

@@ -23,7 +23,7 @@ _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 def active() -> bool:
     """Whether a call happens in forward mode or inside a transform, where `Attention` must be used."""
-    if torch.compiler.is_compiling() and not _SEEN_BY_DYNAMO:
+    if not _SEEN_BY_DYNAMO and torch.compiler.is_compiling():
         return False
     transforming: bool = torch._C._are_functorch_transforms_active()
     return transforming or forward_ad._current_level >= 0
