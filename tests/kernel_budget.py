@@ -18,7 +18,6 @@ from tests import sass, test_nvrtc
 
 TABLE = Path(__file__).parents[1] / "kernels" / "BUDGET.md"
 DTYPES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes
-DISASSEMBLED = (80, 90, 100)  # one of each kind: disassembling takes as long as compiling
 _D, _K, _GROUP = 32, 16, 8  # of the shape "detr"; lanes to a row in the backward
 _TURN = 8  # corners: two points, which is what the shortest inner loops take at a time
 
@@ -141,7 +140,7 @@ def measure_one(kernel: Kernel, interior: Interior | None, architecture: int) ->
     """Compile a kernel, hold it to the bounds that need no table, and count."""
     used, code = test_nvrtc.check_budget(kernel, architecture)
     figures = Figures(used.registers, used.spill_bytes)
-    if interior is None or architecture not in DISASSEMBLED or sass.disassembler() is None:
+    if interior is None or sass.disassembler() is None:
         return figures
     corner, times = next(iter(interior.passes)), interior.per_corner
     at_least = 4 * times if interior.whole_points else 1
@@ -198,7 +197,7 @@ with as many groups to a row as there can be; the launches of sums in fixed poin
 * Registers of a thread, and bytes that it stores for want of registers.
 * Instructions that a warp issues whose points all lie inside their levels, on the cheapest way from entry to exit that
   takes every corner without a predicate, makes every record and stores every result. NOP is not counted, nor what loads
-  the level table: one warp of a block does that. Counted for one architecture of each kind.
+  the level table: one warp of a block does that.
 * Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
   it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column; for "sorted",
   where every point lies in a cell of its own, which is the dearest case.

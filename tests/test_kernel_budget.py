@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import kernel_budget, sass
-from tests.kernel_budget import DISASSEMBLED, DTYPES, Figures, Key
+from tests.kernel_budget import DTYPES, Figures, Key
 from tests.test_nvrtc import ARCHITECTURES
 
 WITHOUT_DISASSEMBLER = "needs nvdisasm of the wheel nvidia-cuda-nvdisasm to count instructions"
@@ -23,7 +23,7 @@ def test_no_figure_is_worse_than_in_the_table(dtype: str, architecture: int) -> 
         pytest.skip(f"the table is for NVRTC {version}: only the bounds of test_nvrtc.py hold here")
     worse = kernel_budget.worse(measured, budget)
     assert not worse, "\n".join(worse)
-    if architecture in DISASSEMBLED and sass.disassembler() is None:
+    if sass.disassembler() is None:
         pytest.skip(WITHOUT_DISASSEMBLER)
 
 
