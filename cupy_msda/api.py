@@ -66,9 +66,9 @@ def ms_deform_attn(
         A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
         grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
         queries, on which all Lq queries lie one after another, each row-major: ``[(200, 200)]`` for
-        a bird's-eye view. They are followed however few the queries. "auto": where Lq = S, as in an
-        encoder, the levels are the grids, and followed if the queries are enough to fill the device.
-        None: queries are taken as they come. On the host it is checked and has no effect.
+        a bird's-eye view. "auto": where Lq = S, as in an encoder, the levels are the grids. Followed
+        if the queries are enough to fill the device; for pairs that are given, half of it. None:
+        queries are taken as they come. On the host it is checked and has no effect.
 
     Returns
     -------

@@ -112,14 +112,15 @@ def plan_sorted(
 
 
 def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -> bool:
-    """Whether to take the rows, of `group` lanes each, in the order of order.cuh: on grids that were given or, where
-    the levels are the grids, if a block on every multiprocessor is full (benchmarks/README.md has what this saves).
+    """Whether to take the rows, of `group` lanes each, in the order of order.cuh (benchmarks/README.md has what this
+    saves): where the levels are the grids, if a block on every multiprocessor is full; on grids that were given, unless
+    the rows are so few that `_split` shares out their points, which adds them up in another order.
     """
-    if grids is None:
-        return False
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
-    pays = lq == s and n * lq * m * group >= multiprocessors * ORDERED_BLOCK
-    return (len(grids) > 0 or pays) and n * m * max(lq, s) < 2**31
+    if grids is None or (not grids and lq != s):
+        return False
+    least = multiprocessors * (_WARPS_PER_MULTIPROCESSOR * WARP if grids else ORDERED_BLOCK)
+    return n * lq * m * group >= least and n * m * max(lq, s) < 2**31
 
 
 def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:

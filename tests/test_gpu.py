@@ -157,7 +157,7 @@ def test_the_order_of_the_queries_changes_no_bit(name, dtypes):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
 @pytest.mark.parametrize("size", [100, 20])
 def test_the_grid_of_a_birds_eye_view_changes_no_bit(dtypes, size):
-    # BEVFormer's queries; 20 x 20 are too few for an order that nobody asked for.
+    # BEVFormer's queries; 20 x 20 are too few for any order, and their points are shared out.
     sizes, rest = MODELS["bevformer-sca"]
     options = {"m": 8, "d": 32, **rest, "lq": size * size}
     inputs = random_inputs(sizes, **options, dtypes=dtypes, device=DEVICE)

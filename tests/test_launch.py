@@ -267,7 +267,8 @@ def test_rows_are_split_only_while_the_device_is_not_full() -> None:
     assert splits[-1] == 4  # the most that four groups of eight lanes allow
 
 
-def test_given_grids_are_an_order_however_few_the_queries() -> None:
+def test_given_grids_are_an_order_for_half_as_many_queries() -> None:
+    """With fewer the plain forward shares out the points of a row, so that the bits would differ."""
     inputs = random_inputs(((4, 4),), m=8, d=32, lq=16, p=4)
     small, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     most = 2 * 16 * 8 * 8 // launch.ORDERED_BLOCK  # multiprocessors whose blocks are full
@@ -280,9 +281,11 @@ def test_given_grids_are_an_order_however_few_the_queries() -> None:
         return sums_by_cell
 
     assert [ordered(n, ()) for n in (most, most + 1)] == [True, False]
-    for multiprocessors in (most, most + 1, 10**6):
-        assert ordered(multiprocessors, ((2, 8),))
-        assert not ordered(multiprocessors, None)
+    given = [ordered(n, ((2, 8),)) for n in (1, most, 2 * most, 2 * most + 1, 10**6)]
+    assert given == [True, True, True, False, False]
+    plain = [launch.plan_forward(small, table, n).kernel.name for n in (2 * most, 2 * most + 1)]
+    assert [name.endswith(", 1>") for name in plain] == [True, False]
+    assert not ordered(1, None)
     assert not ordered(1, (), num_queries=15)
     assert ordered(1, ((3, 5),), num_queries=15)
     # What the kernels cannot take: rows beyond 32 bits, and what is for the generic ones.

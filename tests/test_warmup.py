@@ -83,14 +83,14 @@ def test_calls_find_their_kernels_compiled(
     assert ("owner.cu" in files, "fixed.cu" in files) == (owned, deterministic and not owned)
 
 
-@pytest.mark.parametrize("order", ["auto", None, [(2, 2), (1, 1)]], ids=str)
+@pytest.mark.parametrize("order", ["auto", None, [(20, 20), (10, 10)]], ids=str)
 def test_calls_in_an_order_find_their_kernels_compiled(compiled, order) -> None:
-    cupy_msda.warmup(VALUE, LOCATIONS, query_order=order)
+    cupy_msda.warmup((8, 26, 8, 32), (8, 500, 8, 2, 4, 2), query_order=order)
     warm = set(compiled)
     compiled.clear()
-    problem = Problem(2, 26, 3, 16, 5, 2, 4, "float32", "float32", "float32")
+    problem = Problem(8, 26, 8, 32, 500, 2, 4, "float32", "float32", "float32")
     table, array = LevelTable(((4, 5), (2, 3)), (0, 20)), np.intp(0)
-    grids = check_query_order(order, 5)
+    grids = check_query_order(order, 500)
     launch.forward(problem, table, *[None] * 4, grids)
     for needed in ((array,) * 3, (array, None, None), (None, array, array)):
         launch.backward(problem, table, [None] * 4, needed, grids=grids)
