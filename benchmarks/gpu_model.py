@@ -286,7 +286,7 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     """Megabytes that the forward reads from L1, and those that come from L2; floors in microseconds."""
     queries, _, points, _ = access.cells.shape
     group, split = access.sectors * SECTOR // 16, 1
-    while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in launch.py
+    while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in plans.py
         split *= 2
     rows = THREADS // (group * split)
     work = make_work(order, access.levels[:, :2], queries)

@@ -28,6 +28,7 @@ from cupy_msda.contract import (
     check_grad_output,
     check_query_order,
 )
+from cupy_msda.plans import num_sums
 
 # The level table as the operators take it: each half as a tensor that is passed on unread, or as
 # flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
@@ -285,7 +286,7 @@ def _device_backward(
     reproducible = torch.are_deterministic_algorithms_enabled() and not problem.is_empty
     if needs_value and reproducible:
         by_value = value.new_empty(value.shape)
-        sums = _Exporter(value.new_zeros(_launch().num_sums(problem), dtype=torch.int64))
+        sums = _Exporter(value.new_zeros(num_sums(problem), dtype=torch.int64))
     elif needs_value:
         wide = torch.promote_types(value.dtype, torch.float32)
         by_value = value.new_zeros(value.shape, dtype=wide)

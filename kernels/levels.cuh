@@ -17,7 +17,7 @@ struct Shape {
   int num_points;    // P
 };
 
-// Every scalar of a launch in one struct, with room for LEVELS levels; launch.py builds the same layout.
+// Every scalar of a launch in one struct, with room for LEVELS levels; plans.py builds the same layout.
 template <int LEVELS>
 struct Params : Shape {
   int levels[LEVELS][3];  // H, W, start

@@ -12,7 +12,7 @@ constexpr unsigned TILE = 16;
 constexpr int MAX_GRIDS = 16;
 constexpr int ORDERED_BLOCK = 1024;  // threads of a persistent block: all that have 64 registers each
 
-// launch.py builds the same layout.
+// plans.py builds the same layout.
 template <int LEVELS>
 struct OrderedParams : Params<LEVELS> {
   int num_grids;            // 0: the levels are the grids

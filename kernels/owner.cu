@@ -10,7 +10,7 @@
 //          of lanes, and the addends of an element are added by one thread, in the order of the points: the order, and
 //          with it every bit, is the same however blocks and warps are scheduled.
 // Grid     x: (image, head), then tiles from the last: mostly the coarsest levels, whose tiles have the most to add.
-// Limits   as backward.cu, and query * TILE below 2^31. Every block tests every point of its levels: see launch.py.
+// Limits   as backward.cu, and query * TILE below 2^31. Every block tests every point of its levels: see plans.py.
 #include "bilinear.cuh"
 #include "scalar.cuh"
 

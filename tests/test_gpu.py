@@ -133,12 +133,12 @@ def test_shapes_of_models(name, dtypes):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
 @pytest.mark.parametrize("name", ["detr-encoder", "mask2former-512", "bevformer-tsa"])
 def test_the_order_of_the_queries_changes_no_bit(name, dtypes):
-    from cupy_msda import contract, launch
+    from cupy_msda import contract, launch, plans
 
     sizes, rest = MODELS[name]
     inputs = random_inputs(sizes, **{"m": 8, "d": 32, **rest}, dtypes=dtypes, device=DEVICE)
     problem, table = contract.check(inputs.value, sizes, None, inputs.locations, inputs.weights)
-    assert launch.plan_forward(problem, table, 132, ()) != launch.plan_forward(problem, table, 132)
+    assert plans.plan_forward(problem, table, 132, ()) != plans.plan_forward(problem, table, 132)
     outputs = [torch.full_like(inputs.grad_output, NAN) for _ in range(2)]
     with launch.on_stream(0, torch.cuda.current_stream().cuda_stream):
         for output, grids in zip(outputs, ((), None), strict=True):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import api, launch
+from cupy_msda import api, launch, plans
 from cupy_msda import compile as compiler
-from cupy_msda.contract import LevelTable, Problem, check
+from cupy_msda.contract import Grids, LevelTable, Problem, check
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs, check_against_reference, random_inputs
 
@@ -159,11 +159,11 @@ def test_reproducible_gradients_of_value(
     emulated_device, monkeypatch, inputs: Inputs, needs_points: bool, most_points_owned: int
 ) -> None:
     """By tiles with owners where the specialised kernels may take them, else by sums in fixed point."""
-    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
+    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
     problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     arrays = in_numpy(inputs)
     gradients = [np.full_like(array, np.nan) for array in arrays[1:]]
-    sums = np.zeros(launch.num_sums(problem), np.int64)
+    sums = np.zeros(plans.num_sums(problem), np.int64)
     given = [Once(array) for array in gradients]
     of_points = given[1:] if needs_points else (None, None)
     launch.backward(problem, table, tuple(map(Once, arrays)), (given[0], *of_points), Once(sums))
@@ -180,8 +180,8 @@ def test_reproducible_gradients_of_value(
 def test_who_owns_tiles() -> None:
     """Few points of one (image, head, level), and what the specialised kernels take; the rest needs sums."""
     few = Problem(2, 22223, 8, 32, 2048, 4, 4, *["float32"] * 3)
-    assert launch.num_sums(few) == 0
-    assert launch.plan_owner(few, LevelTable(None, None)).grid == (2 * 8 * 174, 1, 1)
+    assert plans.num_sums(few) == 0
+    assert plans.plan_owner(few, LevelTable(None, None)).grid == (2 * 8 * 174, 1, 1)
     changes = (
         {"num_queries": 2049},
         {"num_points": 5},
@@ -189,15 +189,15 @@ def test_who_owns_tiles() -> None:
         {"batch": 2**31 // 1392 + 1},
     )
     for change in changes:
-        assert launch.num_sums(few._replace(**change)) > 0
+        assert plans.num_sums(few._replace(**change)) > 0
 
 
 def test_grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows() -> None:
     inputs = random_inputs(((40, 40),), n=2, m=4, d=8, lq=900)
     problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     for multiprocessors, of_queries, of_positions in ((0, 1, 1), (50, 50, 50), (10**6, 113, 200)):
-        assert launch.plan_scale(problem, table, multiprocessors).grid == (of_queries, 8, 1)
-        assert launch.plan_finish(problem, multiprocessors).grid == (of_positions, 8, 1)
+        assert plans.plan_scale(problem, table, multiprocessors).grid == (of_queries, 8, 1)
+        assert plans.plan_finish(problem, multiprocessors).grid == (of_positions, 8, 1)
 
 
 def test_level_table_of_another_integer_type_on_the_device(emulated_device) -> None:
@@ -218,15 +218,15 @@ def test_nothing_is_launched_for_an_empty_problem(emulated_device, monkeypatch, 
 def test_grid_covers_more_images_and_heads_than_one_dimension_holds(monkeypatch) -> None:
     inputs = random_inputs(n=5, m=3, d=8)
     case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    monkeypatch.setattr(launch, "MAX_GRID_YZ", 4)
-    plan = launch.plan_forward.__wrapped__(*case)
+    monkeypatch.setattr(plans, "MAX_GRID_YZ", 4)
+    plan = plans.plan_forward.__wrapped__(*case)
     _, y, z = plan.grid
     assert (y, z) == (4, 4)
     output = np.full(case[0].output_shape, np.nan, np.float32)
     kernel = Emulated(compiler.assemble(plan.kernel.file), plan.kernel.name)
     arguments = [*in_numpy(inputs)[1:], output, None, None, plan.params]
     kernel(plan.grid, plan.block, arguments)
-    plain = launch.plan_forward(*case)
+    plain = plans.plan_forward(*case)
     expected = np.empty_like(output)
     kernel(plain.grid, plain.block, [*arguments[:3], expected, None, None, plain.params])
     np.testing.assert_array_equal(output, expected)
@@ -248,18 +248,18 @@ def test_generic_kernels_take_what_the_specialised_cannot(change) -> None:
     inputs = random_inputs(d=32)
     problem, _ = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     table = LevelTable(None, None)
-    assert launch.plan_forward(problem, table).kernel.file == "forward.cu"
-    assert launch.plan_backward(problem, table).kernel.file == "backward.cu"
+    assert plans.plan_forward(problem, table).kernel.file == "forward.cu"
+    assert plans.plan_backward(problem, table).kernel.file == "backward.cu"
     problem = problem._replace(**change)
-    assert launch.plan_forward(problem, table).kernel.file == "generic.cu"
-    assert launch.plan_backward(problem, table).kernel.file == "generic.cu"
+    assert plans.plan_forward(problem, table).kernel.file == "generic.cu"
+    assert plans.plan_backward(problem, table).kernel.file == "generic.cu"
 
 
 def test_rows_are_split_only_while_the_device_is_not_full() -> None:
     inputs = random_inputs(((4, 4),) * 4, m=8, d=32, lq=300, p=4)
     case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
     splits = [
-        int(launch.plan_forward(*case, multiprocessors).kernel.name.split(", ")[-1][:-1])
+        int(plans.plan_forward(*case, multiprocessors).kernel.name.split(", ")[-1][:-1])
         for multiprocessors in (1, 132, 10**6)
     ]
     assert splits[0] == 1
@@ -271,19 +271,19 @@ def test_given_grids_are_an_order_for_half_as_many_queries() -> None:
     """With fewer the plain forward shares out the points of a row, so that the bits would differ."""
     inputs = random_inputs(((4, 4),), m=8, d=32, lq=16, p=4)
     small, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    most = 2 * 16 * 8 * 8 // launch.ORDERED_BLOCK  # multiprocessors whose blocks are full
+    most = 2 * 16 * 8 * 8 // plans.ORDERED_BLOCK  # multiprocessors whose blocks are full
 
-    def ordered(multiprocessors: int, grids: launch.Grids, **changed: int) -> bool:
+    def ordered(multiprocessors: int, grids: Grids, **changed: int) -> bool:
         problem = small._replace(**changed)
-        plan = launch.plan_forward(problem, table, multiprocessors, grids)
-        sums_by_cell = launch._sorted(problem, multiprocessors, grids)
+        plan = plans.plan_forward(problem, table, multiprocessors, grids)
+        sums_by_cell = plans._sorted(problem, multiprocessors, grids)
         assert sums_by_cell == plan.kernel.name.startswith("msda_forward_ordered<")
         return sums_by_cell
 
     assert [ordered(n, ()) for n in (most, most + 1)] == [True, False]
     given = [ordered(n, ((2, 8),)) for n in (1, most, 2 * most, 2 * most + 1, 10**6)]
     assert given == [True, True, True, False, False]
-    plain = [launch.plan_forward(small, table, n).kernel.name for n in (2 * most, 2 * most + 1)]
+    plain = [plans.plan_forward(small, table, n).kernel.name for n in (2 * most, 2 * most + 1)]
     assert [name.endswith(", 1>") for name in plain] == [True, False]
     assert not ordered(1, None)
     assert not ordered(1, (), num_queries=15)
@@ -330,11 +330,11 @@ def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known()
 
     def plan(
         problem: Problem,
-        grids: launch.Grids = (),
+        grids: Grids = (),
         multiprocessors: int = 132,
         needs: tuple[bool, bool] = (False, True),
-    ) -> launch.Plan:
-        return launch.plan_backward(problem, table, multiprocessors, *needs, grids=grids)
+    ) -> plans.Plan:
+        return plans.plan_backward(problem, table, multiprocessors, *needs, grids=grids)
 
     decoder = encoder._replace(num_queries=900)
     for ordered in (plan(encoder), plan(decoder, ((30, 30),), 100)):
@@ -375,7 +375,7 @@ def test_cupy_takes_the_parameters_by_value() -> None:
         null((1,), (1,), (object(),), stream=SimpleNamespace(ptr=0))
     for inputs in (random_inputs(d=32), random_inputs(d=5)):
         case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-        parameters = launch.plan_forward(*case).params
+        parameters = plans.plan_forward(*case).params
         with pytest.raises(runtime.CUDARuntimeError):
             null((1,), (1,), (parameters,), stream=SimpleNamespace(ptr=0))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cupy_msda import launch
+from cupy_msda import plans
 from cupy_msda.compile import OPTIONS, Kernel, assemble
 from cupy_msda.contract import LevelTable, Problem
 
@@ -99,15 +99,15 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
     d, levels, points, heads = SHAPES[shape]
     case = problem(DTYPES[dtypes], d, levels, points, heads)
     return {
-        "forward": launch.plan_forward(*case).kernel,
-        "forward-ordered": launch.plan_forward(*case, 1, LEVELS).kernel,
-        "forward-split": launch.plan_forward(*case, MANY).kernel,
-        "backward": launch.plan_backward(*case).kernel,
-        "backward-split": launch.plan_backward(*case, MANY).kernel,
-        "backward-value": launch.plan_backward(*case, 1, True, False).kernel,
-        "backward-points": launch.plan_backward(*case, 1, False, True).kernel,
-        "backward-points-ordered": launch.plan_backward(*case, 1, False, True, grids=LEVELS).kernel,
-        "sorted": launch.plan_sorted(*case).kernel,
+        "forward": plans.plan_forward(*case).kernel,
+        "forward-ordered": plans.plan_forward(*case, 1, LEVELS).kernel,
+        "forward-split": plans.plan_forward(*case, MANY).kernel,
+        "backward": plans.plan_backward(*case).kernel,
+        "backward-split": plans.plan_backward(*case, MANY).kernel,
+        "backward-value": plans.plan_backward(*case, 1, True, False).kernel,
+        "backward-points": plans.plan_backward(*case, 1, False, True).kernel,
+        "backward-points-ordered": plans.plan_backward(*case, 1, False, True, grids=LEVELS).kernel,
+        "sorted": plans.plan_sorted(*case).kernel,
     }
 
 
@@ -118,22 +118,22 @@ def fixed_kernels(
     d, levels, points, heads = SHAPES[shape]
     case = problem(DTYPES[dtypes], d, levels, points, heads)
     return (
-        launch.plan_scale(*case).kernel,
-        launch.plan_backward(*case, multiprocessors, True, needs_points, True).kernel,
-        launch.plan_finish(case[0]).kernel,
+        plans.plan_scale(*case).kernel,
+        plans.plan_backward(*case, multiprocessors, True, needs_points, True).kernel,
+        plans.plan_finish(case[0]).kernel,
     )
 
 
 def sorted_kernel(shape: str, dtypes: str) -> Kernel:
     """The launch that sums sorted points in fixed point."""
     d, levels, points, heads = SHAPES[shape]
-    return launch.plan_sorted(*problem(DTYPES[dtypes], d, levels, points, heads), (), True).kernel
+    return plans.plan_sorted(*problem(DTYPES[dtypes], d, levels, points, heads), (), True).kernel
 
 
 def owner_kernel(shape: str, dtypes: str) -> Kernel:
     """The launch whose blocks own tiles of the gradient of value."""
     d, levels, points, heads = SHAPES[shape]
-    return launch.plan_owner(*problem(DTYPES[dtypes], d, levels, points, heads)).kernel
+    return plans.plan_owner(*problem(DTYPES[dtypes], d, levels, points, heads)).kernel
 
 
 class Budget(NamedTuple):
@@ -234,12 +234,12 @@ GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
 def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     case = problem(dtypes, 30, 4, 4)
     generic = [
-        launch.plan_forward(*case).kernel,
-        launch.plan_backward(*case).kernel,
-        launch.plan_backward(*case, 1, True, True, True).kernel,
+        plans.plan_forward(*case).kernel,
+        plans.plan_backward(*case).kernel,
+        plans.plan_backward(*case, 1, True, True, True).kernel,
     ]
     assert [kernel.file for kernel in generic] == ["generic.cu"] * 3
-    before_and_after = launch.plan_scale(*case).kernel, launch.plan_finish(case[0]).kernel
+    before_and_after = plans.plan_scale(*case).kernel, plans.plan_finish(case[0]).kernel
     check_budgets((*generic, *before_and_after), architecture)
 
 

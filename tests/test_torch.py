@@ -20,11 +20,11 @@ from cupy_msda import (
     MSDeformAttn,
     MSDeformAttnFunction,
     host,
-    launch,
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
     operators,
+    plans,
     reference,
 )
 from cupy_msda import torch as backend
@@ -848,9 +848,6 @@ class FakeLaunch:
         output.copy_(reference.forward(value, self._levels(problem, table), locations, weights))
         self.computed.append("output")
 
-    def num_sums(self, problem):
-        return launch.num_sums(problem)
-
     def backward(self, problem, table, inputs, gradients, sums, grids):
         self.grids.append(grids)
         letters = "vvlw" + ("alw" if sums is None else "vlw")
@@ -859,7 +856,7 @@ class FakeLaunch:
         )
         if sums is not None:
             sums = self._import(sums, torch.int64)
-            assert sums.shape == (launch.num_sums(problem),)
+            assert sums.shape == (plans.num_sums(problem),)
             assert not sums.any()
             self.computed.append("in fixed point" if sums.numel() else "by owners")
         elif by_value is not None:
@@ -1005,7 +1002,7 @@ def test_deterministic_algorithms(
     dtypes, most_points_owned, fake_launch, deterministic, monkeypatch
 ):
     """Neither an error nor a warning, and only the gradient of value is computed in another way."""
-    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
+    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
     inputs = random_inputs(dtypes=dtypes)
     few = most_points_owned == 15 and dtypes[0] != torch.float64
     way = "by owners" if few else "in fixed point"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda import launch, ms_deform_attn, ms_deform_attn_backward
+from cupy_msda import launch, ms_deform_attn, ms_deform_attn_backward, plans
 from cupy_msda.compile import Kernel
 from cupy_msda.contract import LevelTable, Problem, check_query_order
 
@@ -63,7 +63,7 @@ def deterministic(request):
 def test_calls_find_their_kernels_compiled(
     compiled, monkeypatch, dtypes, head_dim, device, deterministic, most_points_owned
 ) -> None:
-    monkeypatch.setattr(launch, "_MOST_POINTS_OWNED", most_points_owned)
+    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
     shape = (*VALUE[:3], head_dim)
     cupy_msda.warmup(shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1], device=device)
     warm = set(compiled)

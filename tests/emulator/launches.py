@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cupy_msda import launch
+from cupy_msda import plans
 from cupy_msda.compile import assemble
-from cupy_msda.contract import LevelTable, Problem, check
+from cupy_msda.contract import Grids, LevelTable, Problem, check
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs
 
@@ -34,7 +34,7 @@ def poisoned(like: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Te
 
 
 def emulate(
-    plan: launch.Plan,
+    plan: plans.Plan,
     tensors: Sequence[torch.Tensor | None],
     tables: Sequence[torch.Tensor | None] = (None, None),
     *,
@@ -52,12 +52,12 @@ def forward(
     inputs: Inputs,
     multiprocessors: int = 1,
     table: LevelTable | None = None,
-    grids: launch.Grids = None,
+    grids: Grids = None,
     **options: Any,
 ) -> torch.Tensor:
     """The output of the emulated forward; with grids, in their order."""
     problem, known = checked(inputs)
-    plan = launch.plan_forward(problem, table or known, multiprocessors, grids)
+    plan = plans.plan_forward(problem, table or known, multiprocessors, grids)
     output = poisoned(inputs.value, problem.output_shape)
     emulate(plan, (*inputs.tensors, output), **options)
     return output
@@ -68,13 +68,13 @@ def backward(
     multiprocessors: int = 1,
     table: LevelTable | None = None,
     needs: tuple[bool, bool] = (True, True),
-    grids: launch.Grids = None,
+    grids: Grids = None,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """The three gradients of the emulated backward, None where not needed; with grids, in their order."""
     problem, known = checked(inputs)
     case = problem, table or known, multiprocessors
-    plan = launch.plan_backward(*case, *needs, grids=grids)
+    plan = plans.plan_backward(*case, *needs, grids=grids)
     wide = torch.promote_types(inputs.value.dtype, torch.float32)  # as the kernels accumulate
     grad_value = torch.zeros(inputs.value.shape, dtype=wide) if needs[0] else None
     of_points = [poisoned(t) if needs[1] else None for t in (inputs.locations, inputs.weights)]
@@ -95,14 +95,14 @@ def backward_fixed(
     """The three gradients of the emulated backward whose sums are in fixed point."""
     problem, known = checked(inputs)
     case = problem, table or known, multiprocessors
-    sums = torch.zeros(launch.num_fixed_sums(problem), dtype=torch.int64)
+    sums = torch.zeros(plans.num_fixed_sums(problem), dtype=torch.int64)
     grad_value = poisoned(inputs.value)
     of_points = [poisoned(t) if needs_points else None for t in (inputs.locations, inputs.weights)]
     points = (inputs.locations, inputs.weights)
-    emulate(launch.plan_scale(*case), (inputs.grad_output, *points, sums), tables, **options)
-    plan = launch.plan_backward(*case, True, needs_points, True)
+    emulate(plans.plan_scale(*case), (inputs.grad_output, *points, sums), tables, **options)
+    plan = plans.plan_backward(*case, True, needs_points, True)
     emulate(plan, (inputs.grad_output, *inputs.tensors, sums, *of_points), tables, **options)
-    emulate(launch.plan_finish(problem, multiprocessors), (sums, grad_value), (), **options)
+    emulate(plans.plan_finish(problem, multiprocessors), (sums, grad_value), (), **options)
     return (grad_value, *of_points)
 
 
@@ -116,18 +116,18 @@ def backward_owner(
     problem, known = checked(inputs)
     grad_value = poisoned(inputs.value)
     tensors = (inputs.grad_output, inputs.locations, inputs.weights, grad_value)
-    emulate(launch.plan_owner(problem, table or known), tensors, tables, **options)
+    emulate(plans.plan_owner(problem, table or known), tensors, tables, **options)
     return grad_value
 
 
 def backward_sorted(
-    inputs: Inputs, table: LevelTable | None = None, grids: launch.Grids = (), **options: Any
+    inputs: Inputs, table: LevelTable | None = None, grids: Grids = (), **options: Any
 ) -> torch.Tensor:
     """The gradient of value of the emulated kernel that sorts points by cell."""
     problem, known = checked(inputs)
     wide = torch.zeros(inputs.value.shape, dtype=torch.float32)
     tensors = (inputs.grad_output, inputs.locations, inputs.weights, wide)
-    emulate(launch.plan_sorted(problem, table or known, grids), tensors, **options)
+    emulate(plans.plan_sorted(problem, table or known, grids), tensors, **options)
     return wide.to(inputs.value.dtype)
 
 
@@ -141,11 +141,11 @@ def backward_sorted_fixed(
     """The same with sums in fixed point; `source` of the kernel itself."""
     problem, known = checked(inputs)
     known = table or known
-    sums = torch.zeros(launch.num_fixed_sums(problem), dtype=torch.int64)
+    sums = torch.zeros(plans.num_fixed_sums(problem), dtype=torch.int64)
     grad_value = poisoned(inputs.value)
     tensors = (inputs.grad_output, inputs.locations, inputs.weights, sums)
-    emulate(launch.plan_scale(problem, known), tensors, tables, **options)
-    plan = launch.plan_sorted(problem, known, (), True)
+    emulate(plans.plan_scale(problem, known), tensors, tables, **options)
+    plan = plans.plan_sorted(problem, known, (), True)
     emulate(plan, tensors, tables, source=source, **options)
-    emulate(launch.plan_finish(problem), (sums, grad_value), (), **options)
+    emulate(plans.plan_finish(problem), (sums, grad_value), (), **options)
     return grad_value

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import launch, reference
+from cupy_msda import plans, reference
 from cupy_msda.compile import Kernel, assemble
 from cupy_msda.contract import Level, LevelTable
 from tests.budget import assert_within_budget
@@ -124,12 +124,12 @@ def check_backward(
 
 def forward_kernel(inputs: Inputs, multiprocessors: int = 0) -> Kernel:
     """The kernel that the forward is planned to run."""
-    return launch.plan_forward(*checked(inputs), multiprocessors).kernel
+    return plans.plan_forward(*checked(inputs), multiprocessors).kernel
 
 
 def backward_kernel(inputs: Inputs, multiprocessors: int = 0) -> Kernel:
     """The kernel that the backward is planned to run."""
-    return launch.plan_backward(*checked(inputs), multiprocessors).kernel
+    return plans.plan_backward(*checked(inputs), multiprocessors).kernel
 
 
 @on(MODELS | SPECIALISED)

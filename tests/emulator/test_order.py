@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import launch, reference
+from cupy_msda import plans, reference
 from cupy_msda.compile import assemble
-from cupy_msda.contract import Level, LevelTable, Problem
+from cupy_msda.contract import Grids, Level, LevelTable, Problem
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated
 from tests.emulator.launches import backward, backward_sorted, checked, emulate, forward, poisoned
@@ -56,7 +56,7 @@ __global__ void orders(int* order, const long long* sizes, const OrderedParams<4
 def kernel_order(lq: int, levels: Sizes | None, grids: Sizes = ()) -> list[int]:
     """The order of the kernels for levels on the device or, without, for grids."""
     problem = Problem(1, 10**6, 1, 8, lq, 4, 1, "float32", "float32", "float32")
-    params = launch._params(problem, LevelTable(((1, 1),) * 4, (0,) * 4), grids=tuple(grids))
+    params = plans._params(problem, LevelTable(((1, 1),) * 4, (0,) * 4), grids=tuple(grids))
     order = np.full(lq, -1, np.int32)
     sizes = None if levels is None else np.array(levels, np.int64)
     Emulated(assemble("order.cuh") + ORDERS, "orders")(
@@ -130,20 +130,20 @@ ENCODERS = {
 on_encoders = pytest.mark.parametrize("inputs", ENCODERS.values(), ids=ENCODERS.keys())
 
 
-def is_ordered(inputs: Inputs, multiprocessors: int, grids: launch.Grids = ()) -> bool:
+def is_ordered(inputs: Inputs, multiprocessors: int, grids: Grids = ()) -> bool:
     """Whether the forward and the gradients of the points are planned on persistent blocks."""
     case = *checked(inputs), multiprocessors
-    plans = (
-        launch.plan_forward(*case, grids),
-        launch.plan_backward(*case, False, True, grids=grids),
+    both = (
+        plans.plan_forward(*case, grids),
+        plans.plan_backward(*case, False, True, grids=grids),
     )
-    ordered = {"_ordered<" in plan.kernel.name for plan in plans}
+    ordered = {"_ordered<" in plan.kernel.name for plan in both}
     assert len(ordered) == 1
     return ordered.pop()
 
 
 def of_points(
-    inputs: Inputs, multiprocessors: int, grids: launch.Grids = None, **options: Any
+    inputs: Inputs, multiprocessors: int, grids: Grids = None, **options: Any
 ) -> list[torch.Tensor]:
     """The gradients of locations and weights alone; with grids, in their order."""
     needs = False, True
@@ -219,7 +219,7 @@ def test_order_waits_until_every_multiprocessor_has_a_full_block() -> None:
     most = problem.num_queries * problem.num_heads * 8 // 1024
     assert is_ordered(ENCODERS["f32"], most)
     assert not is_ordered(ENCODERS["f32"], most + 1)
-    assert launch.plan_forward(problem, table, most, None).kernel.name.startswith("msda_forward<")
+    assert plans.plan_forward(problem, table, most, None).kernel.name.startswith("msda_forward<")
 
 
 def assert_value(inputs: Inputs, grad_value: torch.Tensor) -> None:
@@ -338,5 +338,5 @@ def test_ordered_forward_writes_every_output_once() -> None:
     inputs = ENCODERS["several-images"]
     problem, table = checked(inputs)
     output = poisoned(inputs.value, problem.output_shape)
-    emulate(launch.plan_forward(problem, table, 2, ()), (*inputs.tensors, output))
+    emulate(plans.plan_forward(problem, table, 2, ()), (*inputs.tensors, output))
     assert output.isfinite().all()
