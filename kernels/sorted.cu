@@ -2,7 +2,7 @@
 // The gradient of value for encoders: points are sorted by cell, and summed in registers before they go to memory.
 //
 // Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well. FIXED: it is
-//          the array of sums that fixed.cuh describes. msda_backward without grad_value computes the other two gradients.
+//          the array of sums that fixed.cuh describes. backward.cu computes the other two gradients.
 // Threads  A block takes 256 queries that follow one another in the order of order.cuh, of one image and head. It counts
 //          their points by level, row modulo 32 and column modulo 32, and lists them in the order of those bins. Then
 //          every group of G = D / 4 lanes walks through a stretch of the list, a lane on four channels: the sums of the

@@ -81,7 +81,7 @@ _QUICK = {
         Case("dino-decoder", "uniform", "float32"),
     ),
 }
-# On a CPU the large encoders take seconds; their points lie as in a real model, and in one other way for one of them.
+# On a CPU large encoders take seconds: only the small one has points of every distribution, the others local ones.
 _LOCAL, _SMALL_ENCODER = "sigma 2", "mask2former-512"
 _HALF = {
     "cpu": (Case("rtdetr-decoder", "uniform", "bfloat16"),),
