@@ -239,11 +239,6 @@ class MSDeformAttnFunction(torch.autograd.Function):
 _PLAIN = {Tensor, torch.nn.Parameter, list, tuple, type(None)}
 
 
-def _type_name(given: object) -> str:
-    """The name of its type."""
-    return type(given).__name__
-
-
 def _operands(
     value: Any,
     spatial_shapes: Any,
@@ -255,7 +250,9 @@ def _operands(
 ) -> tuple[Any, ...]:
     """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    if not _PLAIN.issuperset(map(type, inputs)) and "DTensor" in map(_type_name, inputs):
+    # The quick look is not for Dynamo, whose older versions know no such method of a set.
+    quick = not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, inputs))
+    if not quick and "DTensor" in [type(given).__name__ for given in inputs]:
         import cupy_msda.distributed  # noqa: F401 - its import registers the rule for DTensors
     if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
         check(*inputs)

@@ -570,8 +570,10 @@ def test_other_sizes_compile_nothing_again_where_they_are_dynamic():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("order", [None, [(1, 2), (3, 1)], "of the input"], ids=str)
 def test_compiles_whole_with_an_order(order, dynamic):
+    of_the_input = order == "of the input"
+
     def step(value, locations, weights):
-        grids = [(1, weights.shape[1])] if order == "of the input" else order
+        grids = [(1, weights.shape[1])] if of_the_input else order
         return ms_deform_attn(value * 1, SIZES, None, locations, weights, query_order=grids).tanh()
 
     torch.compiler.reset()
