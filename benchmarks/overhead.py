@@ -28,7 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cupy_msda import host, ms_deform_attn, ms_deform_attn_core_pytorch, operators
+from cupy_msda import ms_deform_attn, ms_deform_attn_core_pytorch
+from cupy_msda.cpu import backend as host
+from cupy_msda.torch import operators
 
 SIZES = [(2, 2)] * 4
 CALLS = 200
@@ -112,7 +114,7 @@ def stages_on_host(problem: Problem) -> Calls:
 
 def stages_on_device(problem: Problem) -> Calls:
     """The same on a GPU."""
-    from cupy_msda import launch
+    from cupy_msda.cuda import launch
 
     place = operators._place(problem.value)
     known, table = problem.checked(None)

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
         ms_deform_attn_backward,
         warmup,
     )
-    from cupy_msda.compile import KernelCompileError
-    from cupy_msda.export import decompositions
+    from cupy_msda.cuda.compile import KernelCompileError
     from cupy_msda.modules import MSDeformAttn
     from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
+    from cupy_msda.torch.export import decompositions
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "KernelCompileError": "cupy_msda.compile",
+    "KernelCompileError": "cupy_msda.cuda.compile",
     "MSDeformAttn": "cupy_msda.modules",
     "MSDeformAttnFunction": "cupy_msda.torch",
     "MSDeformAttnGradients": "cupy_msda.api",
-    "decompositions": "cupy_msda.export",
+    "decompositions": "cupy_msda.torch.export",
     "ms_deform_attn": "cupy_msda.api",
     "ms_deform_attn_backward": "cupy_msda.api",
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",

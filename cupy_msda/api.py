@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
-from cupy_msda import host
-from cupy_msda.contract import (
-    check,
-    check_described,
-    check_grad_output,
-    check_query_order,
-    library,
-    on_host,
-)
+from cupy_msda.arrays import library, on_host
+from cupy_msda.contract import check, check_described, check_grad_output, check_query_order
+from cupy_msda.cpu import backend as host
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -98,7 +92,7 @@ def ms_deform_attn(
     problem, table = check(*inputs)
     grids = check_query_order(query_order, problem.num_queries)
     if not on_host(value):
-        from cupy_msda import launch
+        from cupy_msda.cuda import launch
 
         return _like(value, launch.forward_arrays(problem, table, value, *inputs[3:], grids))
     return _like(value, host.forward(problem, table, value, *inputs[3:]))
@@ -153,7 +147,7 @@ def ms_deform_attn_backward(
     check_grad_output(problem, grad_output, value)
     arrays = (grad_output, value, sampling_locations, attention_weights)
     if not on_host(value):
-        from cupy_msda import launch
+        from cupy_msda.cuda import launch
 
         gradients = launch.backward_arrays(problem, table, *arrays, grids)
     else:
@@ -208,7 +202,7 @@ def warmup(
     if kind == "cpu":
         host.compile_ahead(problem, backward)
     else:
-        from cupy_msda import launch
+        from cupy_msda.cuda import launch
 
         torch = sys.modules.get("torch")
         reproducible = torch is not None and torch.are_deterministic_algorithms_enabled()

@@ -10,120 +10,19 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from reprlib import repr as short_repr
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from cupy_msda.arrays import device_of, dtype_name, library, place
+from cupy_msda.problem import INT32_MAX, MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
+
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
-_LIBRARIES = ("numpy", "torch", "cupy")
-INT32_MAX = 2**31 - 1
-# A CUDA launch takes the table by value, in at most 4 KB; as in levels.cuh.
-MAX_HOST_LEVELS = 320
-MAX_GRIDS = 16  # as in order.cuh
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # The namespace has the from_dlpack by which results become arrays of the caller's library.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
-# DLPack's device codes: the host's memory, plain and pinned, and CUDA's, plain and managed.
-_DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
-
-# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
-# queries as positions, the levels. None: queries are taken as they come.
-Grids = tuple[tuple[int, int], ...] | None
-
-
-class Level(NamedTuple):
-    """One feature level: H, W and where it starts among the S positions."""
-
-    height: int
-    width: int
-    start: int
-
-
-class LevelTable(NamedTuple):
-    """What is known of the levels, on the host (ints) or only on a device (integer arrays).
-
-    `sizes` is None when (H, W) are only in `device_sizes`; `starts` is None when they are only in
-    `device_starts` or, with both None, when the kernel derives them from `device_sizes`.
-    """
-
-    sizes: tuple[tuple[int, int], ...] | None
-    starts: tuple[int, ...] | None
-    device_sizes: Any = None
-    device_starts: Any = None
-
-    @property
-    def levels(self) -> tuple[Level, ...] | None:
-        """The whole table, or None while a part of it is only on a device."""
-        if self.sizes is None or self.starts is None:
-            return None
-        return _levels(self.sizes, self.starts)
-
-
-@lru_cache(maxsize=1024)
-def _levels(sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...]) -> tuple[Level, ...]:
-    """The table level by level."""
-    return tuple(Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=True))
-
-
-class Problem(NamedTuple):
-    """Sizes and dtypes of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
-
-    batch: int
-    spatial_size: int
-    num_heads: int
-    head_dim: int
-    num_queries: int
-    num_levels: int
-    num_points: int
-    value_dtype: str
-    location_dtype: str
-    weight_dtype: str
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no point can contribute anything, so that all results are zero or have no elements."""
-        return 0 in self[:7]
-
-    @property
-    def output_shape(self) -> tuple[int, int, int]:
-        """(N, Lq, M*D)."""
-        return self.batch, self.num_queries, self.num_heads * self.head_dim
-
-
-def library(array: object) -> str:
-    """The top-level module of an array's type or of the first base of it that is known here."""
-    own = type(array).__module__.partition(".")[0]
-    if own in _LIBRARIES:  # before the bases, which older versions of Dynamo cannot walk
-        return own
-    names = (base.__module__.partition(".")[0] for base in type(array).__mro__)
-    return next((name for name in names if name in _LIBRARIES), own)
-
-
-def dtype_name(array: Any) -> str:
-    """The dtype without its library's prefix: "float32" for torch's and NumPy's alike."""
-    return str(array.dtype).rpartition(".")[2]
-
-
-def place(array: Any) -> str:
-    """Where the data lies, in torch's words for every library: "cpu", "cuda:0", "meta", ..."""
-    device = _device(array)
-    if not isinstance(device, tuple):
-        return str(device)
-    kind = _DLPACK_DEVICES.get(int(device[0]), f"DLPack device {int(device[0])}")
-    return kind if kind == "cpu" else f"{kind}:{device[1]}"
-
-
-def on_host(array: Any) -> bool:
-    """Whether the host can read the array without copying it from a device."""
-    return place(array) == "cpu"
-
-
-def _device(array: Any) -> Any:
-    """torch's device, or the pair by which DLPack names one: quicker to compare than their names."""
-    return array.device if library(array) == "torch" else tuple(array.__dlpack_device__())
 
 
 def check(
@@ -345,7 +244,7 @@ def _check_beside(name: str, array: Any, value: Any) -> None:
         raise TypeError(
             f"{name} must be an array of the library of value, {expected}, got one of {got}"
         )
-    if _device(array) != _device(value):
+    if device_of(array) != device_of(value):
         raise ValueError(
             f"{name} must be on the device of value, {place(value)}, got {place(array)}"
         )

@@ -36,7 +36,7 @@ from torch.torch_version import TorchVersion
 
 from cupy_msda.contract import check, check_grad_output, check_query_order
 from cupy_msda.modules import MSDeformAttn
-from cupy_msda.operators import as_given, order_as_given, with_order
+from cupy_msda.torch.operators import as_given, order_as_given, with_order
 
 try:
     from torch.distributed.device_mesh import DeviceMesh

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
 
-from cupy_msda.contract import Level
+from cupy_msda.problem import Level
 
 
 class _Corner(NamedTuple):

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cupy_msda
-from cupy_msda import api, compile, contract, host, reference
+from cupy_msda import api, contract, reference
+from cupy_msda.cpu import backend as host
+from cupy_msda.cuda import compile
 
 EPSILON = float(np.finfo(np.float32).eps)
 

@@ -4,15 +4,15 @@
 // Layout   as in forward.cu; grad_output like output. grad_value is a zeroed float32 accumulator of shape (N, S, M, D)
 //          whatever Value is; grad_locations and grad_weights are written whole, in the dtypes of what they belong to.
 //          VALUE and POINTS tell which of the gradients are wanted; the pointers of the others are null. FIXED:
-//          grad_value is summed in fixed point instead, in the array that fixed.cuh describes.
+//          grad_value is summed in fixed point instead, in the array that fixed_point.cuh describes.
 // Threads  G = D / 4 lanes own a row, or one of SPLIT parts of its points; a lane owns four channels at every dtype, so
 //          that a corner's gradient leaves as full 16-byte additions (FIXED: 8-byte ones, of channels G apart). Each lane
 //          forms four partial dot products per point, and an exchange over the group leaves the sums of point j with
 //          lane j, which computed that point's record: it finishes the point alone, without atomics.
-// Grid     as in forward.cu; msda_backward_ordered as msda_forward_ordered.
-// Limits   as in forward.cu; of msda_backward_ordered also G < 32: there the visit of a row's points leaves too few of the
+// Grid     as in forward.cu; msda_backward_persistent as msda_forward_persistent.
+// Limits   as in forward.cu; of msda_backward_persistent also G < 32: there the visit of a row's points leaves too few of the
 //          64 registers that a block of 1024 threads can have.
-#include "order.cuh"
+#include "tile_scheduler.cuh"
 #include "records.cuh"
 
 constexpr int VEC = 4;
@@ -239,14 +239,14 @@ __global__ void __launch_bounds__(BLOCK)
 }
 
 // The gradients of locations and weights alone, as VALUE = false gives them, on persistent blocks like
-// msda_forward_ordered. It takes the arguments of msda_backward.
+// msda_forward_persistent. It takes the arguments of msda_backward.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
 __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
-    msda_backward_ordered(const Value* __restrict__ grad_output, const Value* __restrict__ value,
-                          const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                          float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
-                          Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                          const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
+    msda_backward_persistent(const Value* __restrict__ grad_output, const Value* __restrict__ value,
+                             const Location* __restrict__ locations, const Weight* __restrict__ weights,
+                             float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
+                             Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
+                             const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
   using T = Traits<ORDERED_BLOCK, Value, G, PIXEL, P, false, true, false>;
   static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");

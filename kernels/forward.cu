@@ -4,10 +4,10 @@
 // Layout   value (N, S, M, D), locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P), output (N, Lq, M, D), contiguous.
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. SPLIT groups share a row when there are too few rows to fill the device; shuffles join their sums.
-// Grid     x: blocks of queries, y and z: (image, head). msda_forward_ordered: persistent blocks, one to a multiprocessor.
+// Grid     x: blocks of queries, y and z: (image, head). msda_forward_persistent: persistent blocks, one to a multiprocessor.
 // Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; L at most 16; fewer than 2^22 positions and
 //          2^31 bytes per image. Everything else is generic.cu.
-#include "order.cuh"
+#include "tile_scheduler.cuh"
 #include "records.cuh"
 
 // In one struct, so that one address serves both.
@@ -142,13 +142,13 @@ __global__ void __launch_bounds__(BLOCK, 4)
   if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
 }
 
-// The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of order.cuh.
+// The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of tile_scheduler.cuh.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
 __global__ void __launch_bounds__(ORDERED_BLOCK, 1)
-    msda_forward_ordered(const Value* __restrict__ value, const Location* __restrict__ locations,
-                         const Weight* __restrict__ weights, Value* __restrict__ output,
-                         const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                         const __grid_constant__ OrderedParams<L> p) {
+    msda_forward_persistent(const Value* __restrict__ value, const Location* __restrict__ locations,
+                            const Weight* __restrict__ weights, Value* __restrict__ output,
+                            const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                            const __grid_constant__ OrderedParams<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
 
   __shared__ Shared<L, ORDERED_BLOCK> shared;

@@ -2,12 +2,12 @@
 // Forward and backward for what the specialised kernels do not cover: any D, L, P and M, float64, more than 2^31 bytes.
 //
 // Layout   as in forward.cu and backward.cu; grad_value is a zeroed accumulator in Compute<Value>, or with
-//          FIXED the array of sums that fixed.cuh describes.
+//          FIXED the array of sums that fixed_point.cuh describes.
 // Threads  One warp owns a row (n, q, m). Points are taken 32 at a time: each lane locates one of them, leaves it in the
 //          warp's slots, and the warp walks through the slots with its lanes over the channels.
 // Grid     x: blocks of queries, y and z: (image, head). All offsets are 64-bit.
 #include "bilinear.cuh"
-#include "fixed.cuh"
+#include "fixed_point.cuh"
 #include "scalar.cuh"
 
 template <typename Real>

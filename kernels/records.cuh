@@ -8,7 +8,7 @@
 #pragma once
 
 #include "bilinear.cuh"
-#include "fixed.cuh"
+#include "fixed_point.cuh"
 #include "scalar.cuh"
 
 // The records of a block's warps. Those that the groups of a warp read together, number j of each, lie side by side:

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from cupy_msda.compile import Kernel
+from cupy_msda.cuda.compile import Kernel
 from tests import sass, test_nvrtc
 
 TABLE = Path(__file__).parents[1] / "kernels" / "BUDGET.md"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cupy_msda import reference
-from cupy_msda.contract import Level
+from cupy_msda.problem import Level
 from tests.budget import assert_within_budget
 
 # dtypes of value and of locations and weights.

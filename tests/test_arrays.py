@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda import host, reference
-from cupy_msda.contract import Level
+from cupy_msda import reference
+from cupy_msda.cpu import backend as host
+from cupy_msda.problem import Level
 from tests.budget import assert_within_budget
 
 SIZES = [(5, 7), (3, 4), (1, 2)]
@@ -79,7 +80,7 @@ def backend(request, monkeypatch):
 
 
 def test_numba_runs_where_it_is_installed_and_else_the_reference(backend):
-    expected = {"numba": "cupy_msda.cpu", "reference": "cupy_msda.reference"}
+    expected = {"numba": "cupy_msda.cpu.kernels", "reference": "cupy_msda.reference"}
     assert host.backend().__name__ == expected[backend]
 
 

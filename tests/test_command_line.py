@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import cupy_msda
-from cupy_msda import __main__, demo, host, report
+from cupy_msda import __main__, demo, report
+from cupy_msda.cpu import backend as host
 
 ROOT = Path(__file__).parents[1]
 

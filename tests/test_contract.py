@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda import contract
-from cupy_msda.contract import Level
+from cupy_msda import arrays, contract
+from cupy_msda.problem import Level
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
@@ -1069,10 +1069,10 @@ def test_empty_dimensions(zero):
 
 def test_subclasses_count_as_their_library():
     value = torch.nn.Parameter(torch.ones(N, S, M, D))
-    assert contract.library(value) == "torch"
+    assert arrays.library(value) == "torch"
     check_with(Torch(), value=value)
     mapped = np.ones((N, S, M, D), np.float32).view(np.recarray)
-    assert contract.library(mapped) == "numpy"
+    assert arrays.library(mapped) == "numpy"
 
 
 # --- devices ---------------------------------------------------------------------------------------
@@ -1213,8 +1213,8 @@ def test_bfloat16_on_a_device_is_taken_from_torch_only():
 
 
 def test_pinned_memory_is_on_the_host_and_managed_memory_on_the_device():
-    assert contract.on_host(OnDevice(np.ones(1), (3, 0)))
-    assert contract.place(OnDevice(np.ones(1), (13, 1))) == "cuda:1"
+    assert arrays.on_host(OnDevice(np.ones(1), (3, 0)))
+    assert arrays.place(OnDevice(np.ones(1), (13, 1))) == "cuda:1"
 
 
 def test_values_on_the_host_read_levels_from_a_device():

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from cupy_msda import reference
-from cupy_msda.contract import Level
+from cupy_msda.problem import Level
 from tests.budget import assert_within_budget
 
 pytest.importorskip("numba")
 
-from cupy_msda import cpu
+from cupy_msda.cpu import kernels as cpu
 
 Array = np.ndarray[Any, Any]
 Levels = tuple[Level, ...]
@@ -352,7 +352,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 PROGRAM = """
 import numpy as np
-from cupy_msda import cpu
+from cupy_msda.cpu import kernels as cpu
 rng = np.random.default_rng(0)
 value = rng.standard_normal((1, 300, 8, 32), np.float32)
 locations = rng.random((1, 100, 8, 1, 4, 2), np.float32)

@@ -529,7 +529,7 @@ def test_a_fixed_size_in_onnxruntime_and_then_the_kernels_again(to_onnx, monkeyp
     arguments = attention_arguments(*TRACED)
     model = Attention()
     output = to_onnx(model, arguments)(*arguments)
-    monkeypatch.setattr("cupy_msda.export.forward", None)
+    monkeypatch.setattr("cupy_msda.torch.export.forward", None)
     torch.testing.assert_close(output, model(*arguments).detach())
 
 

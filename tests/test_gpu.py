@@ -20,7 +20,7 @@ from cupy_msda import (  # noqa: E402
     reference,
     warmup,
 )
-from cupy_msda import compile as compile_module  # noqa: E402
+from cupy_msda.cuda import compile as compile_module  # noqa: E402
 from tests.problems import (  # noqa: E402
     DTYPES,
     away_from_edges,
@@ -133,7 +133,8 @@ def test_shapes_of_models(name, dtypes):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), HALF], ids=str)
 @pytest.mark.parametrize("name", ["detr-encoder", "mask2former-512", "bevformer-tsa"])
 def test_the_order_of_the_queries_changes_no_bit(name, dtypes):
-    from cupy_msda import contract, launch, plans
+    from cupy_msda import contract
+    from cupy_msda.cuda import launch, plans
 
     sizes, rest = MODELS[name]
     inputs = random_inputs(sizes, **{"m": 8, "d": 32, **rest}, dtypes=dtypes, device=DEVICE)

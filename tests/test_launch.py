@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import api, launch, plans
-from cupy_msda import compile as compiler
-from cupy_msda.contract import Grids, LevelTable, Problem, check
+from cupy_msda import api
+from cupy_msda.contract import check
+from cupy_msda.cuda import compile as compiler
+from cupy_msda.cuda import launch, plans
+from cupy_msda.problem import Grids, LevelTable, Problem
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs, check_against_reference, random_inputs
 
@@ -277,7 +279,7 @@ def test_given_grids_are_an_order_for_half_as_many_queries() -> None:
         problem = small._replace(**changed)
         plan = plans.plan_forward(problem, table, multiprocessors, grids)
         sums_by_cell = plans._sorted(problem, multiprocessors, grids)
-        assert sums_by_cell == plan.kernel.name.startswith("msda_forward_ordered<")
+        assert sums_by_cell == plan.kernel.name.startswith("msda_forward_persistent<")
         return sums_by_cell
 
     assert [ordered(n, ()) for n in (most, most + 1)] == [True, False]
@@ -321,7 +323,10 @@ def test_the_order_reaches_the_kernels_from_the_array_functions(
     gradients = api.ms_deform_attn_backward(grad_output, *arguments, query_order=order)
     tensors = [torch.from_numpy(np.asarray(array)) for array in (output, *gradients)]
     check_against_reference(inputs, tensors[0], tensors[1:])
-    assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (ordered, ordered)
+    assert ("msda_forward_persistent" in names, "msda_backward_value_binned" in names) == (
+        ordered,
+        ordered,
+    )
 
 
 def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known() -> None:
@@ -338,7 +343,9 @@ def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known()
 
     decoder = encoder._replace(num_queries=900)
     for ordered in (plan(encoder), plan(decoder, ((30, 30),), 100)):
-        assert ordered.kernel.name.startswith("msda_backward_ordered<float, float, float, 8, 32, ")
+        assert ordered.kernel.name.startswith(
+            "msda_backward_persistent<float, float, float, 8, 32, "
+        )
         assert (ordered.grid[1:], ordered.block) == ((1, 1), (1024, 1, 1))
     assert plan(encoder).grid == (132, 1, 1)
     assert list(plan(decoder, ((30, 30),), 100).params["grids"][0]) == [30, 30]
@@ -410,7 +417,14 @@ def test_compiled_once_per_device(monkeypatch) -> None:
 
 
 def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
-    for file in ("forward.cu", "backward.cu", "generic.cu", "fixed.cu", "owner.cu", "sorted.cu"):
+    for file in (
+        "forward.cu",
+        "backward.cu",
+        "generic.cu",
+        "fixed_point.cu",
+        "backward_value_tiled.cu",
+        "backward_value_binned.cu",
+    ):
         source = compiler.assemble(file)
         assert "#include" not in source
         assert "#pragma once" not in source

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from cupy_msda import plans
-from cupy_msda.compile import OPTIONS, Kernel, assemble
-from cupy_msda.contract import LevelTable, Problem
+from cupy_msda.cuda import plans
+from cupy_msda.cuda.compile import OPTIONS, Kernel, assemble
+from cupy_msda.problem import LevelTable, Problem
 
 nvrtc = pytest.importorskip(
     "cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC"
@@ -149,9 +149,9 @@ BUDGETS = {
     "forward.cu": Budget(64, 16),
     "backward.cu": Budget(80, 40),
     "generic.cu": Budget(80, 16),
-    "fixed.cu": Budget(64, 0),
-    "owner.cu": Budget(64, 8),
-    "sorted.cu": Budget(80, 0),
+    "fixed_point.cu": Budget(64, 0),
+    "backward_value_tiled.cu": Budget(64, 8),
+    "backward_value_binned.cu": Budget(80, 0),
 }
 
 

@@ -109,7 +109,7 @@ import site, sys
 site.addsitedir(sys.argv[1])
 sys.path.append(sys.argv[2])
 import cupy_msda
-from cupy_msda.compile import assemble, kernel_dir
+from cupy_msda.cuda.compile import assemble, kernel_dir
 print(cupy_msda.__file__)
 print(kernel_dir())
 assert "__global__" in assemble("forward.cu")

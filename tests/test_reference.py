@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cupy_msda import reference
-from cupy_msda.contract import Level
+from cupy_msda.problem import Level
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

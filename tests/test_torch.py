@@ -19,16 +19,17 @@ from torch.autograd import gradcheck, gradgradcheck
 from cupy_msda import (
     MSDeformAttn,
     MSDeformAttnFunction,
-    host,
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
-    operators,
-    plans,
     reference,
 )
-from cupy_msda import torch as backend
-from cupy_msda.contract import Level, LevelTable, check
+from cupy_msda.contract import check
+from cupy_msda.cpu import backend as host
+from cupy_msda.cuda import plans
+from cupy_msda.problem import Level, LevelTable
+from cupy_msda.torch import functions as backend
+from cupy_msda.torch import operators
 from tests.problems import (
     DTYPES,
     away_from_edges,
@@ -243,7 +244,7 @@ def test_host_tensors_are_shared_with_numpy_not_copied(monkeypatch):
 
 def test_cpu_kernels_use_as_many_threads_as_torch(monkeypatch):
     """A DataLoader's worker, say, is told to use one."""
-    cpu = pytest.importorskip("cupy_msda.cpu", reason="needs Numba")
+    cpu = pytest.importorskip("cupy_msda.cpu.kernels", reason="needs Numba")
     seen = []
 
     def spy(real, *arguments, threads):
@@ -830,7 +831,7 @@ def test_without_cupy_the_error_names_the_extra_that_fits_torch(cuda, extra, mon
 
 
 class FakeLaunch:
-    """`cupy_msda.launch` for exported host memory: the reference, on what a kernel would be given."""
+    """`cupy_msda.cuda.launch` for exported host memory: the reference, on what a kernel would be given."""
 
     def __init__(self):
         self.computed = []

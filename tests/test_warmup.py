@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import cupy_msda
-from cupy_msda import launch, ms_deform_attn, ms_deform_attn_backward, plans
-from cupy_msda.compile import Kernel
-from cupy_msda.contract import LevelTable, Problem, check_query_order
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward
+from cupy_msda.contract import check_query_order
+from cupy_msda.cuda import launch, plans
+from cupy_msda.cuda.compile import Kernel
+from cupy_msda.problem import LevelTable, Problem
 
 VALUE, LOCATIONS = (2, 26, 3, 16), (2, 5, 3, 2, 4, 2)
 
@@ -80,7 +82,10 @@ def test_calls_find_their_kernels_compiled(
     assert compiled == warm
     owned = deterministic and most_points_owned and head_dim == 16 and dtypes[0] != "float64"
     files = {kernel.file for kernel, _ in compiled}
-    assert ("owner.cu" in files, "fixed.cu" in files) == (owned, deterministic and not owned)
+    assert ("backward_value_tiled.cu" in files, "fixed_point.cu" in files) == (
+        owned,
+        deterministic and not owned,
+    )
 
 
 @pytest.mark.parametrize("order", ["auto", None, [(20, 20), (10, 10)]], ids=str)
@@ -97,7 +102,10 @@ def test_calls_in_an_order_find_their_kernels_compiled(compiled, order) -> None:
     assert compiled == warm
     names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
     given = isinstance(order, list)
-    assert ("msda_forward_ordered" in names, "msda_sorted" in names) == (given, given)
+    assert ("msda_forward_persistent" in names, "msda_backward_value_binned" in names) == (
+        given,
+        given,
+    )
 
 
 def test_encoders_find_theirs(compiled, deterministic) -> None:
@@ -114,7 +122,7 @@ def test_encoders_find_theirs(compiled, deterministic) -> None:
         launch.backward(problem, table, [None] * 4, needed, sums)
     assert compiled == warm
     names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
-    assert {"msda_forward_ordered", "msda_backward_ordered"} < names
+    assert {"msda_forward_persistent", "msda_backward_persistent"} < names
     assert "msda_backward" not in names
 
 
@@ -126,7 +134,7 @@ def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", np.float16, np.dtype("float64")])
 def test_host_calls_compile_nothing_any_more(dtype) -> None:
-    cpu = pytest.importorskip("cupy_msda.cpu", reason="needs Numba")
+    cpu = pytest.importorskip("cupy_msda.cpu.kernels", reason="needs Numba")
     name = np.dtype(dtype).name
     wide = np.float64 if name == "float64" else np.float32
     head_dim = {"float32": 23, "float16": 29, "float64": 31}[name]  # that no other test has

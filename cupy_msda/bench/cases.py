@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cupy_msda.contract import Level
+from cupy_msda.problem import Level
 
 _DETR = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333 at strides 8 to 64
 _RTDETR = ((80, 80), (40, 40), (20, 20))

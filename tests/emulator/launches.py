@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cupy_msda import plans
-from cupy_msda.compile import assemble
-from cupy_msda.contract import Grids, LevelTable, Problem, check
+from cupy_msda.contract import check
+from cupy_msda.cuda import plans
+from cupy_msda.cuda.compile import assemble
+from cupy_msda.problem import Grids, LevelTable, Problem
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs
 

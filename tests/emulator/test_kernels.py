@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import plans, reference
-from cupy_msda.compile import Kernel, assemble
-from cupy_msda.contract import Level, LevelTable
+from cupy_msda import reference
+from cupy_msda.cuda import plans
+from cupy_msda.cuda.compile import Kernel, assemble
+from cupy_msda.problem import Level, LevelTable
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated, EmulatorError
 from tests.emulator.launches import backward, backward_fixed, backward_owner, checked, forward
@@ -682,7 +683,7 @@ def _without(source: str, fence: str, number: int) -> str:
 FENCED = {
     "forward.cu": problem(2, THREE, 8, 32, 33, 8),
     "generic.cu": problem(2, THREE, 3, 30, 11, 24),
-    "owner.cu": problem(1, ((3, 5), (2, 2)), 1, 8, 600, 8),
+    "backward_value_tiled.cu": problem(1, ((3, 5), (2, 2)), 1, 8, 600, 8),
 }
 
 
@@ -731,7 +732,7 @@ def test_a_missing_fence_of_the_owners_shows(fence: str, number: int) -> None:
     """But for two: at the second __syncwarp the lanes have met for the vote before it, and at the last
     __syncthreads the emulator's warps have come equally far.
     """
-    inputs, source = FENCED["owner.cu"], assemble("owner.cu")
+    inputs, source = FENCED["backward_value_tiled.cu"], assemble("backward_value_tiled.cu")
     assert source.count(fence) > number
     options = {"source": _without(source, fence, number), "sanitize": True}  # it may read anywhere
     good = backward_owner(inputs)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import plans, reference
-from cupy_msda.compile import assemble
-from cupy_msda.contract import Grids, Level, LevelTable, Problem
+from cupy_msda import reference
+from cupy_msda.cuda import plans
+from cupy_msda.cuda.compile import assemble
+from cupy_msda.problem import Grids, Level, LevelTable, Problem
 from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated
 from tests.emulator.launches import backward, backward_sorted, checked, emulate, forward, poisoned
@@ -59,7 +60,7 @@ def kernel_order(lq: int, levels: Sizes | None, grids: Sizes = ()) -> list[int]:
     params = plans._params(problem, LevelTable(((1, 1),) * 4, (0,) * 4), grids=tuple(grids))
     order = np.full(lq, -1, np.int32)
     sizes = None if levels is None else np.array(levels, np.int64)
-    Emulated(assemble("order.cuh") + ORDERS, "orders")(
+    Emulated(assemble("tile_scheduler.cuh") + ORDERS, "orders")(
         (1, 1, 1), (256, 1, 1), [order, sizes, params]
     )
     return list(order)
@@ -295,7 +296,7 @@ BROKEN = [
 
 @pytest.mark.parametrize(("right", "wrong", "walk"), BROKEN, ids=str)
 def test_a_wrong_walk_shows(right: str, wrong: str, walk: str) -> None:
-    source = assemble("sorted.cu")
+    source = assemble("backward_value_binned.cu")
     assert source.count(right) == 1
     inputs = placed(WALKS[walk], [(8, 8)])
     with pytest.raises(AssertionError):
@@ -305,7 +306,9 @@ def test_a_wrong_walk_shows(right: str, wrong: str, walk: str) -> None:
 def test_sums_reach_memory_once_for_many_points() -> None:
     """Two batches of 1024 points of one cell, added up by 32 groups each: 64 additions to each of its corners."""
     inputs = placed(WALKS["one-cell"], [(8, 8)], lq=512)
-    counting = assemble("sorted.cu").replace("s[0], s[1], s[2],", "1.0f, 1.0f, 1.0f,")
+    counting = assemble("backward_value_binned.cu").replace(
+        "s[0], s[1], s[2],", "1.0f, 1.0f, 1.0f,"
+    )
     counts = backward_sorted(inputs, source=counting.replace("s[3]);", "1.0f);"))
     assert counts.unique().tolist() == [0, 64]
     assert (counts > 0).sum() == 4 * 32

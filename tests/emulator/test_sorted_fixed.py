@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cupy_msda.compile import assemble
-from cupy_msda.contract import LevelTable
+from cupy_msda.cuda.compile import assemble
+from cupy_msda.problem import LevelTable
 from tests.emulator.emulator import EmulatorError
 from tests.emulator.launches import backward_fixed, backward_sorted, backward_sorted_fixed
 from tests.emulator.test_order import ENCODERS, WALKS, assert_value, placed
@@ -43,7 +43,7 @@ def test_the_same_bits_in_any_order(case: str) -> None:
 def test_without_the_numbers_bits_depend_on_the_order(case: str) -> None:
     """Else the test above would show nothing: neither of the list nor of the sums in memory."""
     stable = "sort_points<P, FIXED>"
-    source = assemble("sorted.cu")
+    source = assemble("backward_value_binned.cu")
     assert source.count(stable) == 1
     unstable = source.replace(stable, "sort_points<P, false>")
     for run, options in ((backward_sorted_fixed, {"source": unstable}), (backward_sorted, {})):
@@ -119,7 +119,7 @@ FENCES = {
 
 @pytest.mark.parametrize(("fence", "none"), FENCES.values(), ids=FENCES.keys())
 def test_a_missing_fence_shows(fence: str, none: str) -> None:
-    source = assemble("sorted.cu")
+    source = assemble("backward_value_binned.cu")
     assert source.count(fence) == 1
     inputs = placed(WALKS["a-row-of-cells"], [(8, 8)])
     good = backward_sorted_fixed(inputs)

@@ -13,16 +13,17 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from cupy_msda import reference
-from cupy_msda.contract import LevelTable, Problem, dtype_name
+from cupy_msda.arrays import dtype_name
+from cupy_msda.problem import LevelTable, Problem
 
 
 @cache
 def backend() -> ModuleType:
-    """`cupy_msda.cpu` if Numba is installed, else `cupy_msda.reference`.
+    """`cupy_msda.cpu.kernels` if Numba is installed, else `cupy_msda.reference`.
 
     A Numba that is installed and broken raises its own error.
     """
-    return reference if find_spec("numba") is None else import_module("cupy_msda.cpu")
+    return reference if find_spec("numba") is None else import_module("cupy_msda.cpu.kernels")
 
 
 def forward(

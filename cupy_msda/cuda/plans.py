@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupy_msda.compile import Kernel
-from cupy_msda.contract import MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
+from cupy_msda.cuda.compile import Kernel
+from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
 BLOCK = 256
 ORDERED_BLOCK = 1024
@@ -23,10 +23,10 @@ _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
 _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
-# owner.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
+# backward_value_tiled.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
 _MOST_POINTS_OWNED = 8192
 _TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
-# sorted.cu: counters of a block's points by level and bin, and the points of its 256 queries.
+# backward_value_binned.cu: counters of a block's points by level and bin, and the points of its 256 queries.
 _MOST_LEVELS_SORTED = 8
 _MOST_POINTS_SORTED = 32
 NO_TABLE = LevelTable(None, None)
@@ -52,7 +52,7 @@ def plan_forward(
     group = problem.head_dim // vector
     if _ordered(problem, group, multiprocessors, grids):
         return _ordered_plan(
-            problem, table, multiprocessors, grids, "forward.cu", "msda_forward_ordered"
+            problem, table, multiprocessors, grids, "forward.cu", "msda_forward_persistent"
         )
     split = _split(problem, group, WARP // group, multiprocessors)
     arguments = (*_shape_arguments(problem), split)
@@ -81,7 +81,7 @@ def plan_backward(
     persistent = needs_points and not needs_value and group < WARP
     if persistent and _ordered(problem, group, multiprocessors, grids):
         return _ordered_plan(
-            problem, table, multiprocessors, grids, "backward.cu", "msda_backward_ordered"
+            problem, table, multiprocessors, grids, "backward.cu", "msda_backward_persistent"
         )
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes, so smaller parts would leave lanes idle.
@@ -103,15 +103,16 @@ def plan_sorted(
     """
     arguments = (*_shape_arguments(problem), _cpp_bool(fixed))
     template = ", ".join([_types(problem), *map(str, arguments)])
-    kernel = Kernel("sorted.cu", f"msda_sorted<{template}>")
+    kernel = Kernel("backward_value_binned.cu", f"msda_backward_value_binned<{template}>")
     grid = _grid(problem, -(-problem.num_queries // BLOCK))
     return Plan(kernel, grid, (BLOCK, 1, 1), _params(problem, table, grids=grids))
 
 
 def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -> bool:
-    """Whether to take the rows, of `group` lanes each, in the order of order.cuh (benchmarks/README.md has what this
-    saves): where the levels are the grids, if a block on every multiprocessor is full; on grids that were given, unless
-    the rows are so few that `_split` shares out their points, which adds them up in another order.
+    """True if the persistent, tiled kernel should run, with `group` lanes to a row.
+
+    With the levels as grids: if a block on every multiprocessor is full. On given grids: unless the rows are so few
+    that split-K would run instead, which adds the points of a row up in another order.
     """
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
     if grids is None or (not grids and lq != s):
@@ -121,7 +122,7 @@ def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -
 
 
 def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:
-    """Whether gradients of value come from sorted.cu."""
+    """Whether gradients of value come from backward_value_binned.cu."""
     return (
         _specialised(problem, 4)
         and problem.num_levels <= _MOST_LEVELS_SORTED
@@ -133,18 +134,18 @@ def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:
 @lru_cache(maxsize=1024)
 def plan_scale(problem: Problem, table: LevelTable, multiprocessors: int = 1) -> Plan:
     """What finds the quantum of the sums in fixed point; `table` holds host facts only."""
-    name = f"msda_scale<{_types(problem)}>"
+    name = f"msda_fixed_point_scale<{_types(problem)}>"
     grid = _filling_grid(problem, problem.num_queries, multiprocessors)
     params = _params(problem, table, MAX_HOST_LEVELS)
-    return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), params)
+    return Plan(Kernel("fixed_point.cu", name), grid, (BLOCK, 1, 1), params)
 
 
 @lru_cache(maxsize=1024)
 def plan_finish(problem: Problem, multiprocessors: int = 1) -> Plan:
     """What turns the sums in fixed point into the gradient of value."""
-    name = f"msda_finish<{_CPP[problem.value_dtype]}>"
+    name = f"msda_fixed_point_finish<{_CPP[problem.value_dtype]}>"
     grid = _filling_grid(problem, problem.spatial_size, multiprocessors)
-    return Plan(Kernel("fixed.cu", name), grid, (BLOCK, 1, 1), _params(problem, NO_TABLE, 0))
+    return Plan(Kernel("fixed_point.cu", name), grid, (BLOCK, 1, 1), _params(problem, NO_TABLE, 0))
 
 
 @lru_cache(maxsize=1024)
@@ -152,7 +153,7 @@ def plan_owner(problem: Problem, table: LevelTable) -> Plan:
     """The reproducible gradient of value without sums in memory; `table` holds host facts only."""
     arguments = (*_shape_arguments(problem), _TILE_ELEMENTS // problem.head_dim)
     template = ", ".join([_types(problem), *map(str, arguments)])
-    kernel = Kernel("owner.cu", f"msda_owner<{template}>")
+    kernel = Kernel("backward_value_tiled.cu", f"msda_backward_value_tiled<{template}>")
     return Plan(kernel, (_tiles(problem), 1, 1), (BLOCK, 1, 1), _params(problem, table))
 
 
@@ -168,24 +169,24 @@ def plan_value(
 
 
 def is_owned(problem: Problem) -> bool:
-    """Whether reproducible gradients of value come from owner.cu."""
+    """Whether reproducible gradients of value come from backward_value_tiled.cu."""
     few = problem.num_queries * problem.num_points <= _MOST_POINTS_OWNED
     return few and _specialised(problem, 4) and _tiles(problem) < 2**31
 
 
 def _tiles(problem: Problem) -> int:
-    """How many tiles, of all images and heads, owner.cu has to fill."""
+    """How many tiles, of all images and heads, backward_value_tiled.cu has to fill."""
     positions = _TILE_ELEMENTS // problem.head_dim
     return problem.batch * problem.num_heads * -(-problem.spatial_size // positions)
 
 
 def num_sums(problem: Problem) -> int:
-    """Size of the zeroed int64 array that `backward` takes; 0 where owner.cu does without."""
+    """Size of the zeroed int64 array that `backward` takes; 0 where backward_value_tiled.cu does without."""
     return 0 if is_owned(problem) else num_fixed_sums(problem)
 
 
 def num_fixed_sums(problem: Problem) -> int:
-    """Size of the array for sums in fixed point, as in fixed.cuh."""
+    """Size of the array for sums in fixed point, as in fixed_point.cuh."""
     limbs = 2 if problem.value_dtype == "float64" else 1
     image_heads = problem.batch * problem.num_heads
     return image_heads * (limbs * problem.spatial_size * problem.head_dim + 1)

@@ -2,8 +2,8 @@
 // The gradient of value for encoders: points are sorted by cell, and summed in registers before they go to memory.
 //
 // Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well. FIXED: it is
-//          the array of sums that fixed.cuh describes. backward.cu computes the other two gradients.
-// Threads  A block takes 256 queries that follow one another in the order of order.cuh, of one image and head. It counts
+//          the array of sums that fixed_point.cuh describes. backward.cu computes the other two gradients.
+// Threads  A block takes 256 queries that follow one another in the order of tile_scheduler.cuh, of one image and head. It counts
 //          their points by level, row modulo 32 and column modulo 32, and lists them in the order of those bins. Then
 //          every group of G = D / 4 lanes walks through a stretch of the list, a lane on four channels: the sums of the
 //          four corners stay in registers while one point after the other lies in the same cell. If the next cell is
@@ -11,8 +11,8 @@
 //          are listed in the order of their rows, so that every sum comes out the same; a lane's channels lie G apart.
 // Grid     x: batches of queries, y and z: (image, head).
 // Limits   as backward.cu; at most 8 levels and 32 points a row, fewer than 2^31 rows.
-#include "fixed.cuh"
-#include "order.cuh"
+#include "fixed_point.cuh"
+#include "tile_scheduler.cuh"
 #include "records.cuh"
 
 constexpr int VEC = 4, CORNERS = 4;
@@ -218,10 +218,11 @@ __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, c
 
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, bool FIXED>
 __global__ void __launch_bounds__(BLOCK, 3)
-    msda_sorted(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                const Weight* __restrict__ weights, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
-                const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                const __grid_constant__ OrderedParams<L> p) {
+    msda_backward_value_binned(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+                               const Weight* __restrict__ weights,
+                               typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                               const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                               const __grid_constant__ OrderedParams<L> p) {
   using Addend = typename Accumulator<Value, FIXED>::type;
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value), AHEAD = G < 4 ? G : 4;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");

@@ -18,17 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from cupy_msda import host
-from cupy_msda.contract import (
-    Grids,
-    Level,
-    LevelTable,
-    Problem,
-    check,
-    check_grad_output,
-    check_query_order,
-)
-from cupy_msda.plans import num_sums
+from cupy_msda.contract import check, check_grad_output, check_query_order
+from cupy_msda.cpu import backend as host
+from cupy_msda.cuda.plans import num_sums
+from cupy_msda.problem import Grids, Level, LevelTable, Problem
 
 # The level table as the operators take it: each half as a tensor that is passed on unread, or as
 # flat integers (H0, W0, H1, W1, ...); with neither for the starts, levels follow one another.
@@ -307,8 +300,8 @@ def _device_backward(
 
 @cache
 def _launch() -> ModuleType:
-    """`cupy_msda.launch`, once CuPy is known to be there."""
-    from cupy_msda import launch
+    """`cupy_msda.cuda.launch`, once CuPy is known to be there."""
+    from cupy_msda.cuda import launch
 
     launch.require_cupy(torch.version.cuda)
     return launch

@@ -91,7 +91,8 @@ __device__ inline Scale<Real> read_scale(Sum* sums, const Shape& p, long long im
   // |grad_output| < 2^of_grad and |weight| < 2^of_weight.
   const int of_grad = max(fields[0], 1) + LOWEST, of_weight = max(fields[1], 1) + LOWEST;
   long long addends = static_cast<long long>(p.num_queries) * p.num_levels * p.num_points;
-  addends += addends >> 10;  // sorted.cu adds up to 8192 of them as floats, each sum too large by 2^-11 at most
+  addends +=
+      addends >> 10;  // backward_value_binned.cu adds up to 8192 of them as floats, each sum too large by 2^-11 at most
   const int bits = min(MOST_BITS, VALID_BITS - (64 - __clzll(addends)));
   const int taken = min(of_weight, -LOWEST);  // 2^-taken must be a normal number
   return {power(Real{}, -taken), bits - of_grad - (of_weight - taken), of_grad + of_weight - bits, bits, elements(p)};

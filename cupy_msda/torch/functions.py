@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from cupy_msda import transforms
-from cupy_msda.contract import (
-    INT32_MAX,
-    check,
-    check_grad_output,
-    check_query_order,
-    unsupported_device,
-)
-from cupy_msda.operators import BACKWARD, FORWARD
+from cupy_msda.contract import check, check_grad_output, check_query_order, unsupported_device
+from cupy_msda.problem import INT32_MAX
+from cupy_msda.torch import derivatives as transforms
+from cupy_msda.torch.operators import BACKWARD, FORWARD
 
 _AUTO = "auto"
 
@@ -338,7 +333,7 @@ def _forward(*operands: Any) -> Tensor:
     """The forward operator or, for ONNX, which has standard operators only, its decomposition."""
     # The first question is the cheaper one.
     if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        from cupy_msda import export
+        from cupy_msda.torch import export
 
         return export.forward(*operands)
     return FORWARD(*operands)  # type: ignore[no-any-return]

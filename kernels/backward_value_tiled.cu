@@ -187,9 +187,10 @@ __device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsig
 
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int TILE>
 __global__ void __launch_bounds__(BLOCK, 4)
-    msda_owner(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-               const Weight* __restrict__ weights, Value* __restrict__ grad_value, const long long* __restrict__ sizes,
-               const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
+    msda_backward_value_tiled(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+                              const Weight* __restrict__ weights, Value* __restrict__ grad_value,
+                              const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                              const __grid_constant__ Params<L> p) {
   constexpr int COUNT = 16 / sizeof(Value);  // channels that a thread writes at a time
   constexpr int ROWS = BLOCK * COUNT / D;    // positions that the block writes at a time
   static_assert(STEP * WARPS <= 1 << 16, "a listed point has 16 bits");

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
-from cupy_msda.contract import MAX_GRIDS
-from cupy_msda.operators import BACKWARD, FORWARD, levels_of
+from cupy_msda.problem import MAX_GRIDS
+from cupy_msda.torch.operators import BACKWARD, FORWARD, levels_of
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
 _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)

@@ -31,7 +31,7 @@ class KernelCompileError(RuntimeError):
 
 def kernel_dir() -> Path:
     """The folder of the .cu and .cuh files: in the installed package, else beside it in a source tree."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "forward.cu").is_file():
             return folder

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from cupy_msda import reference
-from cupy_msda.contract import Level, check, check_query_order
-from cupy_msda.operators import (
+from cupy_msda.contract import check, check_query_order
+from cupy_msda.problem import Level
+from cupy_msda.torch.operators import (
     BACKWARD,
     FORWARD,
     as_given,

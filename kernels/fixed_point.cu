@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// What goes before and after a backward that sums gradients of value in fixed point (fixed.cuh): msda_scale finds the
-// largest exponents that decide the quantum of each (image, head), msda_finish turns the sums into grad_value.
+// What goes before and after a backward that sums gradients of value in fixed point (fixed_point.cuh): msda_fixed_point_scale finds the
+// largest exponents that decide the quantum of each (image, head), msda_fixed_point_finish turns the sums into grad_value.
 //
-// Layout   grad_output, locations, weights and grad_value as in backward.cu, sums as in fixed.cuh.
-// Threads  One warp takes a row of one (image, head), msda_scale a query's and msda_finish a position's, with its lanes
+// Layout   grad_output, locations, weights and grad_value as in backward.cu, sums as in fixed_point.cuh.
+// Threads  One warp takes a row of one (image, head), msda_fixed_point_scale a query's and msda_fixed_point_finish a position's, with its lanes
 //          over the channels or points, then the row that lies as many rows further as the grid has warps.
 // Grid     x: enough blocks to fill the device, y and z: (image, head). All offsets are 64-bit.
 #include "bilinear.cuh"
-#include "fixed.cuh"
+#include "fixed_point.cuh"
 #include "scalar.cuh"
 
 // Which rows of which (image, head) a warp takes.
@@ -36,9 +36,10 @@ __device__ inline void keep_largest(int* to, int number) {
 
 template <typename Value, typename Location, typename Weight>
 __global__ void __launch_bounds__(BLOCK)
-    msda_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-               const Weight* __restrict__ weights, Sum* __restrict__ sums, const long long* __restrict__ sizes,
-               const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
+    msda_fixed_point_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
+                           const Weight* __restrict__ weights, Sum* __restrict__ sums,
+                           const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                           const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   const Rows rows = these_rows(p);
   if (!rows.active) return;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(BLOCK)
 
 template <typename Value>
 __global__ void __launch_bounds__(BLOCK)
-    msda_finish(Sum* __restrict__ sums, Value* __restrict__ grad_value, const __grid_constant__ Shape p) {
+    msda_fixed_point_finish(Sum* __restrict__ sums, Value* __restrict__ grad_value, const __grid_constant__ Shape p) {
   using Real = typename Compute<Value>::type;
   const Rows rows = these_rows(p);
   if (!rows.active) return;

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cupy_msda.compile import load
-from cupy_msda.contract import Grids, LevelTable, Problem
-from cupy_msda.plans import (
+from cupy_msda.cuda.compile import load
+from cupy_msda.cuda.plans import (
     NO_TABLE,
     Plan,
     is_owned,
@@ -22,6 +21,7 @@ from cupy_msda.plans import (
     plan_scale,
     plan_value,
 )
+from cupy_msda.problem import Grids, LevelTable, Problem
 
 ALIGNMENT = 16  # bytes: the widest load
 

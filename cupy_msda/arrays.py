@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an array of any library says of itself: library, dtype, place. Its contents are never read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LIBRARIES = ("numpy", "torch", "cupy")
+# DLPack's device codes: the host's memory, plain and pinned, and CUDA's, plain and managed.
+_DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
+
+
+def library(array: object) -> str:
+    """The top-level module of an array's type or of the first base of it that is known here."""
+    own = type(array).__module__.partition(".")[0]
+    if own in _LIBRARIES:  # before the bases, which older versions of Dynamo cannot walk
+        return own
+    names = (base.__module__.partition(".")[0] for base in type(array).__mro__)
+    return next((name for name in names if name in _LIBRARIES), own)
+
+
+def dtype_name(array: Any) -> str:
+    """The dtype without its library's prefix: "float32" for torch's and NumPy's alike."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def place(array: Any) -> str:
+    """Where the data lies, in torch's words for every library: "cpu", "cuda:0", "meta", ..."""
+    device = device_of(array)
+    if not isinstance(device, tuple):
+        return str(device)
+    kind = _DLPACK_DEVICES.get(int(device[0]), f"DLPack device {int(device[0])}")
+    return kind if kind == "cpu" else f"{kind}:{device[1]}"
+
+
+def on_host(array: Any) -> bool:
+    """Whether the host can read the array without copying it from a device."""
+    return place(array) == "cpu"
+
+
+def device_of(array: Any) -> Any:
+    """torch's device, or the pair by which DLPack names one: quicker to compare than their names."""
+    return array.device if library(array) == "torch" else tuple(array.__dlpack_device__())

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The types that describe one call; no checks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+INT32_MAX = 2**31 - 1
+MAX_HOST_LEVELS = 320  # a CUDA launch takes the level table by value, in at most 4 KB
+MAX_GRIDS = 16
+
+# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
+# queries as positions, the levels. None: queries are taken as they come.
+Grids = tuple[tuple[int, int], ...] | None
+
+
+class Level(NamedTuple):
+    """One feature level: H, W and where it starts among the S positions."""
+
+    height: int
+    width: int
+    start: int
+
+
+class LevelTable(NamedTuple):
+    """What is known of the levels, on the host (ints) or only on a device (integer arrays).
+
+    `sizes` is None when (H, W) are only in `device_sizes`; `starts` is None when they are only in
+    `device_starts` or, with both None, when the kernel derives them from `device_sizes`.
+    """
+
+    sizes: tuple[tuple[int, int], ...] | None
+    starts: tuple[int, ...] | None
+    device_sizes: Any = None
+    device_starts: Any = None
+
+    @property
+    def levels(self) -> tuple[Level, ...] | None:
+        """The whole table, or None while a part of it is only on a device."""
+        if self.sizes is None or self.starts is None:
+            return None
+        return _levels(self.sizes, self.starts)
+
+
+@lru_cache(maxsize=1024)
+def _levels(sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...]) -> tuple[Level, ...]:
+    """The table level by level."""
+    return tuple(Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=True))
+
+
+class Problem(NamedTuple):
+    """Sizes and dtypes of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
+
+    batch: int
+    spatial_size: int
+    num_heads: int
+    head_dim: int
+    num_queries: int
+    num_levels: int
+    num_points: int
+    value_dtype: str
+    location_dtype: str
+    weight_dtype: str
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no point can contribute anything, so that all results are zero or have no elements."""
+        return 0 in self[:7]
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """(N, Lq, M*D)."""
+        return self.batch, self.num_queries, self.num_heads * self.head_dim

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator on torch tensors."""
+
+from cupy_msda.torch.functions import (
+    MSDeformAttnFunction,
+    ms_deform_attn,
+    ms_deform_attn_backward,
+    ms_deform_attn_core_pytorch,
+)
+
+__all__ = [
+    "MSDeformAttnFunction",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_core_pytorch",
+]
