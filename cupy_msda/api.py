@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace
 
+import cupy_msda
 from cupy_msda.arrays import library, on_host
 from cupy_msda.contract import check, check_described, check_grad_output, check_query_order
-from cupy_msda.cpu import backend as host
+from cupy_msda.cpu import backend
+from cupy_msda.cuda import launch
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -86,16 +88,13 @@ def ms_deform_attn(
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if library(value) == "torch":
-        from cupy_msda import torch as torch_backend
-
-        return torch_backend.ms_deform_attn(*inputs, query_order=query_order)
+        return cupy_msda.torch.ms_deform_attn(*inputs, query_order=query_order)
     problem, table = check(*inputs)
     grids = check_query_order(query_order, problem.num_queries)
-    if not on_host(value):
-        from cupy_msda.cuda import launch
-
-        return _like(value, launch.forward_arrays(problem, table, value, *inputs[3:], grids))
-    return _like(value, host.forward(problem, table, value, *inputs[3:]))
+    arrays = (value, sampling_locations, attention_weights)
+    if on_host(value):
+        return _like(value, backend.forward(problem, table, *arrays))
+    return _like(value, launch.forward_arrays(problem, table, grids, *arrays))
 
 
 def ms_deform_attn_backward(
@@ -136,23 +135,19 @@ def ms_deform_attn_backward(
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if library(value) == "torch":
-        from cupy_msda import torch as torch_backend
-
-        gradients = torch_backend.ms_deform_attn_backward(
+        gradients = cupy_msda.torch.ms_deform_attn_backward(
             grad_output, *inputs, query_order=query_order
         )
         return MSDeformAttnGradients(*gradients)
     problem, table = check(*inputs)
     grids = check_query_order(query_order, problem.num_queries)
     check_grad_output(problem, grad_output, value)
-    arrays = (grad_output, value, sampling_locations, attention_weights)
-    if not on_host(value):
-        from cupy_msda.cuda import launch
-
-        gradients = launch.backward_arrays(problem, table, *arrays, grids)
+    arrays = (value, sampling_locations, attention_weights)
+    if on_host(value):
+        gradients = backend.backward(problem, table, grad_output, *arrays)
     else:
-        gradients = host.backward(problem, table, *arrays)
-    return MSDeformAttnGradients(*map(_like, arrays[1:], gradients))
+        gradients = launch.backward_arrays(problem, table, grids, grad_output, *arrays)
+    return MSDeformAttnGradients(*map(_like, arrays, gradients))
 
 
 def warmup(
@@ -182,7 +177,7 @@ def warmup(
         Of `sampling_locations` and `attention_weights`: float32, the default, or that of `value`;
         float64 by default for float64.
     backward : bool
-        Also the backward, for whichever gradients may be needed; the reproducible one if
+        Also the backward, for whichever gradients may be needed; the deterministic one if
         `torch.use_deterministic_algorithms(True)` holds now.
     device : str
         "cuda", the current device, "cuda:1", ..., or "cpu".
@@ -200,14 +195,11 @@ def warmup(
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f'device must be "cpu", "cuda" or "cuda:INDEX", got {device!r}')
     if kind == "cpu":
-        host.compile_ahead(problem, backward)
+        backend.compile_ahead(problem, backward)
     else:
-        from cupy_msda.cuda import launch
-
         torch = sys.modules.get("torch")
-        reproducible = torch is not None and torch.are_deterministic_algorithms_enabled()
-        where = int(index) if index else None
-        launch.compile_ahead(problem, backward, reproducible, where, grids)
+        deterministic = torch is not None and torch.are_deterministic_algorithms_enabled()
+        launch.warmup(problem, grids, int(index) if index else None, backward, deterministic)
 
 
 def _like(array: Any, result: Any) -> Any:

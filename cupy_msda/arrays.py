@@ -12,7 +12,10 @@ _DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
 
 def library(array: object) -> str:
     """The top-level module of an array's type or of the first base of it that is known here."""
-    own = type(array).__module__.partition(".")[0]
+    module = type(array).__module__
+    if module == "torch":  # a tensor, soonest: every call asks
+        return "torch"
+    own = module.partition(".")[0]
     if own in _LIBRARIES:  # before the bases, which older versions of Dynamo cannot walk
         return own
     names = (base.__module__.partition(".")[0] for base in type(array).__mro__)

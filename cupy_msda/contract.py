@@ -142,11 +142,11 @@ def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
 
 
 def check_query_order(query_order: Any, num_queries: int) -> Grids:
-    """Check `query_order` of a call with so many queries; no grids stand for "auto"."""
+    """Check `query_order` of a call with so many queries; None stands for "auto"."""
     if query_order is None:
-        return None
-    if isinstance(query_order, str) and query_order == "auto":
         return ()
+    if isinstance(query_order, str) and query_order == "auto":
+        return None
     try:
         grids = tuple(map(_grid, query_order))
     except TypeError as error:

@@ -10,8 +10,8 @@ INT32_MAX = 2**31 - 1
 MAX_HOST_LEVELS = 320  # a CUDA launch takes the level table by value, in at most 4 KB
 MAX_GRIDS = 16
 
-# The grids that queries lie on, one after another, as (H, W) pairs; none: where there are as many
-# queries as positions, the levels. None: queries are taken as they come.
+# The grids that queries lie on, one after another, as (H, W) pairs. (): queries as they come. None, not given: the
+# levels are the grids where there are as many queries as positions.
 Grids = tuple[tuple[int, int], ...] | None
 
 
@@ -36,6 +36,11 @@ class LevelTable(NamedTuple):
     device_starts: Any = None
 
     @property
+    def on_host(self) -> LevelTable:
+        """The part that the host knows, which is hashable."""
+        return LevelTable(self.sizes, self.starts)
+
+    @property
     def levels(self) -> tuple[Level, ...] | None:
         """The whole table, or None while a part of it is only on a device."""
         if self.sizes is None or self.starts is None:
@@ -47,6 +52,9 @@ class LevelTable(NamedTuple):
 def _levels(sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...]) -> tuple[Level, ...]:
     """The table level by level."""
     return tuple(Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=True))
+
+
+NO_TABLE = LevelTable(None, None)
 
 
 class Problem(NamedTuple):
@@ -67,6 +75,22 @@ class Problem(NamedTuple):
     def is_empty(self) -> bool:
         """Whether no point can contribute anything, so that all results are zero or have no elements."""
         return 0 in self[:7]
+
+    @property
+    def value_elements(self) -> int:
+        """N*S*M*D."""
+        return self.batch * self.spatial_size * self.num_heads * self.head_dim
+
+    @property
+    def point_elements(self) -> int:
+        """N*Lq*M*L*P."""
+        rows = self.batch * self.num_queries * self.num_heads
+        return rows * self.num_levels * self.num_points
+
+    @property
+    def output_elements(self) -> int:
+        """N*Lq*M*D."""
+        return self.batch * self.num_queries * self.num_heads * self.head_dim
 
     @property
     def output_shape(self) -> tuple[int, int, int]:

@@ -18,8 +18,8 @@ from cupy_msda import (  # noqa: E402
     ms_deform_attn,
     ms_deform_attn_backward,
     reference,
-    transforms,
 )
+from cupy_msda.torch import derivatives  # noqa: E402
 from tests.problems import Inputs, away_from_edges, random_inputs  # noqa: E402
 
 # torch scripts its own forward-mode decompositions on first use, and its linearize warns of its own graph.
@@ -231,11 +231,12 @@ def test_vmap_over_a_shared_value_runs_it_once(smooth, monkeypatch) -> None:
     shapes = []
 
     def spy(*arguments):
-        shapes.append((arguments[0].shape, arguments[5].shape[:2]))
+        value, locations, _ = Operands(*arguments).inputs
+        shapes.append((value.shape, locations.shape[:2]))
         return forward(*arguments)
 
-    forward = transforms.FORWARD
-    monkeypatch.setattr(transforms, "FORWARD", spy)
+    forward = derivatives.FORWARD
+    monkeypatch.setattr(derivatives, "FORWARD", spy)
     tensors, in_dims = samples(smooth, (1, 2), 0)
     func.vmap(by_operator(smooth), in_dims)(*tensors)
     assert shapes == [(smooth.value.shape, (1, 3 * 2))]
@@ -270,13 +271,17 @@ def test_samples_that_become_queries_lie_on_grids_of_their_own(
 ) -> None:
     orders = []
 
-    def spy(operator, position, *arguments):
-        orders.append(arguments[position])
+    def spy(operator, forward_of, *arguments):
+        order = forward_of(arguments).query_order
+        orders.append(None if order is None else list(order))
         return operator(*arguments)
 
-    for name, position in (("FORWARD", 7), ("BACKWARD", 10)):
-        operator = getattr(transforms, name)
-        monkeypatch.setattr(transforms, name, partial(spy, operator, position))
+    for name, forward_of in (
+        ("FORWARD", lambda arguments: Operands(*arguments)),
+        ("BACKWARD", lambda arguments: BackwardOperands.of(arguments).forward),
+    ):
+        operator = getattr(derivatives, name)
+        monkeypatch.setattr(derivatives, name, partial(spy, operator, forward_of))
 
     def function(value, *points):
         return ms_deform_attn(value, smooth.sizes, None, *points, query_order=order)
@@ -339,7 +344,7 @@ def traced(test):
     ):
         test = pytest.mark.filterwarnings(warning)(test)
     return pytest.mark.skipif(
-        not transforms._SEEN_BY_DYNAMO,
+        not derivatives._SEEN_BY_DYNAMO,
         reason="the compiler of this torch cannot see transforms of torch.func",
     )(test)
 

@@ -1,29 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the plans through CuPy: arrays in and out, on whose device and stream."""
+"""Run a plan: its launches, bound to one device, on the arrays of the calling thread.
+
+A thread has one DLTensor for each array name of a plan. A launch takes the addresses of their data pointers: whoever
+fills these in, through DLPack or from a CuPy array, has filled in the arguments of every launch of the plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupy_msda.cuda import dlpack
 from cupy_msda.cuda.compile import load
-from cupy_msda.cuda.plans import (
-    NO_TABLE,
-    Plan,
-    is_owned,
-    plan_backward,
-    plan_finish,
-    plan_forward,
-    plan_scale,
-    plan_value,
-)
-from cupy_msda.problem import Grids, LevelTable, Problem
+from cupy_msda.cuda.plans import ARRAYS, Device, Fill, Launch, Plan, plan_backward, plan_forward
+from cupy_msda.problem import NO_TABLE, Grids, LevelTable, Problem
 
 ALIGNMENT = 16  # bytes: the widest load
+SLOT = {name: number for number, name in enumerate(ARRAYS)}
+_NULL = len(ARRAYS)  # the slot of null pointers
+_MAX_TABLES = 4096
 
 
 def require_cupy(torch_cuda: str | None = None) -> Any:
@@ -42,193 +42,253 @@ def require_cupy(torch_cuda: str | None = None) -> Any:
     return cupy
 
 
-@contextmanager
-def on_stream(device: int, stream: int) -> Iterator[None]:
-    """Make `device` and the stream at this address CuPy's current ones."""
+class Arguments:
+    """The arguments that one thread's next launch takes.
+
+    `words` are its DLTensors, one after another in the order of `ARRAYS`, then one of zeros. `addresses` are
+    theirs; `inputs` has the bytes of those of the inputs and of the level table.
+    """
+
+    def __init__(self) -> None:
+        """Make room; all pointers are null."""
+        self.words = (ctypes.c_uint64 * (dlpack.WORDS * (_NULL + 1)))()
+        first, end = (8 * dlpack.WORDS * SLOT[name] for name in ("value", "output"))
+        self.inputs = memoryview(self.words).cast("B")[first:end]
+        base = ctypes.addressof(self.words)
+        self.addresses = [base + 8 * dlpack.WORDS * slot for slot in range(_NULL + 1)]
+        self.stream = ctypes.c_uint64()  # where a current stream may be written
+        self.stream_address = ctypes.addressof(self.stream)
+        self.tables: dict[int, int] = {}
+        self._kept: list[Any] = []
+        self.devices: set[int] = set()  # whose context the thread has made current once
+
+    def set_pointer(self, name: str, pointer: int) -> None:
+        """Let an array name stand for the memory at this address."""
+        self.words[dlpack.WORDS * SLOT[name]] = pointer
+
+    def pointer(self, name: str | None) -> int:
+        """The address that an array name stands for; 0 for None."""
+        return self.words[dlpack.WORDS * (_NULL if name is None else SLOT[name])]
+
+    def add_table(self, launch: Launch) -> int:
+        """Make the launch's array of pointers to arguments, as cuLaunchKernel takes it; its address."""
+        if len(self.tables) >= _MAX_TABLES:
+            self.tables.clear()
+            self._kept.clear()
+        slots = [_NULL if name is None else SLOT[name] for name in launch.arguments]
+        pointers = [*(self.addresses[slot] for slot in slots), launch.params.ctypes.data]
+        table = (ctypes.c_void_p * len(pointers))(*pointers)
+        # The launch is kept, so that its id stays its own.
+        self._kept.append((launch, table))
+        self.tables[id(launch)] = address = ctypes.addressof(table)
+        return address
+
+    def make_context_current(self, device: int) -> None:
+        """Make the current device's context the driver's current one: the runtime does so on its first call."""
+        require_cupy().cuda.runtime.setDevice(device)
+        self.devices.add(device)
+
+
+_local = threading.local()
+
+
+def thread_arguments() -> Arguments:
+    """The arguments of the calling thread."""
+    try:
+        return _local.arguments  # type: ignore[no-any-return]
+    except AttributeError:
+        _local.arguments = Arguments()
+        return _local.arguments  # type: ignore[no-any-return]
+
+
+Step = Callable[[Arguments, int], None]  # of the thread's arguments and the address of a stream
+
+
+class Bound(NamedTuple):
+    """A plan for one device, its kernels compiled; `cuda` is CuPy's module."""
+
+    plan: Plan
+    device: int
+    steps: tuple[Step, ...]
+    cuda: Any
+
+
+@lru_cache(maxsize=1024)
+def bind_forward(problem: Problem, table: LevelTable, grids: Grids, device: int) -> Bound:
+    """Plan a forward for the CUDA device of this index and compile what it launches; `table` as the host knows it."""
+    return _bind(plan_forward(problem, table, describe(device), grids), device)
+
+
+@lru_cache(maxsize=1024)
+def bind_backward(
+    problem: Problem,
+    table: LevelTable,
+    grids: Grids,
+    device: int,
+    needs_value: bool,
+    needs_points: bool,
+    deterministic: bool,
+) -> Bound:
+    """Plan a backward for the CUDA device of this index and compile what it launches."""
+    plan = plan_backward(
+        problem,
+        table,
+        describe(device),
+        grids,
+        needs_value=needs_value,
+        needs_points=needs_points,
+        deterministic=deterministic,
+    )
+    return _bind(plan, device)
+
+
+def run(bound: Bound, arguments: Arguments, stream: int) -> None:
+    """Queue the plan's launches on the stream at this address, on the thread's arguments."""
+    if bound.device not in arguments.devices or bound.cuda.runtime.getDevice() != bound.device:
+        with bound.cuda.Device(bound.device):
+            arguments.make_context_current(bound.device)
+            for step in bound.steps:
+                step(arguments, stream)
+    else:
+        for step in bound.steps:
+            step(arguments, stream)
+
+
+def warmup(
+    problem: Problem, grids: Grids, device: int | None, with_backward: bool, deterministic: bool
+) -> None:
+    """Compile what calls will launch on a device, or on CuPy's current one."""
+    index = require_cupy().cuda.runtime.getDevice() if device is None else device
+    case = problem, NO_TABLE, grids, index
+    bind_forward(*case)
+    for needs in ((True, True), (True, False), (False, True)) if with_backward else ():
+        bind_backward(*case, *needs, deterministic)
+
+
+@cache
+def describe(device: int) -> Device:
+    """What plans depend on, of the CUDA device of this index."""
+    found = require_cupy().cuda.Device(device)
+    attributes = found.attributes
+    return Device(
+        int(attributes["MultiProcessorCount"]),
+        str(found.compute_capability),
+        int(attributes["WarpSize"]),
+    )
+
+
+# --- from a plan to steps ------------------------------------------------------------------------
+
+
+def _bind(plan: Plan, device: int) -> Bound:
+    """Compile the plan's kernels for a device."""
     cupy = require_cupy()
-    streams = cupy.cuda.Stream
-    with (
-        cupy.cuda.Device(device),
-        streams.from_external(_External(stream)) if stream else streams.null,
-    ):
-        yield
+    with cupy.cuda.Device(device):
+        steps = tuple(
+            bind_fill(step) if isinstance(step, Fill) else bind_launch(step, device)
+            for step in plan.launches
+        )
+    return Bound(plan, device, steps, cupy.cuda)
 
 
-class _External:
-    """A stream of another library, as the protocol that CuPy reads."""
+def bind_fill(fill: Fill) -> Step:
+    """The step that fills an array with zeros."""
+    memset = require_cupy().cuda.runtime.memsetAsync
+    data, num_bytes = dlpack.WORDS * SLOT[fill.array], fill.num_bytes
 
-    def __init__(self, pointer: int) -> None:
-        self._pointer = pointer
+    def step(arguments: Arguments, stream: int) -> None:
+        memset(arguments.words[data], 0, num_bytes, stream)
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Protocol version and address."""
-        return 0, self._pointer
+    return step
+
+
+def bind_launch(launch: Launch, device: int) -> Step:
+    """The step that launches a kernel, which is compiled for the device: the current one."""
+    function = load(launch.kernel, device)
+    launch_kernel = getattr(require_cupy().cuda.driver, "launchKernel", None)
+    pointer = getattr(getattr(function, "kernel", None), "ptr", None)
+    if launch_kernel is None or pointer is None:
+        return _bind_raw_kernel(launch, function)
+    where, key = (pointer, *launch.grid, *launch.block, 0), id(launch)
+
+    def step(arguments: Arguments, stream: int) -> None:
+        table = arguments.tables.get(key) or arguments.add_table(launch)
+        launch_kernel(*where, stream, table, 0)
+
+    return step
+
+
+def _bind_raw_kernel(launch: Launch, function: Any) -> Step:
+    """The same by a call of the RawKernel, at several times the cost, for a CuPy without the driver's function."""
+    cupy = require_cupy()
+    params = launch.params.view(f"V{launch.params.nbytes}")
+
+    def step(arguments: Arguments, stream: int) -> None:
+        pointers = [np.intp(arguments.pointer(name)) for name in launch.arguments]
+        with cupy.cuda.ExternalStream(stream):
+            function(launch.grid, launch.block, (*pointers, params))
+
+    return step
+
+
+# --- CUDA arrays of other libraries than torch ---------------------------------------------------
 
 
 def forward_arrays(
-    problem: Problem,
-    table: LevelTable,
-    value: Any,
-    locations: Any,
-    weights: Any,
-    grids: Grids = (),
+    problem: Problem, table: LevelTable, grids: Grids, value: Any, locations: Any, weights: Any
 ) -> Any:
-    """The operator on CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
+    """The output for CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
     cupy = require_cupy()
-    with _device_of(value):
-        value, locations, weights = map(_aligned, (value, locations, weights))
-        if problem.is_empty:
-            return cupy.zeros(problem.output_shape, value.dtype)
-        output = cupy.empty(problem.output_shape, value.dtype)
-        forward(problem, _aligned_table(table), value, locations, weights, output, grids)
-    return output
+    device = value.__dlpack_device__()[1]
+    with cupy.cuda.Device(device):
+        given = {"value": value, "locations": locations, "weights": weights}
+        arrays = {name: _aligned(array) for name, array in given.items()}
+        arrays["output"] = cupy.empty(problem.output_shape, arrays["value"].dtype)
+        _run_arrays(bind_forward(problem, table.on_host, grids, device), arrays, table)
+    return arrays["output"]
 
 
 def backward_arrays(
     problem: Problem,
     table: LevelTable,
+    grids: Grids,
     grad_output: Any,
     value: Any,
     locations: Any,
     weights: Any,
-    grids: Grids = (),
 ) -> tuple[Any, Any, Any]:
-    """The three gradients on CUDA arrays of any library but torch, as CuPy arrays."""
+    """The three gradients for CUDA arrays of any library but torch, as CuPy arrays."""
     cupy = require_cupy()
-    with _device_of(value):
-        grad, *arrays = [_aligned(array) for array in (grad_output, value, locations, weights)]
-        accumulator = cupy.float64 if problem.value_dtype == "float64" else cupy.float32
-        of_points = map(cupy.zeros_like if problem.is_empty else cupy.empty_like, arrays[1:])
-        gradients = (cupy.zeros(value.shape, accumulator), *of_points)
-        if not problem.is_empty:
-            backward(problem, _aligned_table(table), (grad, *arrays), gradients, grids=grids)
-        return gradients[0].astype(arrays[0].dtype, copy=False), gradients[1], gradients[2]
+    device = value.__dlpack_device__()[1]
+    with cupy.cuda.Device(device):
+        given = {"grad_output": grad_output, "value": value}
+        given |= {"locations": locations, "weights": weights}
+        arrays = {name: _aligned(array) for name, array in given.items()}
+        gradients = {f"grad_{name}": cupy.empty_like(arrays[name]) for name in list(given)[1:]}
+        bound = bind_backward(problem, table.on_host, grids, device, True, True, False)
+        _run_arrays(bound, arrays | gradients, table)
+    by_value, by_locations, by_weights = gradients.values()
+    return by_value, by_locations, by_weights
 
 
-def forward(
-    problem: Problem,
-    table: LevelTable,
-    value: Any,
-    locations: Any,
-    weights: Any,
-    output: Any,
-    grids: Grids = (),
-) -> None:
-    """Launch the forward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned."""
-    device, multiprocessors = _current_device()
-    plan = plan_forward(problem, _host_part(table), multiprocessors, grids)
-    arrays = (value, locations, weights, output, *table[2:])
-    _launch(plan, device, map(_as_cupy, arrays))
-
-
-def backward(
-    problem: Problem,
-    table: LevelTable,
-    inputs: tuple[Any, Any, Any, Any],
-    gradients: tuple[Any, Any, Any],
-    sums: Any = None,
-    grids: Grids = (),
-) -> None:
-    """Launch the backward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned.
-
-    `inputs` are grad_output, value, locations and weights. Of the gradients, that of value may be
-    None, and so may the other two; it is a zeroed float32 (float64 for float64) accumulator, added
-    to in no fixed order. With `sums`, a zeroed int64 array of `num_sums` elements (which may be 0),
-    it is of the dtype of value instead, written whole, and reproducible bit for bit.
-    """
-    device, multiprocessors = _current_device()
-    case = problem, _host_part(table), multiprocessors
-    grad_output, *others = map(_as_cupy, inputs)
-    grad_value, *of_points = map(_as_cupy, gradients)
-    levels = [_as_cupy(array) for array in table[2:]]
-    needs_value, needs_points = (gradient is not None for gradient in gradients[:2])
-    separate = plan_value(*case, sums is not None, grids) if needs_value else None
-    fixed = sums is not None and not is_owned(problem)
-    added_to = _as_cupy(sums) if fixed else grad_value
-    if fixed:
-        _launch(plan_scale(*case), device, (grad_output, *others[1:], added_to, *levels))
-    if separate is not None:
-        _launch(separate, device, (grad_output, *others[1:], added_to, *levels))
-    if separate is None or needs_points:
-        together = separate is None and needs_value
-        plan = plan_backward(*case, together, needs_points, fixed and together, grids)
-        to = added_to if together else _as_cupy(None)
-        _launch(plan, device, (grad_output, *others, to, *of_points, *levels))
-    if fixed:
-        _launch(plan_finish(problem, multiprocessors), device, (added_to, grad_value))
-
-
-def compile_ahead(
-    problem: Problem,
-    with_backward: bool,
-    reproducible: bool,
-    device: int | None = None,
-    grids: Grids = (),
-) -> None:
-    """Compile what `forward` and `backward`, with sums or without, will launch on `device` or CuPy's current one."""
-    with require_cupy().cuda.Device(device):
-        index, multiprocessors = _current_device()
-        case = problem, NO_TABLE, multiprocessors
-        plans = [plan_forward(*case, grids)]
-        separate = plan_value(*case, reproducible, grids)
-        fixed = reproducible and not is_owned(problem)
-        if with_backward:
-            plans.append(plan_backward(*case, False, True, grids=grids))
-        if with_backward and separate is not None:
-            plans.append(separate)
-        elif with_backward:
-            plans += [plan_backward(*case, True, points, fixed) for points in (True, False)]
-        if with_backward and fixed:
-            plans += [plan_scale(*case), plan_finish(problem, multiprocessors)]
-        for plan in plans:
-            load(plan.kernel, index)
-
-
-def _launch(plan: Plan, device: int, arrays: Iterable[Any]) -> None:
-    """Launch on CuPy arrays, which the parameters follow."""
-    load(plan.kernel, device)(plan.grid, plan.block, (*arrays, plan.params))
-
-
-def _host_part(table: LevelTable) -> LevelTable:
-    """The table without its device arrays, as a key of the plan."""
-    return LevelTable(table.sizes, table.starts)
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    """How many multiprocessors a device has."""
-    return int(require_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
-
-
-def _current_device() -> tuple[int, int]:
-    """CuPy's current device and its number of multiprocessors."""
-    device = int(require_cupy().cuda.runtime.getDevice())
-    return device, _multiprocessors(device)
-
-
-def _device_of(array: Any) -> Any:
-    """A context that makes the device of a DLPack exporter CuPy's current one."""
-    return require_cupy().cuda.Device(array.__dlpack_device__()[1])
+def _run_arrays(bound: Bound, arrays: dict[str, Any], table: LevelTable) -> None:
+    """Run a plan on CuPy arrays by name, the device's part of the level table and workspace."""
+    cupy = require_cupy()
+    arrays = dict(arrays)
+    for name, array in (("sizes", table.device_sizes), ("starts", table.device_starts)):
+        arrays[name] = None if array is None else _aligned(array, "int64")
+    if bound.plan.workspace:
+        arrays["accumulator"] = cupy.empty(bound.plan.workspace, "uint8")
+    arguments = thread_arguments()
+    for name, array in arrays.items():
+        arguments.set_pointer(name, 0 if array is None else array.data.ptr)
+    run(bound, arguments, cupy.cuda.get_current_stream().ptr)
 
 
 def _aligned(array: Any, dtype: Any = None) -> Any:
     """A C-contiguous CuPy array on a 16-byte boundary; the array's own memory where it is one."""
-    array = require_cupy().ascontiguousarray(_as_cupy(array), dtype)
-    return array if array.data.ptr % ALIGNMENT == 0 else array.copy()
-
-
-def _aligned_table(table: LevelTable) -> LevelTable:
-    """The table with its device arrays as the kernels read them: contiguous int64."""
-    sizes, starts = (
-        None if array is None else _aligned(array, "int64")
-        for array in (table.device_sizes, table.device_starts)
-    )
-    return table._replace(device_sizes=sizes, device_starts=starts)
-
-
-def _as_cupy(array: Any) -> Any:
-    """A CuPy view of any DLPack exporter; a null pointer for None."""
-    if array is None:
-        return np.intp(0)
     cupy = require_cupy()
-    return array if isinstance(array, cupy.ndarray) else cupy.from_dlpack(array)
+    if not isinstance(array, cupy.ndarray):
+        array = cupy.from_dlpack(array)
+    array = cupy.ascontiguousarray(array, dtype)
+    return array if array.data.ptr % ALIGNMENT == 0 else array.copy()

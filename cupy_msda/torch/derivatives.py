@@ -15,7 +15,8 @@ from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
 from cupy_msda.problem import MAX_GRIDS
-from cupy_msda.torch.operators import BACKWARD, FORWARD, levels_of
+from cupy_msda.torch.operands import NO_OPERANDS, BackwardOperands, Operands, levels_of
+from cupy_msda.torch.operators import BACKWARD, FORWARD
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
 _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -29,29 +30,31 @@ def active() -> bool:
     return transforming or forward_ad._current_level >= 0
 
 
-def attention(value: Tensor, *arguments: Any) -> Tensor:
-    """The forward operator with the arguments of its schema, for calls where `active()` holds."""
+def attention(operands: Operands) -> Tensor:
+    """The output, for calls where `active()` holds."""
     if not torch.compiler.is_compiling():
-        return Attention.apply(value, *arguments)  # type: ignore[no-any-return,no-untyped-call]
+        return Attention.apply(*operands)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
-    *table, locations, weights, _ = arguments
-    levels = levels_of(value.shape[1], *table)
-    return reference.forward(value, levels, locations, weights)  # type: ignore[no-any-return]
+    return reference.forward(  # type: ignore[no-any-return]
+        operands.value,
+        levels_of(operands),
+        operands.sampling_locations,
+        operands.attention_weights,
+    )
 
 
-def gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward operator with the arguments of its schema, differentiable."""
+def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
-        return Gradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+        return Gradients.apply(*operands.flat)  # type: ignore[no-any-return,no-untyped-call]
     if not active():
-        return _CompiledGradients.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-    grad_output, value, *table, locations, weights, _, _, _ = arguments
-    levels = levels_of(value.shape[1], *table)
+        return _CompiledGradients.apply(*operands.flat)  # type: ignore[no-any-return,no-untyped-call]
+    levels = levels_of(operands.forward)
 
     def forward(value: Tensor, *points: Tensor) -> Any:
         return reference.forward(value, levels, *points)
 
-    return torch.func.vjp(forward, value, locations, weights)[1](grad_output)  # type: ignore[no-any-return]
+    return torch.func.vjp(forward, *operands.forward.inputs)[1](operands.grad_output)  # type: ignore[no-any-return]
 
 
 class Attention(Function):
@@ -66,50 +69,52 @@ class Attention(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
-        value, shapes, start_index, *ctx.integers, locations, weights, ctx.query_order = inputs
-        tensors = (value, shapes, start_index, locations, weights)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        operands = Operands(*inputs)
+        ctx.constants = operands.constants
+        ctx.save_for_backward(*operands.tensors)
+        ctx.save_for_forward(*operands.tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Run the backward operator."""
-        value, shapes, start_index, locations, weights = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        table = (shapes, start_index, *ctx.integers)
-        flags = needed[0], needed[5] or needed[6]
-        by_value, *by_points = gradients(
-            grad_outputs[0], value, *table, locations, weights, *flags, ctx.query_order
-        )
-        wanted = [by if need else None for by, need in zip(by_points, needed[5:7], strict=True)]
-        return (by_value if needed[0] else None, *(None,) * 4, *wanted, None)
+        needed = Operands(*ctx.needs_input_grad)
+        needs_points = needed.sampling_locations or needed.attention_weights
+        given = Operands.join(ctx.saved_tensors, ctx.constants)
+        results = gradients(BackwardOperands(grad_outputs[0], given, needed.value, needs_points))
+        wanted = [
+            result if need else None for result, need in zip(results, needed.inputs, strict=True)
+        ]
+        return tuple(NO_OPERANDS.with_inputs(*wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Move the inputs along the tangents."""
         with forward_ad._set_fwd_grad_enabled(True):
-            value, levels, locations, weights = _primal(*_kept(ctx))
-            directions = (tangents[0], *tangents[5:7])
-            return reference.tangent(value, levels, locations, weights, directions)
+            operands = Operands.join(_primal(*ctx.saved_tensors), ctx.constants)
+            value, locations, weights = operands.inputs
+            directions = Operands(*tangents).inputs
+            return reference.tangent(value, levels_of(operands), locations, weights, directions)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
         """Samples become images or, where they share one value, queries."""
-        value, *table, locations, weights, order = arguments
-        _refuse_batched_table(*in_dims[1:3])
+        operands, dims = Operands(*arguments), Operands(*in_dims)
+        _refuse_batched_table(dims)
         size = info.batch_size
+        value_dim, *point_dims = dims.inputs
         points = [
             _batched(tensor, dim, size)
-            for tensor, dim in zip((locations, weights), in_dims[5:7], strict=True)
+            for tensor, dim in zip(operands.inputs[1:], point_dims, strict=True)
         ]
-        if in_dims[0] is None:
+        if value_dim is None:
             points = [tensor.movedim(0, 1).flatten(1, 2) for tensor in points]
-            # Each sample's grids again or, where they are too many, queries as they come.
-            order = order and (order * size if len(order) * size <= 2 * MAX_GRIDS else [])
-            output = Attention.apply(value, *table, *points, order)  # type: ignore[no-untyped-call]
+            operands = operands.with_inputs(operands.value, *points)
+            order = _repeated(operands.query_order, size)
+            output = Attention.apply(*operands._replace(query_order=order))  # type: ignore[no-untyped-call]
             return output.unflatten(1, (size, output.shape[1] // size)), 1
-        images = [tensor.flatten(0, 1) for tensor in (_batched(value, in_dims[0], size), *points)]
-        output = Attention.apply(images[0], *table, *images[1:], order)  # type: ignore[no-untyped-call]
+        tensors = (_batched(operands.value, value_dim, size), *points)
+        images = [tensor.flatten(0, 1) for tensor in tensors]
+        output = Attention.apply(*operands.with_inputs(*images))  # type: ignore[no-untyped-call]
         return output.unflatten(0, (size, output.shape[0] // size)), 0
 
 
@@ -119,10 +124,9 @@ class _CompiledGradients(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Run the backward operator with the arguments of its schema."""
-        grad_output, value, shapes, start_index, *others = arguments
-        *ctx.integers, locations, weights, _, _, _ = others
-        ctx.computed = arguments[8], arguments[9], arguments[9]
-        ctx.save_for_backward(value, shapes, start_index, locations, weights, grad_output)
+        operands = BackwardOperands.of(arguments)
+        ctx.constants, ctx.computed = operands.forward.constants, operands.needs
+        ctx.save_for_backward(*operands.forward.tensors, operands.grad_output)
         results: tuple[Tensor, Tensor, Tensor] = BACKWARD(*arguments)
         return results
 
@@ -131,17 +135,17 @@ class _CompiledGradients(Function):
         """Differentiate the inner product of grad_output and the tangent along `directions`."""
         if type(ctx.saved_tensors[0]).__name__ == "DTensor":
             raise NotImplementedError("value must not be a DTensor for gradients of gradients")
-        value, levels, locations, weights, grad_output = _kept(ctx)
-        inputs = value, locations, weights
-        along: Any = _where(ctx.computed, directions, inputs, torch.zeros_like)
+        *tensors, grad_output = ctx.saved_tensors
+        operands = Operands.join(tensors, ctx.constants)
+        levels = levels_of(operands)
+        along: Any = _where(ctx.computed, directions, operands.inputs, torch.zeros_like)
 
         def moved(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
             return reference.tangent(value, levels, locations, weights, along)
 
-        by_grad, pull, *_ = torch.func.vjp(moved, *inputs)
-        by_value, by_locations, by_weights = pull(grad_output)
-        by_points = by_locations, by_weights
-        return (by_grad, by_value, *(None,) * 4, *by_points, *(None,) * 3)
+        by_grad, pull, *_ = torch.func.vjp(moved, *operands.inputs)
+        by_inputs = NO_OPERANDS.with_inputs(*pull(grad_output))
+        return BackwardOperands(by_grad, by_inputs, None, None).flat
 
 
 class Gradients(Function):
@@ -156,9 +160,9 @@ class Gradients(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
-        ctx.integers = inputs[4:6]
-        ctx.computed = inputs[8], inputs[9], inputs[9]
-        tensors = (*inputs[1:4], *inputs[6:8], inputs[0])
+        operands = BackwardOperands.of(inputs)
+        ctx.constants, ctx.computed = operands.forward.constants, operands.needs
+        tensors = (*operands.forward.tensors, operands.grad_output)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -169,55 +173,60 @@ class Gradients(Function):
         info: Any, in_dims: Sequence[Any], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         """Samples become images."""
-        grad_output, value, *table, locations, weights, needs_value, needs_points, order = arguments
-        _refuse_batched_table(*in_dims[2:4])
-        tensors = (grad_output, value, locations, weights)
-        dims = (*in_dims[:2], *in_dims[6:8])
+        operands, dims = BackwardOperands.of(arguments), BackwardOperands.of(in_dims)
+        _refuse_batched_table(dims.forward)
         size = info.batch_size
-        grad_output, value, *points = (
+        grad_output, *images = (
             _batched(tensor, dim, size).flatten(0, 1)
-            for tensor, dim in zip(tensors, dims, strict=True)
+            for tensor, dim in zip(
+                (operands.grad_output, *operands.forward.inputs),
+                (dims.grad_output, *dims.forward.inputs),
+                strict=True,
+            )
         )
-        needs = needs_value, needs_points, needs_points
-        results = gradients(grad_output, value, *table, *points, needs_value, needs_points, order)
+        given = operands.forward.with_inputs(*images)
+        results = gradients(operands._replace(grad_output=grad_output, forward=given))
         samples = tuple(
             result.reshape(size, result.shape[0] // size, *result.shape[1:]) if need else result
-            for result, need in zip(results, needs, strict=True)
+            for result, need in zip(results, operands.needs, strict=True)
         )
-        return samples, tuple(0 if need else None for need in needs)
+        return samples, tuple(0 if need else None for need in operands.needs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        """Differentiate, by the inputs, what grad_output and its tangent weigh."""
-        along = (tangents[1], *tangents[6:8])
+        """Differentiate <output, tangent of grad_output> + <tangent of output, grad_output> by the inputs."""
+        directions = BackwardOperands.of(tangents)
+        along = directions.forward.inputs
 
-        def weighed(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
+        def both(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
             output = reference.forward(value, levels, locations, weights)
             return output, reference.tangent(value, levels, locations, weights, along)
 
         with forward_ad._set_fwd_grad_enabled(True):
-            value, levels, *points, grad_output = _primal(*_kept(ctx))
-            inputs = (value, *points)
-            _, pull, *_ = torch.func.vjp(weighed, *inputs)
-            return _where(ctx.computed, pull((tangents[0], grad_output)), inputs, _no_elements)
+            *tensors, grad_output = _primal(*ctx.saved_tensors)
+            operands = Operands.join(tensors, ctx.constants)
+            levels = levels_of(operands)
+            _, pull, *_ = torch.func.vjp(both, *operands.inputs)
+            results = pull((directions.grad_output, grad_output))
+            return _where(ctx.computed, results, operands.inputs, _no_elements)
 
 
-def _kept(ctx: Any) -> tuple[Any, ...]:
-    """The tensors that were kept, the table among them as levels."""
-    value, shapes, start_index, *others = ctx.saved_tensors
-    return value, levels_of(value.shape[1], shapes, start_index, *ctx.integers), *others
+def _repeated(query_order: Any, size: int) -> Any:
+    """Each sample's grids again or, where they are too many, queries as they come."""
+    if not query_order:
+        return query_order
+    repeated = list(query_order) * size
+    return repeated if len(repeated) <= 2 * MAX_GRIDS else ()
 
 
 def _primal(*kept: Any) -> tuple[Any, ...]:
-    """What was kept without its tangents.
+    """The saved tensors without their tangents.
 
     torch turns forward mode off inside a `jvp` rule, since the inputs still carry their tangents there, and with it off
-    an outer transform would take the result for a constant. So the rules turn it on again and take the tangents off.
+    an outer transform would take the result for a constant. So the rules turn it on again and remove the tangents.
     """
     return tuple(
-        forward_ad.unpack_dual(part).primal  # type: ignore[no-untyped-call]
-        if isinstance(part, Tensor)
-        else part
+        None if part is None else forward_ad.unpack_dual(part).primal  # type: ignore[no-untyped-call]
         for part in kept
     )
 
@@ -242,9 +251,13 @@ def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _refuse_batched_table(shapes_dim: int | None, start_dim: int | None) -> None:
+def _refuse_batched_table(dims: Operands) -> None:
     """One call has one level table."""
-    for name, dim in (("spatial_shapes", shapes_dim), ("level_start_index", start_dim)):
+    tables = {
+        "spatial_shapes": dims.spatial_shapes,
+        "level_start_index": dims.level_start_index,
+    }
+    for name, dim in tables.items():
         if dim is not None:
             raise ValueError(
                 f"{name} must be the same for all samples of torch.func.vmap (in_dims None), "

@@ -9,16 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from cupy_msda import reference
-from cupy_msda.contract import check, check_query_order
-from cupy_msda.problem import Level
-from cupy_msda.torch.operators import (
-    BACKWARD,
-    FORWARD,
-    as_given,
-    levels_of,
-    order_as_given,
-    with_order,
-)
+from cupy_msda.torch.operands import BackwardOperands, Operands, check_traced, levels_of
+from cupy_msda.torch.operators import BACKWARD, FORWARD
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -55,34 +47,28 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
-    return {FORWARD: forward, BACKWARD: backward}
+    return {
+        FORWARD: lambda *arguments: forward(Operands(*arguments)),
+        BACKWARD: lambda *arguments: backward(BackwardOperands.of(arguments)),
+    }
 
 
-def forward(value: Tensor, *arguments: Any) -> Tensor:
-    """The forward operator by standard ones, with the arguments of its schema."""
-    locations, weights = arguments[4:6]
-    output: Tensor = reference.forward(value, _known(value, *arguments), locations, weights)
-    return output
+def forward(operands: Operands) -> Tensor:
+    """The forward operator by standard ones."""
+    check_traced(operands)
+    value, locations, weights = operands.inputs
+    return reference.forward(value, levels_of(operands), locations, weights)  # type: ignore[no-any-return]
 
 
-def backward(grad_output: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The backward operator by standard ones, with the arguments of its schema."""
-    *table, locations, weights, needs_value, needs_points, order = with_order(arguments, 9)
-    inputs = (value, locations, weights)
-    levels = _known(value, *table, locations, weights, order)
-    gradients = reference.backward(grad_output, value, levels, locations, weights)
-    needs = (needs_value, needs_points, needs_points)
+def backward(operands: BackwardOperands) -> tuple[Tensor, ...]:
+    """The backward operator by standard ones."""
+    given = operands.forward
+    check_traced(given)
+    value, locations, weights = given.inputs
+    gradients = reference.backward(
+        operands.grad_output, value, levels_of(given), locations, weights
+    )
     return tuple(
         gradient if need else tensor.new_empty(0)
-        for gradient, tensor, need in zip(gradients, inputs, needs, strict=True)
+        for gradient, tensor, need in zip(gradients, given.inputs, operands.needs, strict=True)
     )
-
-
-def _known(value: Tensor, *arguments: Any) -> list[Level]:
-    """The levels, after the checks that need no numbers of a tensor."""
-    *table, locations, weights, order = with_order(arguments, 7)
-    check(value, *as_given(*table), locations, weights, traced=True)
-    numbers = (locations.shape[1], *(order or ()))
-    if all(isinstance(number, int) for number in numbers):
-        check_query_order(order_as_given(order), locations.shape[1])
-    return levels_of(value.shape[1], *table)

@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from cupy_msda.contract import check, check_grad_output, check_query_order, unsupported_device
-from cupy_msda.problem import INT32_MAX
-from cupy_msda.torch import derivatives as transforms
-from cupy_msda.torch.operators import BACKWARD, FORWARD
-
-_AUTO = "auto"
+from cupy_msda import contract
+from cupy_msda.torch import derivatives, export, operators
+from cupy_msda.torch.operands import AUTO, Arguments, BackwardOperands, Operands, pack
 
 
 def ms_deform_attn(
@@ -25,7 +21,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
-    query_order: Any = _AUTO,
+    query_order: Any = AUTO,
 ) -> Tensor:
     """`cupy_msda.ms_deform_attn` for torch tensors: the same arguments, shapes, dtypes and errors, differentiable.
 
@@ -55,11 +51,25 @@ def ms_deform_attn(
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
-    if torch.compiler.is_compiling() and transforms.active():  # Dynamo passes `apply` by
-        return transforms.attention(*_operands(*inputs, None, query_order))
-    if query_order is _AUTO:  # each argument that `apply` is spared is time on small problems
-        return MSDeformAttnFunction.apply(*inputs)
-    return MSDeformAttnFunction.apply(*inputs, None, query_order)
+    if torch.compiler.is_compiling():
+        if derivatives.active():
+            return _transformed(pack(*inputs, query_order))
+        return MSDeformAttnFunction.apply(*inputs, None, query_order)  # which Dynamo passes by
+    if derivatives.active():
+        return _transformed(pack(*inputs, query_order))
+    try:
+        records = torch.is_grad_enabled() and (
+            value.requires_grad
+            or sampling_locations.requires_grad
+            or attention_weights.requires_grad
+        )
+    except AttributeError:  # one of them is no tensor, which the check will say
+        records = False
+    if records:
+        # Each argument that torch is spared is time on small problems.
+        rest = () if query_order is AUTO else (None, query_order)
+        return MSDeformAttnFunction.record(*inputs, *rest)
+    return operators.forward(pack(*inputs, query_order))
 
 
 def ms_deform_attn_backward(
@@ -70,7 +80,7 @@ def ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
-    query_order: Any = _AUTO,
+    query_order: Any = AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cupy_msda.ms_deform_attn_backward` for torch tensors; differentiable itself.
 
@@ -94,11 +104,19 @@ def ms_deform_attn_backward(
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    *operands, order = _operands(*inputs, None, query_order)
-    if not _dense(grad_output) or grad_output.is_meta:
-        check_grad_output(check(*inputs)[0], grad_output, value)
-    return transforms.gradients(grad_output, *operands, True, True, order)
+    operands = pack(
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        query_order,
+    )
+    operators.refuse_undispatchable(operands)
+    if not operators.is_dense(grad_output) or grad_output.is_meta:
+        problem, _ = contract.check(*operands.given)
+        contract.check_grad_output(problem, grad_output, value)
+    return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
 
 
 def ms_deform_attn_core_pytorch(
@@ -168,13 +186,24 @@ class MSDeformAttnFunction(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(cls, *arguments: Any) -> Tensor:
+    def apply(
+        cls,
+        value: Tensor,
+        spatial_shapes: Any,
+        level_start_index: Any,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: Any = None,
+        query_order: Any = AUTO,
+    ) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        if transforms.active():
-            return transforms.attention(*_operands(*arguments))
-        if not torch.is_grad_enabled():
-            return _forward(*_operands(*arguments))
-        return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        return ms_deform_attn(*inputs, query_order=query_order)
+
+    @classmethod
+    def record(cls, *arguments: Any) -> Tensor:
+        """Run `forward` and record it for autograd, outside of transforms: at half the cost of torch's `apply`."""
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[no-any-return,misc]
 
     # What follows `im2col_step` comes from `ms_deform_attn` alone.
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
@@ -187,153 +216,60 @@ class MSDeformAttnFunction(torch.autograd.Function):
         sampling_locations: Tensor,
         attention_weights: Tensor,
         im2col_step: Any = None,
-        query_order: Any = _AUTO,
+        query_order: Any = AUTO,
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
-        if torch.compiler.is_compiling() and transforms.active():
+        if torch.compiler.is_compiling() and derivatives.active():
             raise RuntimeError(
                 "MSDeformAttnFunction.apply must not be compiled under a transform of torch.func, where "
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        operands = _operands(*inputs, im2col_step, query_order)
-        ctx.integers = operands[3], operands[4], operands[7]
-        ctx.save_for_backward(*operands[:3], sampling_locations, attention_weights)
-        return _forward(*operands)
+        operands = pack(*inputs, query_order)
+        ctx.constants = operands.constants
+        ctx.save_for_backward(*operands.tensors)
+        if torch.compiler.is_compiling():
+            return _traced(operands)
+        output, ctx.recorded = operators.recorded_forward(operands)
+        return output
 
     @staticmethod
     def symbolic(*_: Any) -> None:
         """Refuse the old exporter to ONNX, which calls this and cannot look into a Function."""
-        raise RuntimeError("torch.onnx.export needs dynamo=True for cupy_msda.ms_deform_attn")
+        raise RuntimeError(operators.NO_OLD_EXPORTER)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments of `apply`; None where there is none or none is needed."""
-        value, shapes, start_index, locations, weights = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        sizes, starts, order = ctx.integers
-        table = shapes, start_index, sizes, starts
-        flags = needed[0], needed[3] or needed[4]
+        needed = Arguments(*ctx.needs_input_grad)
+        needs_points = needed.sampling_locations or needed.attention_weights
+        given = Operands.join(ctx.saved_tensors, ctx.constants)
+        operands = BackwardOperands(grad_outputs[0], given, needed.value, needs_points)
         # Grad mode is on only under create_graph, which a compiled backward refuses by itself.
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        run = transforms.gradients if twice else BACKWARD
-        gradients = run(grad_outputs[0], value, *table, locations, weights, *flags, order)
-        by_value, by_locations, by_weights = gradients
-        return (
-            by_value if needed[0] else None,
-            None,
-            None,
-            by_locations if needed[3] else None,
-            by_weights if needed[4] else None,
-            None,
-            None,
-        )
-
-
-# Types of arguments that are no subclass of Tensor, for a quick look.
-_PLAIN = {Tensor, torch.nn.Parameter, list, tuple, type(None)}
-
-
-def _operands(
-    value: Any,
-    spatial_shapes: Any,
-    level_start_index: Any,
-    sampling_locations: Any,
-    attention_weights: Any,
-    im2col_step: Any = None,
-    query_order: Any = _AUTO,
-) -> tuple[Any, ...]:
-    """The arguments of the forward operator; an error for what would not reach it, or not its checks."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    # The quick look is not for Dynamo, whose older versions know no such method of a set.
-    quick = not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, inputs))
-    if not quick and "DTensor" in [type(given).__name__ for given in inputs]:
-        import cupy_msda.distributed  # noqa: F401 - its import registers the rule for DTensors
-    if not (_dense(value) and _dense(sampling_locations) and _dense(attention_weights)):
-        check(*inputs)
-        raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
-    if not (value.is_cpu or value.is_cuda or value.is_meta):
-        raise unsupported_device(str(value.device))
-    if value.is_cuda and torch.version.hip is not None:
-        raise unsupported_device(f"{value.device} of a ROCm build of torch")
-    shapes, start_index, sizes, starts = _table(*inputs)
-    order = _order(query_order, sampling_locations)
-    if (
-        value.is_meta
-        or sampling_locations.is_meta
-        or attention_weights.is_meta
-        or (shapes is not None and shapes.is_meta)
-        or (start_index is not None and start_index.is_meta)
-    ):
-        # Where only shapes are computed, nothing else does.
-        problem, _ = check(*inputs)
-        check_query_order(query_order, problem.num_queries)
-    return value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
-
-
-def _dense(array: Any) -> bool:
-    """Whether it is a torch tensor of a layout that the operators take."""
-    return isinstance(array, Tensor) and array.layout is torch.strided and not array.is_nested
-
-
-def _table(
-    value: Tensor,
-    spatial_shapes: Any,
-    level_start_index: Any,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> tuple[Tensor | None, Tensor | None, list[int] | None, list[int] | None]:
-    """The level table as the operators take it."""
-    shapes, start_index, sizes, starts = None, None, None, None
-    try:
-        if isinstance(spatial_shapes, Tensor):
-            shapes = spatial_shapes
+        if torch.compiler.is_compiling():
+            gradients = operators.BACKWARD(*operands.flat)
+        elif torch.is_grad_enabled():
+            gradients = derivatives.gradients(operands)
         else:
-            sizes = [_integer(number) for h, w in spatial_shapes for number in (h, w)]
-        if isinstance(level_start_index, Tensor):
-            start_index = level_start_index
-        elif level_start_index is not None:
-            starts = [_integer(start) for start in level_start_index]
-    except (OverflowError, TypeError, ValueError):
-        # Says which argument is wrong, and in what.
-        check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        raise
-    return shapes, start_index, sizes, starts
+            gradients = operators.backward(operands, ctx.recorded)
+        by_value, by_locations, by_weights = gradients
+        results = Arguments.gradients(
+            by_value if needed.value else None,
+            by_locations if needed.sampling_locations else None,
+            by_weights if needed.attention_weights else None,
+        )
+        return results[: len(ctx.needs_input_grad)]
 
 
-def _order(query_order: Any, sampling_locations: Tensor) -> list[int] | None:
-    """The order of the queries as the operators take it."""
-    if isinstance(query_order, str) and query_order == "auto":
-        return None
-    if query_order is None:
-        return []
-    try:
-        numbers = [number for h, w in query_order for number in (h, w)]
-        order = [_integer(number) for number in numbers]
-    except (OverflowError, TypeError, ValueError):
-        check_query_order(query_order, sampling_locations.shape[1])  # says what is wrong
-        raise
-    # Like ints to the operator, which would not know them.
-    if not order or any(isinstance(number, (bool, Tensor)) for number in numbers):
-        check_query_order(query_order, sampling_locations.shape[1])
-    return order
+def _transformed(operands: Operands) -> Tensor:
+    """The forward operator under a transform of `torch.func` or in forward mode."""
+    operators.refuse_undispatchable(operands)
+    return derivatives.attention(operands)
 
 
-def _integer(number: Any) -> Any:
-    """As an int of a size that the operators may be given, or the symbol that a tracer has for one."""
-    if isinstance(number, torch.SymInt):  # its `__index__` would make it a constant
-        return number
-    index = operator.index(number)
-    if -INT32_MAX <= index <= INT32_MAX:
-        return index
-    raise OverflowError
-
-
-def _forward(*operands: Any) -> Tensor:
-    """The forward operator or, for ONNX, which has standard operators only, its decomposition."""
-    # The first question is the cheaper one.
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
-        from cupy_msda.torch import export
-
-        return export.forward(*operands)
-    return FORWARD(*operands)  # type: ignore[no-any-return]
+def _traced(operands: Operands) -> Tensor:
+    """The forward operator in a graph or, for ONNX, which has standard operators only, its decomposition."""
+    operators.refuse_undispatchable(operands)
+    if torch.onnx.is_in_onnx_export():
+        return export.forward(operands)
+    return operators.FORWARD(*operands)  # type: ignore[no-any-return]

@@ -132,6 +132,22 @@ class Emulated:
         if error:
             raise EmulatorError(f"{self.name_expression}: {error}")
 
+    def launch_kernel(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], parameters: int
+    ) -> None:
+        """Launch as cuLaunchKernel does; `parameters` is the address of an array of pointers to the arguments' bytes.
+
+        Raises
+        ------
+        EmulatorError
+            As for a call, but that arguments are not checked.
+        """
+        launch = _Launch(self._index, grid, block, 0, 0)
+        pointers = ctypes.c_void_p(parameters)
+        text = _load(self._binary).emu_launch(ctypes.byref(launch), None, pointers)
+        if text is not None:
+            raise EmulatorError(f"{self.name_expression}: {text.decode()}")
+
 
 def build(
     source: str,
@@ -206,7 +222,7 @@ def _argument(arg: object, position: int) -> _Argument:
 def _run_library(binary: Path, launch: _Launch, arguments: Sequence[_Argument]) -> str | None:
     """Launch in this process; the error text, or None."""
     text: bytes | None = _load(binary).emu_launch(
-        ctypes.byref(launch), (_Argument * len(arguments))(*arguments)
+        ctypes.byref(launch), (_Argument * len(arguments))(*arguments), None
     )
     return None if text is None else text.decode()
 

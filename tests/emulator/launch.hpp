@@ -99,29 +99,47 @@ std::string launch_with(void (*kernel)(P...), const Launch& launch, const Argume
       launch.seed, [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
 }
 
-using Launcher = std::string (*)(const Launch&, const Argument*);
+// Launch as cuLaunchKernel does: one pointer to the bytes of each parameter, of which nothing is known.
+template <class... P, std::size_t... i>
+std::string launch_bytes(void (*kernel)(P...), const Launch& launch, const void* const* parameters,
+                         std::index_sequence<i...>) {
+  std::tuple<P...> values{};
+  (std::memcpy(&std::get<i>(values), parameters[i], sizeof(P)), ...);
+  auto body = [&] { std::apply(kernel, values); };
+  return run(
+      {launch.grid[0], launch.grid[1], launch.grid[2]}, {launch.block[0], launch.block[1], launch.block[2]},
+      launch.seed, [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+}
+
+// Of described arguments or, where there are none, of parameters.
+using Launcher = std::string (*)(const Launch&, const Argument*, const void* const*);
 
 template <class... P>
-std::string launch(void (*kernel)(P...), const Launch& launch, const Argument* arguments) {
-  return launch_with(kernel, launch, arguments, std::index_sequence_for<P...>{});
+std::string launch(void (*kernel)(P...), const Launch& launch, const Argument* arguments,
+                   const void* const* parameters) {
+  constexpr auto indices = std::index_sequence_for<P...>{};
+  if (arguments == nullptr) return launch_bytes(kernel, launch, parameters, indices);
+  return launch_with(kernel, launch, arguments, indices);
 }
 
 }  // namespace emu
 
 // A launcher for one instantiation, as an element of EMU_KERNELS.
-#define EMU_KERNEL(...) \
-  [](const emu::Launch& launch, const emu::Argument* arguments) { return emu::launch(&__VA_ARGS__, launch, arguments); }
+#define EMU_KERNEL(...)                                                                          \
+  [](const emu::Launch& launch, const emu::Argument* arguments, const void* const* parameters) { \
+    return emu::launch(&__VA_ARGS__, launch, arguments, parameters);                             \
+  }
 
 #ifndef MSDA_EMULATED_SANITIZE
 
 // Null after a successful launch, else what went wrong, valid until the next launch.
-#define EMU_KERNELS(...)                                                                                     \
-  extern "C" __attribute__((visibility("default"))) const char* emu_launch(const emu::Launch* launch,        \
-                                                                           const emu::Argument* arguments) { \
-    static const emu::Launcher launchers[] = {__VA_ARGS__};                                                  \
-    static std::string error;                                                                                \
-    error = launchers[launch->kernel](*launch, arguments);                                                   \
-    return error.empty() ? nullptr : error.c_str();                                                          \
+#define EMU_KERNELS(...)                                                                          \
+  extern "C" __attribute__((visibility("default"))) const char* emu_launch(                       \
+      const emu::Launch* launch, const emu::Argument* arguments, const void* const* parameters) { \
+    static const emu::Launcher launchers[] = {__VA_ARGS__};                                       \
+    static std::string error;                                                                     \
+    error = launchers[launch->kernel](*launch, arguments, parameters);                            \
+    return error.empty() ? nullptr : error.c_str();                                               \
   }
 
 #else
@@ -159,7 +177,7 @@ inline int run_file(const Launcher* launchers, const char* input, const char* ou
     argument.data = payloads[number].data;
   }
   std::fclose(file);
-  const std::string error = launchers[launch.kernel](launch, arguments.data());
+  const std::string error = launchers[launch.kernel](launch, arguments.data(), nullptr);
   if (!error.empty()) {
     std::fprintf(stderr, "%s\n", error.c_str());
     return 1;

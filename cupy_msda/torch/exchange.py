@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors to the CUDA kernels and back: allocation by torch, pointers through DLPack, torch's current stream.
+
+Every microsecond here is one of every eager call: hence the few frames and the local names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
+
+from cupy_msda.cuda import dlpack, launch
+from cupy_msda.torch.operands import BackwardOperands, Operands
+
+if TYPE_CHECKING:
+    from cupy_msda.torch.operators import Call
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+_read = dlpack.reader(Tensor, to_dlpack)
+_read_stream = dlpack.stream_reader(Tensor)
+
+# Slots of a thread's arguments.
+_GRAD_OUTPUT, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS = (
+    launch.SLOT[name]
+    for name in ("grad_output", "value", "locations", "weights", "sizes", "starts")
+)
+_OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
+    launch.SLOT[name]
+    for name in ("output", "grad_value", "grad_locations", "grad_weights", "accumulator")
+)
+
+
+def current_stream(device: int, arguments: launch.Arguments) -> int:
+    """The address of torch's current stream on a device."""
+    if _read_stream is None:
+        return torch.cuda.current_stream(device).cuda_stream
+    _read_stream(device, arguments.stream_address)
+    return arguments.stream.value
+
+
+def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes]:
+    """The output for tensors that the call's check accepted, and by what `backward` knows them again."""
+    value = operands.value
+    bound = call.bound.get(None) or _bind(call, value, None)
+    arguments = launch.thread_arguments()
+    output: Tensor = value.new_empty(call.output_shape)
+    # What is kept must live until the launches are queued. From then on, torch keeps memory of copies for the stream.
+    kept: Any = _read_inputs(arguments, call, operands)
+    seen = arguments.inputs.tobytes()
+    kept = kept, _adapt_inputs(arguments, call, operands)
+    kept = kept, _read(output, arguments.addresses[_OUTPUT])
+    launch.run(bound, arguments, current_stream(bound.device, arguments))
+    del kept
+    return output, seen
+
+
+def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) -> Gradients | None:
+    """The gradients for tensors that the call's check accepted; those that are not needed have no elements.
+
+    With `seen`, from `forward`: None unless the inputs are the same tensors still, in the same memory.
+    """
+    given = operands.forward
+    arguments = launch.thread_arguments()
+    kept: Any = _read_inputs(arguments, call, given)
+    if seen is not None and arguments.inputs.tobytes() != seen:
+        return None
+    value, locations, weights = given.value, given.sampling_locations, given.attention_weights
+    needs_value, needs_points = operands.needs_value, operands.needs_points
+    request = needs_value, needs_points, torch.are_deterministic_algorithms_enabled()
+    bound = call.bound.get(request) or _bind(call, value, request)
+    kept = kept, _adapt_inputs(arguments, call, given)
+    kept = kept, _pass(arguments, _GRAD_OUTPUT, operands.grad_output)
+    by_value = _empty(value, needs_value)
+    by_locations = _empty(locations, needs_points)
+    by_weights = _empty(weights, needs_points)
+    addresses = arguments.addresses
+    kept = (
+        kept,
+        _read(by_value, addresses[_GRAD_VALUE]),
+        _read(by_locations, addresses[_GRAD_LOCATIONS]),
+        _read(by_weights, addresses[_GRAD_WEIGHTS]),
+    )
+    if bound.plan.workspace:
+        workspace = value.new_empty(bound.plan.workspace, dtype=torch.uint8)
+        kept = kept, workspace, _read(workspace, addresses[_ACCUMULATOR])
+    launch.run(bound, arguments, current_stream(bound.device, arguments))
+    del kept
+    return by_value, by_locations, by_weights
+
+
+def _empty(tensor: Tensor, needed: bool) -> Tensor:
+    """A contiguous tensor for the gradient of another."""
+    if needed and tensor.is_contiguous():
+        return torch.empty_like(tensor)  # costs half of what `new_empty` does
+    return tensor.new_empty(tensor.shape if needed else 0)
+
+
+def _bind(call: Call, value: Tensor, request: tuple[bool, bool, bool] | None) -> launch.Bound:
+    """Prepare what the call launches, for a forward or for the gradients that are requested, once."""
+    launch.require_cupy(torch.version.cuda)
+    key = call.problem, call.table, call.grids, max(value.get_device(), 0)
+    bound = launch.bind_backward(*key, *request) if request else launch.bind_forward(*key)
+    call.bound[request] = bound
+    return bound
+
+
+def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
+    """Point to the inputs and to what only the device knows of the level table; what must be kept for that."""
+    addresses = arguments.addresses
+    kept = (
+        _read(operands.value, addresses[_VALUE]),
+        _read(operands.sampling_locations, addresses[_LOCATIONS]),
+        _read(operands.attention_weights, addresses[_WEIGHTS]),
+    )
+    if call.table_on_host:
+        return kept
+    shapes, start_index = operands.spatial_shapes, operands.level_start_index
+    if start_index is None:
+        arguments.words[dlpack.WORDS * _STARTS] = 0
+    return (
+        kept,
+        None if shapes is None else _read(shapes, addresses[_SIZES]),
+        None if start_index is None else _read(start_index, addresses[_STARTS]),
+    )
+
+
+def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
+    """Point to copies of what the kernels cannot read as it is; what must be kept for that."""
+    value, locations = operands.value, operands.sampling_locations
+    weights, words = operands.attention_weights, arguments.words
+    kept: list[Any] = []
+    # The data pointers and byte offsets of three DLTensors, which follow one another.
+    if (
+        (words[7] | words[14] | words[21]) & 15
+        or words[13]
+        or words[20]
+        or words[27]
+        or not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous())
+    ):
+        kept += (
+            _pass(arguments, _VALUE, value),
+            _pass(arguments, _LOCATIONS, locations),
+            _pass(arguments, _WEIGHTS, weights),
+        )
+    if not call.table_on_host:
+        for slot, table in (
+            (_SIZES, operands.spatial_shapes),
+            (_STARTS, operands.level_start_index),
+        ):
+            if table is not None and (table.dtype is not torch.int64 or not table.is_contiguous()):
+                long = table.long().contiguous()
+                kept += long, _read(long, arguments.addresses[slot])
+    return kept
+
+
+def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
+    """Point to a tensor or to a copy that is C-contiguous and aligned; what must be kept for that."""
+    address, words, data = arguments.addresses[slot], arguments.words, 7 * slot
+    kept = _read(tensor, address)
+    if words[data] & 15 or words[data + 6] or not tensor.is_contiguous():
+        copy = torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+        kept = copy, _read(copy, address)
+    return kept

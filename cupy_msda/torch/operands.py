@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators' arguments: their schemas, and the way from and to the arguments of the public functions.
+
+The fields of `Operands` are the only list of them: schemas, packing and unpacking follow it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cupy_msda import contract
+from cupy_msda.problem import Grids, Level, LevelTable, Problem
+
+AUTO = "auto"
+
+
+class Operands(NamedTuple):
+    """The arguments of the forward operator, in the order of its schema.
+
+    Each half of the level table is a tensor, which is passed on unread, or flat integers (H0, W0, H1, W1, ...); with
+    neither for the starts, levels follow one another. `query_order` holds grids, flat as well; (): queries as they
+    come; None: "auto".
+    """
+
+    value: Any
+    spatial_shapes: Any
+    level_start_index: Any
+    sizes: Any
+    starts: Any
+    sampling_locations: Any
+    attention_weights: Any
+    query_order: Any = None
+
+    @property
+    def tensors(self) -> tuple[Any, Any, Any, Any, Any]:
+        """What autograd saves."""
+        return (
+            self.value,
+            self.spatial_shapes,
+            self.level_start_index,
+            self.sampling_locations,
+            self.attention_weights,
+        )
+
+    @property
+    def constants(self) -> tuple[Any, Any, Any]:
+        """The rest."""
+        return self.sizes, self.starts, self.query_order
+
+    @classmethod
+    def join(cls, tensors: Sequence[Any], constants: Sequence[Any]) -> Operands:
+        """From `tensors` and `constants`."""
+        value, shapes, start_index, locations, weights = tensors
+        sizes, starts, order = constants
+        return cls(value, shapes, start_index, sizes, starts, locations, weights, order)
+
+    @property
+    def inputs(self) -> tuple[Any, Any, Any]:
+        """What has a gradient."""
+        return self.value, self.sampling_locations, self.attention_weights
+
+    def with_inputs(self, value: Any, locations: Any, weights: Any) -> Operands:
+        """The same with other `inputs`."""
+        return self._replace(value=value, sampling_locations=locations, attention_weights=weights)
+
+    @property
+    def table(self) -> tuple[Any, Any]:
+        """spatial_shapes and level_start_index as the public functions take them."""
+        sizes, starts = _pairs(self.sizes), self.starts
+        return (
+            sizes if self.spatial_shapes is None else self.spatial_shapes,
+            starts if self.level_start_index is None else self.level_start_index,
+        )
+
+    @property
+    def given(self) -> tuple[Any, Any, Any, Any, Any]:
+        """The arguments that `contract.check` takes."""
+        return (self.value, *self.table, self.sampling_locations, self.attention_weights)
+
+    @property
+    def given_order(self) -> Any:
+        """query_order as the public functions take it."""
+        return AUTO if self.query_order is None else _pairs(self.query_order) or None
+
+
+_TYPES = Operands(
+    value="Tensor",
+    spatial_shapes="Tensor?",
+    level_start_index="Tensor?",
+    sizes="SymInt[]?",
+    starts="SymInt[]?",
+    sampling_locations="Tensor",
+    attention_weights="Tensor",
+    query_order="SymInt[]?",
+)
+_NUM_REQUIRED = len(Operands._fields) - len(Operands._field_defaults)
+
+
+class BackwardOperands(NamedTuple):
+    """The arguments of the backward operator.
+
+    In its schema, arguments of the forward that may be left out stand last, where older graphs lack them.
+    """
+
+    grad_output: Any
+    forward: Operands
+    needs_value: Any
+    needs_points: Any
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> BackwardOperands:
+        """From arguments, or what belongs to each of them, in the order of the schema."""
+        grad_output, *rest = flat
+        required, flags = rest[:_NUM_REQUIRED], rest[_NUM_REQUIRED : _NUM_REQUIRED + 2]
+        return cls(grad_output, Operands(*required, *rest[_NUM_REQUIRED + 2 :]), *flags)
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """In the order of the schema."""
+        required, optional = self.forward[:_NUM_REQUIRED], self.forward[_NUM_REQUIRED:]
+        return (self.grad_output, *required, self.needs_value, self.needs_points, *optional)
+
+    @property
+    def needs(self) -> tuple[Any, Any, Any]:
+        """Whether the gradients of value, locations and weights are needed."""
+        return self.needs_value, self.needs_points, self.needs_points
+
+
+def _declared(types: Operands, names: Iterable[str]) -> list[str]:
+    """Fields as a schema declares them."""
+    defaults = {name: f"={value}" for name, value in Operands._field_defaults.items()}
+    return [f"{getattr(types, name)} {name}{defaults.get(name, '')}" for name in names]
+
+
+FORWARD_SCHEMA = f"({', '.join(_declared(_TYPES, Operands._fields))}) -> Tensor"
+# A gradient that is not needed comes back without elements: operators cannot return None.
+_BACKWARD_FIELDS = BackwardOperands(
+    "Tensor grad_output",
+    Operands(*_declared(_TYPES, Operands._fields)),
+    "bool needs_value",
+    "bool needs_points",
+)
+BACKWARD_SCHEMA = f"({', '.join(_BACKWARD_FIELDS.flat)}) -> (Tensor, Tensor, Tensor)"
+
+
+class Arguments(NamedTuple):
+    """The arguments of `MSDeformAttnFunction.apply`."""
+
+    value: Any
+    spatial_shapes: Any
+    level_start_index: Any
+    sampling_locations: Any
+    attention_weights: Any
+    im2col_step: Any = None
+    query_order: Any = AUTO
+
+    @staticmethod
+    def gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
+        """What `backward` returns: None where there is no gradient."""
+        # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
+        return value, None, None, locations, weights, None, None
+
+
+NO_OPERANDS = Operands(*(None,) * len(Operands._fields))
+
+
+def pack(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    query_order: Any,
+) -> Operands:
+    """The operands for arguments of the public functions; an error for what no operator can be given."""
+    shapes, start_index, sizes, starts = None, None, None, None
+    try:
+        if isinstance(spatial_shapes, Tensor):
+            shapes = spatial_shapes
+        else:
+            sizes = _integers([number for h, w in spatial_shapes for number in (h, w)])
+        if isinstance(level_start_index, Tensor):
+            start_index = level_start_index
+        elif level_start_index is not None:
+            starts = _integers(level_start_index)
+    except (TypeError, ValueError):
+        # Says which argument is wrong, and in what.
+        contract.check(
+            value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        )
+        raise
+    order = None if query_order is AUTO else _order(query_order, sampling_locations)
+    return Operands(
+        value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
+    )
+
+
+def _order(query_order: Any, sampling_locations: Tensor) -> Sequence[int] | None:
+    """query_order as the operators take it."""
+    if isinstance(query_order, str) and query_order == AUTO:
+        return None
+    if query_order is None:
+        return ()
+    try:
+        numbers = [number for h, w in query_order for number in (h, w)]
+        order = _integers(numbers)
+    except (TypeError, ValueError):
+        contract.check_query_order(query_order, sampling_locations.shape[1])  # says what is wrong
+        raise
+    # Like ints to the operator, which would not know them.
+    if not order or any(isinstance(number, (bool, Tensor)) for number in numbers):
+        contract.check_query_order(query_order, sampling_locations.shape[1])
+    return order
+
+
+def _integers(numbers: Iterable[Any]) -> tuple[Any, ...]:
+    """As ints that an operator may be given, or the symbols that a tracer has for them."""
+    numbers = tuple(numbers)
+    if all([type(number) is int for number in numbers]):  # noqa: C419 - a list takes half the time
+        return numbers
+    return tuple([_integer(number) for number in numbers])
+
+
+def _integer(number: Any) -> Any:
+    """One of them."""
+    # `__index__` of a symbol would make it a constant.
+    return number if isinstance(number, torch.SymInt) else operator.index(number)
+
+
+def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
+    """Flat integers as pairs."""
+    return None if flat is None else list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
+    """Check the contract."""
+    problem, table = contract.check(*operands.given)
+    grids = contract.check_query_order(operands.given_order, problem.num_queries)
+    if grad_output is not None:
+        contract.check_grad_output(problem, grad_output, operands.value)
+    return problem, table, grids
+
+
+def check_traced(operands: Operands) -> None:
+    """Check the contract as far as it needs no number of a tensor and no symbolic size."""
+    contract.check(*operands.given, traced=True)
+    num_queries = operands.sampling_locations.shape[1]
+    if all(isinstance(number, int) for number in (num_queries, *(operands.query_order or ()))):
+        contract.check_query_order(operands.given_order, num_queries)
+
+
+def levels_of(operands: Operands) -> list[Level]:
+    """The levels for the reference, unread: ints where all are ints, else 0-dim tensors."""
+    known = operands.spatial_shapes is None and operands.level_start_index is None
+    shapes, starts = (half.long() if isinstance(half, Tensor) else half for half in operands.table)
+    if starts is None:
+        starts = list(accumulate((h * w for h, w in shapes), initial=0))[:-1]
+    table = [Level(h, w, start) for (h, w), start in zip(shapes, starts, strict=True)]
+    spatial_size = operands.value.shape[1]
+    return table if known else [_shrunk(level, spatial_size) for level in table]
+
+
+def _shrunk(level: Level, spatial_size: int) -> Level:
+    """The level, or an empty one where it does not fit S, so that no index leaves value."""
+    h, w, start = level
+    fits = (h >= 0) & (h <= spatial_size) & (w >= 0) & (w <= spatial_size)
+    fits = fits & (start >= 0) & (start + h * w <= spatial_size)
+    return Level(h * fits, w * fits, start * fits)
