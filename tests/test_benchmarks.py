@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks run, and what they write is what they say."""
+"""The benchmarks run, what they write is what they say, and the documents say what the result files do."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "docs/performance.md")
 
 
 def run(script: str, *arguments: str, output: Path):
@@ -47,3 +50,71 @@ def test_overhead_is_split_into_its_stages(tmp_path):
             times["contract"] + times["dispatch"] - min(peers)
         )
         assert f"{way}, microseconds" in printed
+
+
+@pytest.fixture(scope="module")
+def readme_tables():
+    """The script, as a module."""
+    path = ROOT / "benchmarks" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def between_markers(text: str) -> list[str]:
+    return re.findall(r"<!-- table: .*? -->\n(.*?)<!-- end of table -->", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_tables_are_those_of_the_result_files(document, readme_tables):
+    assert document in readme_tables.DOCUMENTS
+    text = (ROOT / document).read_text(encoding="utf-8")
+    tables = between_markers(text)
+    assert len(tables) >= 3
+    assert readme_tables.updated(text) == text
+    changed = text
+    for table in tables:
+        changed = changed.replace(table, re.sub(r"\d", "9", table))
+    assert changed != text
+    assert readme_tables.updated(changed) == text
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    for table in between_markers(text):
+        rows = [line for line in table.splitlines() if line.startswith("| ")]
+        assert 2 < len(rows) <= 2 + 8
+
+
+def result_row(implementation, time, verdict="right", **more):
+    names = {"case": "shape", "distribution": "uniform", "dtype": "float32", "way": "forward"}
+    return names | {"implementation": implementation, "median_ms": time, "verdict": verdict, **more}
+
+
+def test_kernels_of_a_call_are_added_and_wrong_results_not_compared(readme_tables):
+    terms = {"memory": 0.002, "gather": 0.004, "launch": 0.5}
+    rows = [result_row("cupy_msda", 1.0, floor_terms_ms=terms)]
+    rows += [result_row("deformops", 1.0, "wrong"), result_row("torch-ms-deform-attn", 1.0)]
+    profile = {
+        "shape, uniform, float32 | ours | forward": [["fill", 5, 2.0], ["kernel", 5, 6.0]],
+        "shape, uniform, float32 | deformops | forward": [["kernel", 5, 1.0]],
+        "shape, uniform, float32 | original | forward": [["copy", 10, 4.0], ["kernel", 5, 12.0]],
+    }
+    machine = {"device": "Some GPU", "driver": "580", "versions": {"torch": "2.11"}}
+    results = {"machine": machine, "date": "2026-11-27", "commit": "f604db1"}
+    written = readme_tables.gpu_kernels(results | {"rows": rows, "kernels_us": profile})
+    assert (
+        written.splitlines()[0] == "Some GPU, driver 580, torch 2.11; 2026-11-27, commit f604db1."
+    )
+    ours = "| shape, uniform, float32 | forward | 8.00 | 4.00, 50% |"
+    assert written.splitlines()[-1] == f"{ours}  |  | wrong | 16.0, 2.0x |"
+
+
+def test_every_row_of_the_gpu_has_its_kernels(readme_tables):
+    results = json.loads((ROOT / "benchmarks" / "results" / "h200-f604db1.json").read_text())
+    found = readme_tables.cases(results)
+    rows = [row for ways in found.values() for way in ways.values() for row in way.values()]
+    assert len(rows) == len(results["rows"]) == len(results["kernels_us"])
+    assert all(row["kernels_us"] > 0 for row in rows)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shipped, and that what is shipped is found."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -83,6 +84,31 @@ def test_sdist_holds_all_that_builds_tests_and_documents(archives):
     }  # fmt: skip
     folders = ("benchmarks", "cupy_msda", "docs", "examples", "kernels", "scripts", "tests")
     assert shipped == documents.union(*(files_under(folder) for folder in folders))
+
+
+DOCUMENTS = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/performance.md",
+    "docs/support.md", "kernels/README.md",
+)  # fmt: skip
+
+
+def anchors(document: Path) -> set[str]:
+    """Of the headings, as GitHub and GitLab make them."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_what_is_shipped(document):
+    """Relative links, so that they also work in an unpacked source distribution."""
+    file = ROOT / document
+    text = file.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            linked = (file.parent / path).resolve() if path else file
+            assert linked.is_file(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
 def test_metadata(archives):
