@@ -20,7 +20,7 @@ def test_dtypes_and_head_dims(dtypes, d):
 PYRAMID = [(25, 42), (13, 21), (7, 11), (4, 6)]
 
 
-# From a few queries, whose points are spread over several groups, to more than fill the device.
+# From a few queries, which run with split-K, to more than fill the device.
 @pytest.mark.parametrize("lq", [1, 2, 20, 150, 300, 900, 5000])
 @in_float_and_half
 def test_numbers_of_queries(lq, dtypes):

@@ -108,11 +108,11 @@ def operators_run(work):
 
 @torch_deprecations
 def test_compiled_into_graphs(replays):
-    """A replay computes from new inputs without a launch by the host: the kernels are in the graphs.
+    """A replay computes from new inputs while the host runs no operator: the kernels are in the graphs.
 
-    torch holds a memory pool by a graph that is empty on purpose, and discards the warning of it
-    (`CUDAGraphTreeManager.__init__`), unless a filter makes it an error first. So the filter is set
-    to "always" here, and a warning that comes through tells of a capture that missed its kernels.
+    torch keeps its memory pool alive by a graph that is empty on purpose, and discards the warning
+    that "The CUDA Graph is empty" (`CUDAGraphTreeManager.__init__`), but a filter of "error" makes it
+    an exception before that. With "always" torch can discard it, and one for any other graph is seen.
     """
 
     def step(value, locations, weights):

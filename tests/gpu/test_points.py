@@ -55,5 +55,5 @@ def test_locations_that_are_nowhere(d, bad):
 def test_every_query_on_one_cell(dtypes):
     inputs = random_inputs(n=1, d=16, lq=20000, dtypes=dtypes, device=DEVICE)
     inputs.locations.fill_(0.4375)
-    # Alike in sign, as the sums of thousands of random signs are small and their rounding is not.
+    # Of one sign: with random signs the sums would be small, and their rounding errors would not.
     check(inputs._replace(grad_output=inputs.grad_output.abs() / 100))
