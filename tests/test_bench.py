@@ -22,6 +22,7 @@ from cupy_msda.bench import (
     constants,
     gate,
     implementations,
+    machine,
     roofline,
     runner,
     tables,
@@ -82,6 +83,8 @@ def check_results(results, device):
     keys = {(row["case"], row["distribution"], row["dtype"], row["way"]) for row in rows}
     assert keys == {(*case, way) for case in CASES for way in timing.WAYS}
     for row in rows:
+        if row["implementation"] in implementations._MODULES and row["verdict"] != "right":
+            continue  # another project's kernels, which the benchmark need not find right
         assert row["verdict"] == "right"
         low, high = row["quartiles_ms"]
         assert 0 < low <= row["median_ms"] <= high
@@ -114,6 +117,12 @@ def test_run_on_a_gpu(tiny, tmp_path):
     rates = results["constants"]
     assert all(rates[name] > 0 for name in ("gather", "gather_l2", "scatter", "launch"))
     assert rates["gather"] > rates["gather_l2"] > rates["copy"][0][1]
+
+
+def test_the_version_of_torch_names_its_build(monkeypatch):
+    """As on PyPI, where the metadata of 2.11.0+cu130 says 2.11.0."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert machine.describe("cpu")["versions"]["torch"] == "2.11.0+cu130"
 
 
 def test_wrong_and_raising_peers_are_reported_and_not_timed(tiny, monkeypatch, tmp_path, capsys):

@@ -15,7 +15,6 @@ import cupy_msda
 from cupy_msda import report
 
 _PACKAGES = (
-    "torch",
     "numpy",
     "numba",
     "cupy-cuda12x",
@@ -56,6 +55,8 @@ def load() -> float | None:
 def _versions() -> dict[str, str]:
     """Python and what is installed of what takes part."""
     found = {"python": platform.python_version(), "cupy_msda": cupy_msda.__version__}
+    # Not from the metadata: a wheel from PyPI leaves its build, "+cu130", out of there.
+    found["torch"] = str(torch.__version__)
     for name in _PACKAGES:
         try:
             found[name] = version(name)
