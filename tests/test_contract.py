@@ -979,6 +979,11 @@ def test_forms_of_query_order(form):
     assert contract.check_query_order(iter(GRIDS), LQ) == grids
 
 
+def test_auto_is_none_and_none_is_no_grids():
+    assert contract.check_query_order("auto", LQ) is None
+    assert contract.check_query_order(None, LQ) == ()
+
+
 @pytest.mark.parametrize("grids", [[(0, 7), (5, 1), (3, 0)], [(1, 5), *[(0, 0)] * 15]], ids=str)
 def test_grids_that_hold_the_queries(grids):
     assert contract.check_query_order(grids, LQ) == tuple(grids)

@@ -71,7 +71,7 @@ def forward_arrays(
     value: Any,
     locations: Any,
     weights: Any,
-    grids: Grids = (),
+    grids: Grids = None,
 ) -> Any:
     """The operator on CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
     cupy = require_cupy()
@@ -91,7 +91,7 @@ def backward_arrays(
     value: Any,
     locations: Any,
     weights: Any,
-    grids: Grids = (),
+    grids: Grids = None,
 ) -> tuple[Any, Any, Any]:
     """The three gradients on CUDA arrays of any library but torch, as CuPy arrays."""
     cupy = require_cupy()
@@ -112,7 +112,7 @@ def forward(
     locations: Any,
     weights: Any,
     output: Any,
-    grids: Grids = (),
+    grids: Grids = None,
 ) -> None:
     """Launch the forward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned."""
     device, multiprocessors = _current_device()
@@ -127,7 +127,7 @@ def backward(
     inputs: tuple[Any, Any, Any, Any],
     gradients: tuple[Any, Any, Any],
     sums: Any = None,
-    grids: Grids = (),
+    grids: Grids = None,
 ) -> None:
     """Launch the backward on CuPy's current device and stream; arrays C-contiguous and 16-byte aligned.
 
@@ -163,7 +163,7 @@ def compile_ahead(
     with_backward: bool,
     reproducible: bool,
     device: int | None = None,
-    grids: Grids = (),
+    grids: Grids = None,
 ) -> None:
     """Compile what `forward` and `backward`, with sums or without, will launch on `device` or CuPy's current one."""
     with require_cupy().cuda.Device(device):

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def plan_forward(
-    problem: Problem, table: LevelTable, multiprocessors: int = 1, grids: Grids = None
+    problem: Problem, table: LevelTable, multiprocessors: int = 1, grids: Grids = ()
 ) -> Plan:
     """Choose the forward kernel; `table` holds host facts only."""
     vector = 16 // _SIZE[problem.value_dtype]
@@ -68,7 +68,7 @@ def plan_backward(
     needs_value: bool = True,
     needs_points: bool = True,
     fixed: bool = False,
-    grids: Grids = None,
+    grids: Grids = (),
 ) -> Plan:
     """Choose the backward kernel for the gradients that are needed; `table` holds host facts only.
 
@@ -95,7 +95,7 @@ def plan_backward(
 
 @lru_cache(maxsize=1024)
 def plan_sorted(
-    problem: Problem, table: LevelTable, grids: Grids = (), fixed: bool = False
+    problem: Problem, table: LevelTable, grids: Grids = None, fixed: bool = False
 ) -> Plan:
     """The gradient of value by sums over the points of a cell; `table` holds host facts only.
 
@@ -115,7 +115,7 @@ def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -
     that split-K would run instead, which adds the points of a row up in another order.
     """
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
-    if grids is None or (not grids and lq != s):
+    if grids == () or (grids is None and lq != s):
         return False
     least = multiprocessors * (_WARPS_PER_MULTIPROCESSOR * WARP if grids else ORDERED_BLOCK)
     return n * lq * m * group >= least and n * m * max(lq, s) < 2**31
@@ -282,12 +282,12 @@ def _filling_grid(problem: Problem, rows: int, multiprocessors: int) -> tuple[in
 
 
 def _params(
-    problem: Problem, table: LevelTable, room: int | None = None, grids: Grids = None
+    problem: Problem, table: LevelTable, room: int | None = None, grids: Grids = ()
 ) -> np.ndarray:
     """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
     room = problem.num_levels if room is None else room
     scalars = [(name, "i4") for name in Problem._fields[:7]]
-    order = [] if grids is None else [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))]
+    order = [] if grids == () else [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))]
     params = np.zeros((), [*scalars, ("levels", "i4", (room, 3)), *order])
     if grids:
         params["num_grids"] = len(grids)
