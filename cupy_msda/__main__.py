@@ -17,10 +17,11 @@ _NEEDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status of the process: 0 if all was well, 1 if a check failed."""
+    """Run one command and return the exit status of the process: 0, or 1 if a check failed."""
     parser = argparse.ArgumentParser(
         prog="python -m cupy_msda",
-        description="Without a command: report the environment, say which backend runs what, and check each backend.",
+        description="Without a command: report the environment and the backend of each kind of array, and check "
+        "each backend.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     of_demo = commands.add_parser(
@@ -65,9 +66,9 @@ def _add_bench(commands: Any) -> None:
     """The options of the benchmark."""
     of_bench = commands.add_parser(
         "bench",
-        help="times against grid_sample and every other peer that is installed, and against a floor",
-        description="Check and time this library and its peers, forward and backward, on shapes of published "
-        "models; print a Markdown table and write all figures, and a plot beside them.",
+        help="times against grid_sample, every other installed baseline and the roofline bound",
+        description="Check and time this library and the baselines, forward and backward, on shapes of "
+        "published models; print a Markdown table and write all figures, and a plot beside them.",
     )
     of_bench.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
     of_bench.add_argument(

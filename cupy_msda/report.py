@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cupy_msda
-from cupy_msda import api, contract, reference
+from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend as host
 from cupy_msda.cuda import compile
-
-EPSILON = float(np.finfo(np.float32).eps)
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -207,38 +205,24 @@ _SHAPES = ((6, 8), (3, 4))
 def self_check() -> Iterator[tuple[str, bool, str]]:
     """Run each backend at hand on a small problem, forward and backward: backend, whether it passed, figures.
 
-    The budget of each result is twice the error of the reference in float32 and one rounding, all against the reference
-    in float64.
+    Figures: the relative error of each result, root mean square, and the part of its budget that it takes.
     """
     case = _small_problem()
-    exact = _reference([array.astype(np.float64) for array in case])
-    budgets = [budget(mine, best) for mine, best in zip(_reference(case), exact, strict=True)]
+    plain, exact = _reference(case), _reference([array.astype(np.float64) for array in case])
+    labels = ("output", "grad value", "grad locations", "grad weights")
     for name, run in _backends():
         try:
             results = run(case)
         except Exception as failure:
             yield name, False, f"{type(failure).__name__}: {failure}"
             continue
-        errors = [error(result, best) for result, best in zip(results, exact, strict=True)]
-        passed = all(e <= b for e, b in zip(errors, budgets, strict=True))
-        labels = ("output", "grad value", "grad locations", "grad weights")
-        figures = [
-            f"{n} {e:.0e} (of {b:.0e})" for n, e, b in zip(labels, errors, budgets, strict=True)
-        ]
-        yield name, passed, ", ".join(figures)
-
-
-def error(result: Any, exact: Any) -> float:
-    """Relative error, root mean square; infinite where the result is not finite."""
-    difference = float(np.linalg.norm(np.asarray(result, np.float64) - exact))
-    if not np.isfinite(difference):
-        return float("inf")
-    return difference / (float(np.linalg.norm(exact)) or 1.0)
-
-
-def budget(plain: Any, exact: Any) -> float:
-    """What a float32 result may be off: twice the error of a plain float32 formulation and one rounding."""
-    return 2 * (error(plain, exact) + EPSILON)
+        parts = [budget.used(*arrays) for arrays in zip(results, plain, exact, strict=True)]
+        errors = [budget.relative_error(*pair) for pair in zip(results, exact, strict=True)]
+        figures = (
+            f"{label} {error:.0e} ({part:.2f} of its budget)"
+            for label, error, part in zip(labels, errors, parts, strict=True)
+        )
+        yield name, all(part <= 1 for part in parts), ", ".join(figures)
 
 
 def _small_problem() -> _Case:

@@ -12,9 +12,9 @@ import pytest
 
 import cupy_msda
 from cupy_msda import reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.cpu import backend as host
 from cupy_msda.problem import Level
-from tests.budget import assert_within_budget
 
 SIZES = [(5, 7), (3, 4), (1, 2)]
 LEVELS = [Level(5, 7, 0), Level(3, 4, 35), Level(1, 2, 47)]

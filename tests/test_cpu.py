@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cupy_msda import reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.problem import Level
-from tests.budget import assert_within_budget
 
 pytest.importorskip("numba")
 

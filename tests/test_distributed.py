@@ -31,7 +31,7 @@ from cupy_msda import (  # noqa: E402
     ms_deform_attn_backward,
     operators,
 )
-from tests.budget import assert_within_budget  # noqa: E402
+from cupy_msda.budget import assert_within_budget  # noqa: E402
 from tests.problems import random_inputs  # noqa: E402
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
