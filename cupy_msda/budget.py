@@ -3,8 +3,8 @@
 
     error(result) <= 2 * (error(reference in the same dtype) + rounding band)
 
-Both errors are against the reference in float64, and the bound must hold in two norms: the largest
-magnitude finds one wrong element, the root mean square a loss of accuracy in all of them.
+Both errors are against the reference in float64, and the budget holds in two norms: the largest
+magnitude finds one wrong element, the root mean square finds a loss of accuracy in all elements.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 
 _Array = np.ndarray[Any, Any]
 FACTOR = 2.0
+# The rounding band, in units of rounding at the norm of the exact result: the cost of a sum in
+# another order. A result of zeros has no band, so it must be met exactly.
+ROUNDINGS = 2.0
 
 
 def _largest(array: _Array) -> float:
@@ -32,17 +35,12 @@ def _root_mean_square(array: _Array) -> float:
     return scale * float(np.linalg.norm(array / scale)) / math.sqrt(array.size)
 
 
-# The rounding band in units of rounding at the norm of the exact result: what a sum in another
-# order may cost. A result of zeros has no band, so it must be met exactly.
-_NORMS = ((_largest, 2.0), (_root_mean_square, 1.0))
-
-
 def used(result: Any, reference: Any, exact: Any) -> float:
-    """The part of its budget that the error of a result takes: at most 1 is right.
+    """The part of its budget that the error of a result takes; a correct result takes at most 1.
 
-    `reference` is what the reference gives in the dtype of the result, `exact` what it gives in
-    float64: arrays of NumPy, CuPy or torch, on any device. Infinite unless NaN is exactly where
-    `exact` has it and infinity where `reference` has it.
+    `reference` is the result of the reference in the same dtype, `exact` its result in float64:
+    arrays of NumPy, CuPy or torch, on any device. Infinite unless the result has NaN exactly where
+    `exact` has it, and infinity where `reference` has it.
     """
     unit = _rounding_unit(reference.dtype)
     got, same, truth = (_on_host(array) for array in (result, reference, exact))
@@ -54,8 +52,8 @@ def used(result: Any, reference: Any, exact: Any) -> float:
         return math.inf
     got, same, truth = got[finite], same[finite], truth[finite]
     return max(
-        _quotient(norm(got - truth), FACTOR * (norm(same - truth) + roundings * unit * norm(truth)))
-        for norm, roundings in _NORMS
+        _quotient(norm(got - truth), FACTOR * (norm(same - truth) + ROUNDINGS * unit * norm(truth)))
+        for norm in (_largest, _root_mean_square)
     )
 
 
@@ -67,13 +65,13 @@ def relative_error(result: Any, exact: Any) -> float:
 
 
 def assert_within_budget(result: Any, reference: Any, exact: Any) -> None:
-    """Assert that a result, of the dtype and shape of `reference`, uses at most its budget."""
+    """Assert that the error of a result of the dtype of `reference` is within its budget."""
     assert result.dtype == reference.dtype
     assert tuple(result.shape) == tuple(reference.shape) == tuple(exact.shape)
     part = used(result, reference, exact)
     assert part <= 1, (
-        f"the error is {part:.3g} times its budget (inf: NaN or infinity where the reference has "
-        f"none, or the reverse): {result} for {reference}"
+        f"the error is {part:.3g} times its budget (inf: NaN or infinity in other places than in "
+        f"the reference): {result} for {reference}"
     )
 
 

@@ -39,8 +39,10 @@ def test_one_wrong_element_is_found():
 
 
 def test_a_loss_of_accuracy_in_all_elements_is_found():
-    worse = (EXACT + 3 * EPSILON * RNG.choice([-1, 1], EXACT.size)).astype(np.float32)
-    assert np.abs(worse - EXACT).max() < 2 * EPSILON * np.abs(EXACT).max()
+    worse = (EXACT + 5 * EPSILON * RNG.choice([-1, 1], EXACT.size)).astype(np.float32)
+    assert (
+        np.abs(worse - EXACT).max() < 4 * EPSILON * np.abs(EXACT).max()
+    )  # largest magnitude: right
     assert budget.used(worse, REFERENCE, EXACT) > 1
 
 
