@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: MSDeformAttn on the feature pyramid of a picture, compared with grid_sample, timed and drawn.
 
-Nothing is trained: features, offsets and weights come from fixed random projections of colours and edges. What is real
-is the work: an encoder layer in which every pixel of every level is a query.
+Nothing is trained: features, offsets and weights come from fixed random projections of colours and edges. The work is
+that of a real encoder layer: every pixel of every level is a query.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def run(image: Path | None, output: Path) -> int:
     if obstacle is None:
         print(f"backend    CUDA kernels on {torch.cuda.get_device_name()}\n")
     else:
-        print(
-            f"backend    {report.host_backend()} on the CPU\n           not on CUDA: {obstacle}\n"
-        )
+        print(f"backend    {report.cpu_backend()} on the CPU\n           not on CUDA: {obstacle}\n")
 
     passed = print_errors(scene, module)
     print_times(scene, module)
@@ -149,7 +147,7 @@ def forward_by_grid_sample(module: MSDeformAttn, scene: Scene) -> Tensor:
 
 
 def operator_inputs(module: MSDeformAttn, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """What the module hands to the operator: value, sampling locations, attention weights."""
+    """The module's inputs to the operator: value, sampling locations, attention weights."""
     n, s, _ = scene.features.shape
     value = module.value_proj(scene.features).view(n, s, HEADS, -1)
     offsets = module.sampling_offsets(scene.features).view(n, s, HEADS, LEVELS, POINTS, 2)
@@ -171,7 +169,7 @@ def _ours(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Ten
 
 
 def print_errors(scene: Scene, module: MSDeformAttn) -> bool:
-    """Compare both with grid_sample in float64; whether ours is within budget."""
+    """Compare both with grid_sample in float64; return whether ours is within its budget."""
     with torch.no_grad():
         inputs = [tensor.contiguous() for tensor in operator_inputs(module, scene)]
     generator = torch.Generator().manual_seed(1)
@@ -251,7 +249,7 @@ def _with_backward(function: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def _median_times(*functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, warmed up, run in turns so that both see the same machine."""
+    """Median seconds of each after a warm-up, interleaved so that noise affects all equally."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(REPEATS + 1):
         for function, seconds in zip(functions, times, strict=True):

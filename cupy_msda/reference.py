@@ -4,6 +4,8 @@
 Works on NumPy, CuPy and torch arrays; under torch `forward` is differentiable to any order, in
 reverse and forward mode. It computes in the dtype of `value`, or in float32 where that is narrower,
 so float64 inputs give the exact results that others are compared with.
+
+Reference: Zhu et al., "Deformable DETR", arXiv:2010.04159.
 """
 
 from __future__ import annotations
@@ -50,10 +52,6 @@ def forward(
     Returns
     -------
     array, shape (N, Lq, M*D), dtype of `value`
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
 
     def samples(xp: Any, flat: Any, cells: _Cells, _: int) -> Any:
@@ -84,10 +82,6 @@ def backward(
     -------
     tuple of three arrays
         Each with the shape and dtype of what it belongs to.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     xp = array_namespace(value)
     n, s, m, d = value.shape
@@ -134,10 +128,6 @@ def tangent(
     Returns
     -------
     array, shape (N, Lq, M*D), dtype of `value`
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     along_value, along_locations, along_weights = tangents
 

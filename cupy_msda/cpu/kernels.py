@@ -14,6 +14,8 @@ in time. Unlike Numba's threading layers this survives fork and calls from sever
 A task computes the same on every thread: results are bitwise identical for any number of threads.
 
 All in one file, because Numba's disk cache notices changes only in the file of the kernel itself.
+
+Reference: Zhu et al., "Deformable DETR", arXiv:2010.04159.
 """
 
 # Numba's own types are partial, differ between versions, and say nothing of what it compiles.
@@ -70,10 +72,6 @@ def forward(
     -------
     array, shape (N, Lq, M*D)
         Deterministic: bitwise identical for any number of threads.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     n, s, m, d = value.shape
     lq, points = locations.shape[1], locations.shape[4]
@@ -115,10 +113,6 @@ def backward(
     -------
     tuple of three arrays
         Each with the shape of its input. Deterministic, as `forward`.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     n, s, m, d = value.shape
     lq, points = locations.shape[1], locations.shape[4]

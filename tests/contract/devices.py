@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-from tests.contract.inputs import LQ, SIZES, STARTS, Bad, D, L, M, N, P, S
+from tests.contract.inputs import SHAPE, SIZES, STARTS, Bad
 
 TORCH = [
     Bad(
         "locations on another device",
-        lambda lib: {"sampling_locations": lib.array((N, LQ, M, L, P, 2)).to("meta")},
+        lambda lib: {"sampling_locations": lib.array(SHAPE["sampling_locations"]).to("meta")},
         ValueError,
         "sampling_locations must be on the device of value, cpu, got meta",
     ),
     Bad(
         "weights on another device",
-        lambda lib: {"attention_weights": lib.array((N, LQ, M, L, P)).to("meta")},
+        lambda lib: {"attention_weights": lib.array(SHAPE["attention_weights"]).to("meta")},
         ValueError,
         "attention_weights must be on the device of value, cpu, got meta",
     ),
     Bad(
         "values on another device",
-        lambda lib: {"value": lib.array((N, S, M, D)).to("meta")},
+        lambda lib: {"value": lib.array(SHAPE["value"]).to("meta")},
         ValueError,
         "sampling_locations must be on the device of value, meta, got cpu",
     ),
@@ -38,7 +38,7 @@ TORCH = [
     ),
     Bad(
         "a gradient on another device",
-        lambda lib: {"grad_output": lib.array((N, LQ, M * D)).to("meta")},
+        lambda lib: {"grad_output": lib.array(SHAPE["grad_output"]).to("meta")},
         ValueError,
         "grad_output must be on the device of value, cpu, got meta",
     ),

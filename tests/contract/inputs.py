@@ -16,6 +16,13 @@ from cupy_msda.problem import Level
 N, S, M, D, LQ, L, P = 4, 28, 2, 7, 5, 3, 6
 SIZES = [(4, 5), (2, 3), (1, 2)]
 STARTS = [0, 20, 26]
+PROBLEM = {"n": N, "s": S, "m": M, "d": D, "lq": LQ, "levels": L, "p": P}
+SHAPE = {
+    "value": (N, S, M, D),
+    "sampling_locations": (N, LQ, M, L, P, 2),
+    "attention_weights": (N, LQ, M, L, P),
+    "grad_output": (N, LQ, M * D),
+}
 LEVELS = tuple(Level(h, w, start) for (h, w), start in zip(SIZES, STARTS, strict=True))
 
 
@@ -61,12 +68,12 @@ def other(lib: Library) -> Library:
 def good_inputs(lib: Library) -> dict[str, Any]:
     """Inputs that the contract accepts, by name."""
     return {
-        "value": lib.array((N, S, M, D)),
+        "value": lib.array(SHAPE["value"]),
         "spatial_shapes": SIZES,
         "level_start_index": STARTS,
-        "sampling_locations": lib.array((N, LQ, M, L, P, 2)),
-        "attention_weights": lib.array((N, LQ, M, L, P)),
-        "grad_output": lib.array((N, LQ, M * D)),
+        "sampling_locations": lib.array(SHAPE["sampling_locations"]),
+        "attention_weights": lib.array(SHAPE["attention_weights"]),
+        "grad_output": lib.array(SHAPE["grad_output"]),
     }
 
 
@@ -106,9 +113,24 @@ OUTSIDE = (
     "spatial_shapes and level_start_index must keep every level inside the S = 28 positions of "
     "value, got (H, W) = "
 )
+LOCATIONS = "sampling_locations must have shape (N, Lq, M, L, P, 2)"
 NO_ARRAY = (
     "must be a torch, CuPy or NumPy array or one with shape, dtype, __dlpack__, "
     "__dlpack_device__, __array_namespace__, got"
 )
-LOCATIONS = "sampling_locations must have shape (N, Lq, M, L, P, 2)"
-OTHER_LIBRARY = "must be an array of the library of value, {library}, got one of {other}"
+
+
+def no_array(name: str, argument: str, given: Any) -> Bad:
+    """Something that is no array of a known kind."""
+    message = f"{argument} {NO_ARRAY} {type(given).__name__}"
+    return Bad(name, lambda _: {argument: given}, TypeError, message)
+
+
+def of_another_library(name: str, argument: str) -> Bad:
+    """An array of the library that `value` is not of."""
+    return Bad(
+        name,
+        lambda lib: {argument: other(lib).array(SHAPE[argument])},
+        TypeError,
+        f"{argument} must be an array of the library of value, {{library}}, got one of {{other}}",
+    )

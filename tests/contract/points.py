@@ -10,34 +10,37 @@ from tests.contract.inputs import (
     LOCATION_SHAPE,
     LOCATIONS,
     LQ,
-    NO_ARRAY,
-    OTHER_LIBRARY,
+    SHAPE,
     Bad,
-    D,
     L,
     M,
     N,
     P,
-    S,
-    other,
+    no_array,
+    of_another_library,
 )
 
 VALUE_SHAPE = "since value has shape (4, 28, 2, 7)"
 WEIGHTS = "attention_weights must have shape (N, Lq, M, L, P) = (4, 5, 2, 3, 6)"
 
+
+def of_dtype(name: str, argument: str, dtype: str, value: str = "float32") -> Bad:
+    """A dtype that neither is float32 nor that of value."""
+    allowed = "float32" if value == "float32" else f"float32 or that of value, {value}"
+    return Bad(
+        name,
+        lambda lib: {
+            "value": lib.array(SHAPE["value"], value),
+            argument: lib.array(SHAPE[argument], dtype),
+        },
+        TypeError,
+        f"{argument} must have dtype {allowed}, got {dtype}",
+    )
+
+
 ANY = [
-    Bad(
-        "locations of another library",
-        lambda lib: {"sampling_locations": other(lib).array((N, LQ, M, L, P, 2))},
-        TypeError,
-        f"sampling_locations {OTHER_LIBRARY}",
-    ),
-    Bad(
-        "weights of another library",
-        lambda lib: {"attention_weights": other(lib).array((N, LQ, M, L, P))},
-        TypeError,
-        f"attention_weights {OTHER_LIBRARY}",
-    ),
+    of_another_library("locations of another library", "sampling_locations"),
+    of_another_library("weights of another library", "attention_weights"),
     Bad(
         "locations of one level without its axis",
         lambda lib: {"sampling_locations": lib.array((N, LQ, M, P, 2))},
@@ -76,7 +79,7 @@ ANY = [
     ),
     Bad(
         "locations without (x, y)",
-        lambda lib: {"sampling_locations": lib.array((N, LQ, M, L, P))},
+        lambda lib: {"sampling_locations": lib.array(SHAPE["attention_weights"])},
         ValueError,
         f"{LOCATIONS} = (4, any, 2, any, any, 2) {VALUE_SHAPE}, got (4, 5, 2, 3, 6)",
     ),
@@ -87,39 +90,11 @@ ANY = [
         "attention_weights must have shape (N, Lq, M, L, P) = (4, 5, 2, 4, 6) since "
         "sampling_locations has shape (4, 5, 2, 4, 6, 2), got (4, 5, 2, 3, 6)",
     ),
-    Bad(
-        "locations in whole pixels",
-        lambda lib: {"sampling_locations": lib.array((N, LQ, M, L, P, 2), "int64")},
-        TypeError,
-        "sampling_locations must have dtype float32, got int64",
-    ),
-    Bad(
-        "double locations with float values",
-        lambda lib: {"sampling_locations": lib.array((N, LQ, M, L, P, 2), "float64")},
-        TypeError,
-        "sampling_locations must have dtype float32, got float64",
-    ),
-    Bad(
-        "half locations with float values",
-        lambda lib: {"sampling_locations": lib.array((N, LQ, M, L, P, 2), "float16")},
-        TypeError,
-        "sampling_locations must have dtype float32, got float16",
-    ),
-    Bad(
-        "double locations with half values",
-        lambda lib: {
-            "value": lib.array((N, S, M, D), "float16"),
-            "sampling_locations": lib.array((N, LQ, M, L, P, 2), "float64"),
-        },
-        TypeError,
-        "sampling_locations must have dtype float32 or that of value, float16, got float64",
-    ),
-    Bad(
-        "locations are a nested list",
-        lambda lib: {"sampling_locations": [[0.5, 0.5]]},
-        TypeError,
-        f"sampling_locations {NO_ARRAY} list",
-    ),
+    of_dtype("locations in whole pixels", "sampling_locations", "int64"),
+    of_dtype("double locations with float values", "sampling_locations", "float64"),
+    of_dtype("half locations with float values", "sampling_locations", "float16"),
+    of_dtype("double locations with half values", "sampling_locations", "float64", "float16"),
+    no_array("locations are a nested list", "sampling_locations", [[0.5, 0.5]]),
     Bad(
         "queries beyond 32 bits",
         lambda lib: {"sampling_locations": lib.wide(N, 2**31, M, L, P, 2)},
@@ -168,56 +143,20 @@ ANY = [
         ValueError,
         f"{WEIGHTS} {LOCATION_SHAPE}, got (4, 5, 2, 3, 4)",
     ),
-    Bad(
-        "a padding mask for weights",
-        lambda lib: {"attention_weights": lib.array((N, LQ, M, L, P), "bool")},
-        TypeError,
-        "attention_weights must have dtype float32, got bool",
-    ),
-    Bad(
-        "half weights with double values",
-        lambda lib: {
-            "value": lib.array((N, S, M, D), "float64"),
-            "attention_weights": lib.array((N, LQ, M, L, P), "float16"),
-        },
-        TypeError,
-        "attention_weights must have dtype float32 or that of value, float64, got float16",
-    ),
-    Bad(
-        "weights are a number",
-        lambda lib: {"attention_weights": 1.0},
-        TypeError,
-        f"attention_weights {NO_ARRAY} float",
-    ),
+    of_dtype("a padding mask for weights", "attention_weights", "bool"),
+    of_dtype("half weights with double values", "attention_weights", "float16", "float64"),
+    no_array("weights are a number", "attention_weights", 1.0),
 ]
 NUMPY = [
-    Bad(
-        "a NumPy scalar",
-        lambda lib: {"attention_weights": np.float32(1)},
-        TypeError,
-        f"attention_weights {NO_ARRAY} float32",
-    ),
+    no_array("a NumPy scalar", "attention_weights", np.float32(1)),
 ]
 TORCH = [
-    Bad(
-        "half locations with bfloat16 values",
-        lambda lib: {
-            "value": lib.array((N, S, M, D), "bfloat16"),
-            "sampling_locations": lib.array((N, LQ, M, L, P, 2), "float16"),
-        },
-        TypeError,
-        "sampling_locations must have dtype float32 or that of value, bfloat16, got float16",
-    ),
+    of_dtype("half locations with bfloat16 values", "sampling_locations", "float16", "bfloat16"),
     Bad(
         "sparse weights",
-        lambda lib: {"attention_weights": lib.array((N, LQ, M, L, P)).to_sparse()},
+        lambda lib: {"attention_weights": lib.array(SHAPE["attention_weights"]).to_sparse()},
         TypeError,
         "attention_weights must be a dense tensor, got torch.sparse_coo",
     ),
-    Bad(
-        "a dtype for a tensor",
-        lambda lib: {"attention_weights": torch.float32},
-        TypeError,
-        f"attention_weights {NO_ARRAY} dtype",
-    ),
+    no_array("a dtype for a tensor", "attention_weights", torch.float32),
 ]

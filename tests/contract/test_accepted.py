@@ -13,15 +13,11 @@ from cupy_msda import arrays, contract  # noqa: E402
 from tests.contract.inputs import (  # noqa: E402
     LEVELS,
     LQ,
+    PROBLEM,
+    SHAPE,
     SIZES,
     STARTS,
-    D,
-    L,
-    M,
-    N,
     NumPy,
-    P,
-    S,
     Torch,
     check_with,
     good_inputs,
@@ -138,18 +134,19 @@ def test_every_order_gives_the_same(lib, order):
     assert all((a == b).all() for a, b in zip(gradients, expected, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "starts"),
-    [
-        pytest.param([(2, 2), (2, 3), (1, 2)], [1, 10, 20], id="gaps"),
-        pytest.param([(4, 5), (4, 5), (2, 3)], [0, 8, 3], id="overlaps"),
-        pytest.param([(1, 2), (2, 3), (4, 5)], [26, 20, 0], id="any order"),
-        pytest.param([(0, 0), (0, 5), (4, 0)], [28, 0, 28], id="empty levels, at the end too"),
-        pytest.param([(2, 3), (1, 2), (1, 1)], None, id="positions left over"),
-        pytest.param([(1, 28), (28, 1), (4, 7)], [0, 0, 0], id="the same positions"),
-    ],
-)
-def test_levels_that_fit(sizes, starts):
+LEVELS_THAT_FIT = {
+    "gaps": ([(2, 2), (2, 3), (1, 2)], [1, 10, 20]),
+    "overlaps": ([(4, 5), (4, 5), (2, 3)], [0, 8, 3]),
+    "any order": ([(1, 2), (2, 3), (4, 5)], [26, 20, 0]),
+    "empty levels, at the end too": ([(0, 0), (0, 5), (4, 0)], [28, 0, 28]),
+    "positions left over": ([(2, 3), (1, 2), (1, 1)], None),
+    "the same positions": ([(1, 28), (28, 1), (4, 7)], [0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS_THAT_FIT)
+def test_levels_that_fit(case):
+    sizes, starts = LEVELS_THAT_FIT[case]
     _, table = check_with(NumPy(), spatial_shapes=sizes, level_start_index=starts)
     assert table.sizes == tuple(sizes)
     assert table.starts == (tuple(starts) if starts else (0, 6, 8))
@@ -178,24 +175,22 @@ def test_dtypes(lib, value, locations, weights):
         pytest.importorskip("ml_dtypes", reason="NumPy has bfloat16 from ml_dtypes")
     problem, _ = check_with(
         lib,
-        value=lib.array((N, S, M, D), value),
-        sampling_locations=lib.array((N, LQ, M, L, P, 2), locations),
-        attention_weights=lib.array((N, LQ, M, L, P), weights),
+        value=lib.array(SHAPE["value"], value),
+        sampling_locations=lib.array(SHAPE["sampling_locations"], locations),
+        attention_weights=lib.array(SHAPE["attention_weights"], weights),
     )
     assert problem[-3:] == (value, locations, weights)
 
 
 def test_sizes_are_those_of_the_arrays():
     problem, _ = check_with(NumPy())
-    assert problem[:7] == (N, S, M, D, LQ, L, P)
-    assert problem.output_shape == (N, LQ, M * D)
+    assert problem[:7] == tuple(PROBLEM.values())
+    assert problem.output_shape == SHAPE["grad_output"]
 
 
-@pytest.mark.parametrize("zero", ["n", "s", "m", "d", "lq", "levels", "p"])
+@pytest.mark.parametrize("zero", PROBLEM)
 def test_empty_dimensions(zero):
-    n, s, m, d, lq, levels, p = (
-        {"n": N, "s": S, "m": M, "d": D, "lq": LQ, "levels": L, "p": P} | {zero: 0}
-    ).values()
+    n, s, m, d, lq, levels, p = (PROBLEM | {zero: 0}).values()
     sizes = SIZES[:levels] if s else [(0, 0)] * levels
     problem, table = contract.check(
         np.ones((n, s, m, d)),
@@ -209,8 +204,8 @@ def test_empty_dimensions(zero):
 
 
 def test_subclasses_count_as_their_library():
-    value = torch.nn.Parameter(torch.ones(N, S, M, D))
+    value = torch.nn.Parameter(torch.ones(SHAPE["value"]))
     assert arrays.library(value) == "torch"
     check_with(Torch(), value=value)
-    mapped = np.ones((N, S, M, D), np.float32).view(np.recarray)
+    mapped = np.ones(SHAPE["value"], np.float32).view(np.recarray)
     assert arrays.library(mapped) == "numpy"

@@ -12,21 +12,13 @@ from cupy_msda import arrays, contract  # noqa: E402
 from tests.contract.inputs import (  # noqa: E402
     LEVELS,
     LOCATION_SHAPE,
-    LQ,
     OUTSIDE,
+    SHAPE,
     SHAPES,
     SIZES,
     STARTS,
-    D,
-    L,
-    M,
-    N,
     NumPy,
-    P,
-    S,
-    Torch,
     check_with,
-    good_inputs,
     pattern,
 )
 
@@ -112,9 +104,9 @@ def test_half_a_table_may_be_on_the_device():
         ({"level_start_index": SECOND_CUDA.integers(STARTS)},
          "level_start_index must be on the device of value, cuda:0, got cuda:1"),
         ({"spatial_shapes": CUDA.integers(SIZES[:2])}, f"{SHAPES} {LOCATION_SHAPE}, got (2, 2)"),
-        ({"sampling_locations": SECOND_CUDA.array((N, LQ, M, L, P, 2))},
+        ({"sampling_locations": SECOND_CUDA.array(SHAPE["sampling_locations"])},
          "sampling_locations must be on the device of value, cuda:0, got cuda:1"),
-        ({"attention_weights": Device(1, 0).array((N, LQ, M, L, P))},
+        ({"attention_weights": Device(1, 0).array(SHAPE["attention_weights"])},
          "attention_weights must be on the device of value, cuda:0, got cpu"),
     ],
 )  # fmt: skip
@@ -126,11 +118,12 @@ def test_bad_input_on_a_device(changed, message):
 @pytest.mark.parametrize("where", ["host", "starts-on-the-device", "device"])
 def test_levels_beyond_what_a_launch_takes_by_value(where):
     sizes = [(0, 0)] * 321
+    n, lq, m, _, p = SHAPE["attention_weights"]
     changed = {
         "spatial_shapes": CUDA.integers(sizes) if where == "device" else sizes,
         "level_start_index": None if where == "host" else CUDA.integers([0] * 321),
-        "sampling_locations": CUDA.array((N, LQ, M, 321, P, 2)),
-        "attention_weights": CUDA.array((N, LQ, M, 321, P)),
+        "sampling_locations": CUDA.array((n, lq, m, 321, p, 2)),
+        "attention_weights": CUDA.array((n, lq, m, 321, p)),
     }
     if where == "device":
         check_with(CUDA, **changed)
@@ -162,7 +155,7 @@ def test_bfloat16_on_a_device_is_taken_from_torch_only():
         dtype = "bfloat16"
 
     with pytest.raises(TypeError, match=r"^value must have dtype .* CuPy has no bfloat16"):
-        check_with(CUDA, value=Brain(np.zeros((N, S, M, D), np.int16)))
+        check_with(CUDA, value=Brain(np.zeros(SHAPE["value"], np.int16)))
 
 
 def test_pinned_memory_is_on_the_host_and_managed_memory_on_the_device():
@@ -204,13 +197,8 @@ def test_the_check_variable_is_off_unless_one(monkeypatch):
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_levels_without_memory_are_never_read(check, monkeypatch):
     monkeypatch.setenv("CUPY_MSDA_CHECK", check)
-    inputs = {
-        name: array.to("meta") if isinstance(array, torch.Tensor) else array
-        for name, array in good_inputs(Torch()).items()
-    }
-    del inputs["grad_output"]
-    inputs["spatial_shapes"] = torch.tensor(SIZES, device="meta")
-    inputs["level_start_index"] = None
-    problem, table = contract.check(*inputs.values())
-    assert problem.output_shape == (N, LQ, M * D)
-    assert table.device_sizes is inputs["spatial_shapes"]
+    value, *points, _ = (torch.ones(shape, device="meta") for shape in SHAPE.values())
+    sizes = torch.tensor(SIZES, device="meta")
+    problem, table = contract.check(value, sizes, None, *points)
+    assert problem.output_shape == SHAPE["grad_output"]
+    assert table.device_sizes is sizes

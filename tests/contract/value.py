@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.contract.inputs import LOCATIONS, NO_ARRAY, Bad, D, M, N, S
+from tests.contract.inputs import LOCATIONS, NO_ARRAY, SHAPE, Bad, D, M, N, S, no_array
 
 
 class NoNamespace:
     """A DLPack array without a way back from NumPy."""
 
-    shape = (N, S, M, D)
+    shape = SHAPE["value"]
     dtype = "float32"
 
     def __dlpack__(self, **_):
@@ -20,6 +20,12 @@ class NoNamespace:
 
     def __dlpack_device__(self):
         return 1, 0
+
+
+def of_dtype(name: str, dtype: str) -> Bad:
+    """A dtype without kernels."""
+    message = f"value must have dtype float16, bfloat16, float32, float64, got {dtype}"
+    return Bad(name, lambda lib: {"value": lib.array(SHAPE["value"], dtype)}, TypeError, message)
 
 
 ANY = [
@@ -54,25 +60,15 @@ ANY = [
         ValueError,
         f"{LOCATIONS} = (28, any, 2, any, any, 2) since value has shape (28, 4, 2, 7), got ...",
     ),
-    Bad(
-        "value has integers",
-        lambda lib: {"value": lib.array((N, S, M, D), "int32")},
-        TypeError,
-        "value must have dtype float16, bfloat16, float32, float64, got int32",
-    ),
-    Bad(
-        "value is complex",
-        lambda lib: {"value": lib.array((N, S, M, D), "complex64")},
-        TypeError,
-        "value must have dtype float16, bfloat16, float32, float64, got complex64",
-    ),
+    of_dtype("value has integers", "int32"),
+    of_dtype("value is complex", "complex64"),
     Bad(
         "value is a list of feature maps",
         lambda lib: {"value": [lib.array((N, 14, 4, 5)), lib.array((N, 14, 2, 3))]},
         TypeError,
         f"value {NO_ARRAY} list",
     ),
-    Bad("value is missing", lambda lib: {"value": None}, TypeError, f"value {NO_ARRAY} NoneType"),
+    no_array("value is missing", "value", None),
     Bad(
         "value is beyond 32 bits",
         lambda lib: {"value": lib.wide(N, 2**31, M, D)},
@@ -83,39 +79,34 @@ ANY = [
 NUMPY = [
     Bad(
         "byte-swapped values",
-        lambda lib: {"value": np.ones((N, S, M, D), np.dtype("f4").newbyteorder())},
+        lambda lib: {"value": np.ones(SHAPE["value"], np.dtype("f4").newbyteorder())},
         TypeError,
         "value must have dtype float16, bfloat16, float32, float64, got ...f4",
     ),
     Bad(
         "values that are objects",
-        lambda lib: {"value": np.full((N, S, M, D), None)},
+        lambda lib: {"value": np.full(SHAPE["value"], None)},
         TypeError,
         "value must have dtype float16, bfloat16, float32, float64, got object",
     ),
     Bad(
         "extended precision",
-        lambda lib: {"value": np.ones((N, S, M, D), np.longdouble)},
+        lambda lib: {"value": np.ones(SHAPE["value"], np.longdouble)},
         TypeError,
         "value must have dtype float16, bfloat16, float32, float64, got ...",
     ),
     Bad(
         "a masked array, whose mask would be lost",
-        lambda lib: {"value": np.ma.masked_invalid(np.ones((N, S, M, D), np.float32))},
+        lambda lib: {"value": np.ma.masked_invalid(np.ones(SHAPE["value"], np.float32))},
         TypeError,
         "value must be an array without a mask, got MaskedArray",
     ),
-    Bad(
-        "an unnamed library without a namespace",
-        lambda lib: {"value": NoNamespace()},
-        TypeError,
-        f"value {NO_ARRAY} NoNamespace",
-    ),
+    no_array("an unnamed library without a namespace", "value", NoNamespace()),
 ]
 TORCH = [
     Bad(
         "float8 values",
-        lambda lib: {"value": lib.array((N, S, M, D)).to(torch.float8_e4m3fn)},
+        lambda lib: {"value": lib.array(SHAPE["value"]).to(torch.float8_e4m3fn)},
         TypeError,
         "value must have dtype float16, bfloat16, float32, float64, got float8_e4m3fn",
     ),
@@ -125,10 +116,5 @@ TORCH = [
         TypeError,
         "value must be a dense tensor, got a nested tensor",
     ),
-    Bad(
-        "a module for a tensor",
-        lambda lib: {"value": torch.nn.Identity()},
-        TypeError,
-        f"value {NO_ARRAY} Identity",
-    ),
+    no_array("a module for a tensor", "value", torch.nn.Identity()),
 ]
