@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the README's tables and what stands above them again, from the result files that its markers name.
+"""Rewrite the README's tables and their captions from the result files that its markers name.
 
 python benchmarks/readme_tables.py
 """
@@ -18,7 +18,7 @@ _BETWEEN_MARKERS = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -
 
 
 def updated(text: str) -> str:
-    """The text with every table as its file has it."""
+    """The text with every table as its result file says."""
 
     def written(match: re.Match[str]) -> str:
         before, file, after = match.groups()

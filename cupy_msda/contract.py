@@ -80,7 +80,7 @@ def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
 
 
 def check_query_order(query_order: Any, num_queries: int) -> Grids:
-    """Check `query_order` of a call with so many queries; "auto" becomes None, None becomes ()."""
+    """Check `query_order` of a call with `num_queries` queries; "auto" becomes None, None becomes ()."""
     if query_order is None:
         return ()
     if isinstance(query_order, str) and query_order == "auto":

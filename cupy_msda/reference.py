@@ -81,7 +81,7 @@ def backward(
     Returns
     -------
     tuple of three arrays
-        Each with the shape and dtype of what it belongs to.
+        Each with the shape and dtype of its input.
     """
     xp = array_namespace(value)
     n, s, m, d = value.shape
@@ -269,6 +269,6 @@ def _add_rows(xp: Any, target: Any, rows: Any, addends: Any) -> Any:
     addends = xp.reshape(addends, (-1, target.shape[1]))
     if hasattr(target, "index_add"):  # torch
         return target.index_add(0, rows, addends)
-    # The array API has no scatter-add; NumPy and CuPy share this one.
+    # The array API has no scatter-add; NumPy and CuPy have this one.
     xp.add.at(target, rows, addends)
     return target

@@ -200,7 +200,7 @@ TYPICAL = {"encoder": _ENCODER, "decoder": _ENCODER._replace(num_queries=300)}
 
 
 def plans() -> Iterator[tuple[str, str]]:
-    """Label and text: what CuPy's current device would run for typical problems, and why; nothing without a device."""
+    """Label and text: the kernels for typical problems on CuPy's current device, and why; empty without a device."""
     if cupy_obstacle() is None:
         import cupy
 

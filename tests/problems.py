@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs as torch tensors, and what the reference makes of them."""
+"""Random inputs as torch tensors, and their comparison with the reference."""
 
 from __future__ import annotations
 

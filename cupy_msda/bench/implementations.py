@@ -24,7 +24,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 def installed(quick: bool) -> tuple[list[str], dict[str, str]]:
-    """The names of what can be measured, ours first, and the reason for each that cannot."""
+    """The names of the available implementations, ours first, and why the others are absent."""
     absent = {
         name: f"{module} is not installed"
         for name, module in _MODULES.items()

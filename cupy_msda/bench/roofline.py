@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roofline bound: the least time of a case, from the bytes it moves, what it computes, and the device's rates.
+"""The roofline bound: the least time of a case, from its bytes, its arithmetic and the device's rates.
 
 The bound is the longest of its terms, since at best all overlap. It leaves out coordinates and addresses, and it need
 not be attainable. On a GPU caches are cold, as when timed; on a CPU an array is in the nearest cache that holds it.

@@ -18,7 +18,7 @@ All in one file, because Numba's disk cache notices changes only in the file of 
 Reference: Zhu et al., "Deformable DETR", arXiv:2010.04159.
 """
 
-# Numba's own types are partial, differ between versions, and say nothing of what it compiles.
+# Numba's own types are partial, differ between versions, and do not cover compiled code.
 # mypy: disable-error-code="attr-defined, import-untyped, misc, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations

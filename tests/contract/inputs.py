@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Good inputs of each library, and what a case of a mistake consists of."""
+"""Good inputs of each library, and the form of a mistake."""
 
 from __future__ import annotations
 
