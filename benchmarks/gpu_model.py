@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model behind `traffic.py`: orders of the work, an L1 for each multiprocessor, and sums by cell."""
+"""The model behind `traffic.py`: orders of the work, an L1 cache per multiprocessor, binned gradients of value."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import numpy as np
 from numba import njit
 
 M, D, P, LINE, SECTOR = 8, 32, 4, 128, 32
-THREADS = 256  # a block, of forward.cu; four are resident at 64 registers a thread
-# Of a backward that sums first: rows of work in a batch, groups that walk its sorted points, and the
-# bins of a level, whose cells lie so many rows and columns apart. One batch in EVERY is simulated.
+THREADS = 256  # per block of forward.cu; four blocks are resident at 64 registers a thread
+# The binned backward: rows of work in a batch, groups that walk its sorted points, and the (rows,
+# columns) after which the bins of a level repeat. One batch in EVERY is simulated.
 BATCH_ROWS, WALKERS, EVERY = 256, 32, 5
 BINS = {"one cell": (2**14, 2**14), "16 x 64": (16, 64), "32 x 32": (32, 32)}
 DTYPES = {"float32": 4, "float16": 2}
-# Bytes a second behind the microseconds that a design study gives for detr-encoder.
+# Bytes per second: constants of a design study of detr-encoder.
 RATES = {"L1": 26e12, "L2": 5.5e12, "HBM": 2.95e12, "RED": 3.85e12}
 
-# What a block of threads takes: the next block of work, in a plain grid; its own contiguous range; a
-# range beside those of the blocks on the same SM; or turns with them in one contiguous chunk.
+# The work of a block of threads: the next block of a plain grid; a contiguous range of its own; a
+# range next to those of the blocks on the same SM; turns with these in one contiguous chunk.
 PLAIN, OWN, BESIDE, CHUNK = "", "a range per block", "neighbouring ranges", "chunk"
 
 
 class Order(NamedTuple):
-    """How the rows of work (query, head) follow one another, and who takes them."""
+    """The order of the rows of work (query, head), and their assignment to blocks."""
 
     tile: int = 1  # side of the query tiles; 1: pixel by pixel
     share: str = PLAIN
     heads_first: bool = True  # all queries of a head, then the next head
 
     def __str__(self) -> str:
-        """As the tables call it: head-major unless it says otherwise."""
+        """The name in the tables; head-major unless it says otherwise."""
         major = "head-major" if self.heads_first else "query-major"
         tiles = f"tiles of {self.tile}" if self.tile > 1 else ""
         parts = [major if self == Order() or not self.heads_first else "", self.share, tiles]
@@ -39,16 +39,16 @@ class Order(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What the gathers run on; `sampled` of its SMs stand for all those of a plain grid."""
+    """A GPU; `sampled` of its SMs are simulated for a plain grid."""
 
-    l1: int = 200  # KB that value has
+    l1: int = 200  # KB of L1 available to value
     sms: int = 132
     resident: int = 4  # blocks on an SM at a time
     sampled: int = 11
 
 
 class Cache(NamedTuple):
-    """An L1: slots in a ring from the youngest to the oldest; the last index is the ring's end."""
+    """An L1 cache: slots in a ring from the youngest to the oldest; the last index is the ring's end."""
 
     slot_of: np.ndarray  # by line, -1 where absent
     line_of: np.ndarray
@@ -58,7 +58,7 @@ class Cache(NamedTuple):
 
 
 class Access(NamedTuple):
-    """Where the gathers go: cells (Lq, M, K, 2) of (row, column), levels, and strides in sectors."""
+    """The gathers: cells (Lq, M, K, 2) of (row, column), levels, and strides in sectors."""
 
     cells: np.ndarray
     levels: np.ndarray  # (L, 3): height, width, start
@@ -72,7 +72,7 @@ def tiled_query(index: int, sizes: np.ndarray, tile: int) -> int:
     """The query at `index` of the tiled order; `sizes` (L, 2) are the levels' heights and widths.
 
     Levels follow one another; a level is cut into bands of `tile` rows, a band into tiles, each in
-    scan order. Bands and tiles at the lower and right edges are smaller: no index is left out.
+    scan order. Bands and tiles at the lower and right edges are smaller, so no index is padding.
     """
     start = 0
     for level in range(sizes.shape[0]):
@@ -112,7 +112,7 @@ def make_work(order: Order, sizes: np.ndarray, queries: int) -> np.ndarray:
 
 
 def assign(share: str, blocks: int, gpu: Gpu) -> list[np.ndarray]:
-    """The blocks of work of each SM: a row for each step of its resident blocks of threads, -1 for none."""
+    """The blocks of work of each SM: one row per step of its resident blocks of threads, -1 for idle."""
     every, resident = np.arange(blocks), gpu.resident
     if share in (PLAIN, CHUNK):
         dealt = [every[sm :: gpu.sms] for sm in range(gpu.sms)]
@@ -127,11 +127,11 @@ def assign(share: str, blocks: int, gpu: Gpu) -> list[np.ndarray]:
         steps = ranges.reshape(resident, gpu.sms, length).transpose(1, 2, 0)
     else:
         steps = ranges.reshape(gpu.sms, resident, length).transpose(0, 2, 1)
-    return list(np.ascontiguousarray(steps))  # Numba compiles for every memory layout anew
+    return list(np.ascontiguousarray(steps))  # Numba compiles once per memory layout
 
 
 def _padded(blocks: np.ndarray, length: int, width: int) -> np.ndarray:
-    """The blocks, and -1 up to this length, in rows of this width."""
+    """The blocks padded with -1 to `length`, in rows of `width`."""
     padding = np.full(length - blocks.size, -1)
     return np.concatenate([blocks, padding]).reshape(-1, width)
 
@@ -147,7 +147,7 @@ def make_access(
 
 
 def new_cache(lines: int, capacity: int) -> Cache:
-    """An empty cache of so many lines, over a memory of so many."""
+    """An empty cache of `capacity` lines for a memory of `lines` lines."""
     ring = np.arange(capacity + 1)
     return Cache(
         np.full(lines, -1, np.int32),
@@ -160,7 +160,7 @@ def new_cache(lines: int, capacity: int) -> Cache:
 
 @njit
 def touch(cache: Cache, line: int, sectors: int) -> int:
-    """Read sectors of a line; how many come from L2."""
+    """Read sectors of a line; return how many come from L2."""
     end = cache.line_of.size
     slot = cache.slot_of[line]
     if slot < 0:
@@ -184,7 +184,7 @@ def touch(cache: Cache, line: int, sectors: int) -> int:
 
 @njit
 def gather(cache: Cache, access: Access, row: int, point: int) -> tuple[int, int]:
-    """Read the corners of one point: sectors read, and those of them that come from L2."""
+    """Read the corners of one point; return the sectors read and those that come from L2."""
     query, head = row // M, row % M
     height, width, start = access.levels[point // P]
     y, x = access.cells[query, head, point]
@@ -201,7 +201,7 @@ def gather(cache: Cache, access: Access, row: int, point: int) -> tuple[int, int
 
 @njit
 def run_sm(cache: Cache, access: Access, work: np.ndarray, steps: np.ndarray, rows: int) -> Any:
-    """One SM's work, `rows` of it to a block: sectors read, and those of them that come from L2."""
+    """Run one SM's work, `rows` per block; return the sectors read and those that come from L2."""
     read = missed = 0
     for step in range(steps.shape[0]):
         for point in range(access.cells.shape[2]):
@@ -216,7 +216,7 @@ def run_sm(cache: Cache, access: Access, work: np.ndarray, steps: np.ndarray, ro
 
 @njit
 def _column(x: int, y: int, height: int, width: int) -> int:
-    """How many corners of a cell at row y count in column x: rows of `value` to be added to."""
+    """The corners inside the level of a cell at row y in column x: rows of grad_value to add to."""
     return ((y >= 0) + (y < height - 1)) * (0 <= x < width)
 
 
@@ -229,12 +229,12 @@ def flushed_rows(
     fold: tuple[int, int],
     every: int,
 ) -> tuple[int, int]:
-    """Rows added to memory: for every corner that counts, and where sorted points are summed first.
+    """Rows added to memory: one per corner inside its level, and with segmented reduction of sorted points.
 
-    Each `batch` rows of work have their points sorted by (head, level, y mod fold[0], x mod fold[1])
-    and parted among walkers. A walker holds the sums of one cell: it adds both columns to memory where
-    the next cell is another, the left one alone where that is the neighbour to the right. Of all
-    batches, one in `every` counts.
+    The points of each `batch` rows of work are sorted by (head, level, y mod fold[0], x mod fold[1])
+    and divided among walkers. A walker holds the sums of one cell. At the next cell it adds both
+    columns to memory, or only the left one if that cell is the neighbour to the right. One batch in
+    `every` is counted.
     """
     points = access.cells.shape[2]
     direct = summed = 0
@@ -277,13 +277,13 @@ def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
 
 
 def sample(share: str, gpu: Gpu) -> np.ndarray:
-    """The SMs to simulate: a random few of a plain grid; all where parts differ by the level they lie in."""
+    """The SMs to simulate: a random sample for a plain grid; all where each SM's work lies in other levels."""
     every = np.random.default_rng(0).permutation(gpu.sms)
     return every[: gpu.sampled] if share == PLAIN else every
 
 
 def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
-    """Megabytes that the forward reads from L1, and those that come from L2; floors in microseconds."""
+    """Megabytes that the forward reads from L1 and from L2, and roofline bounds in microseconds."""
     queries, _, points, _ = access.cells.shape
     group, split = access.sectors * SECTOR // 16, 1
     while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in plans.py
@@ -305,14 +305,14 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
         "L2": (missed * scale + streams) / RATES["L2"],
         "HBM": once / RATES["HBM"],
     }
-    floors = {f"us_{name}": 1e6 * seconds for name, seconds in times.items()}
-    figures = {"read_mb": read * scale / 1e6, "l2_mb": missed * scale / 1e6} | floors
-    figures["us"] = max(floors.values())
+    bounds = {f"us_{name}": 1e6 * seconds for name, seconds in times.items()}
+    figures = {"read_mb": read * scale / 1e6, "l2_mb": missed * scale / 1e6} | bounds
+    figures["us"] = max(bounds.values())
     return {name: round(float(figure), 1) for name, figure in figures.items()}
 
 
 def backward(access: Access, order: Order) -> dict[str, float]:
-    """Megabytes that the backward adds to memory: directly, and summed by cell; the floor of that."""
+    """Megabytes that the backward adds to memory, directly and binned, and the roofline bound of the latter."""
     work = make_work(order, access.levels[:, :2], access.cells.shape[0])
     done = sum(
         work[first : first + BATCH_ROWS].size for first in range(0, work.size, BATCH_ROWS * EVERY)

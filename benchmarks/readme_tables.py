@@ -59,7 +59,7 @@ Case = dict[str, dict[str, Row]]  # by way and implementation
 
 
 def updated(text: str) -> str:
-    """The text with every table as its file has it."""
+    """The text with every table as its result file says."""
 
     def written(match: re.Match[str]) -> str:
         before, kind, file, after = match.groups()

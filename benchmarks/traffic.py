@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the memory traffic of an encoder on an H100-like GPU: what the order of the work decides.
+"""A model of the memory traffic of an encoder on an H100-like GPU, for several orders of the work.
 
     python benchmarks/traffic.py [--shapes NAME ...] [--l1 KB] [--sms N] [--output FILE]
 
-Modelled: which 32-byte sectors of `value` the forward's gathers move from L2 to L1, and how many
-128-byte rows the backward adds to memory, one by one or summed first over 256 rows of work that are
-sorted by bilinear cell (of all batches, one in five). Each multiprocessor (SM) has an L1 of its own:
-least recently used of all its 128-byte lines, filled sector by sector. Block b of a plain grid runs on
-SM b mod `--sms`; the blocks resident there run in lock step, point by point. A few SMs stand for all
-those of a plain grid; where SMs own parts of the work, all are simulated. Beside the bytes stand
-floors in time, from the constants of a design study: model, not measured on a GPU.
+Modelled: the 32-byte sectors of `value` that the forward's gathers move from L2 to L1, and the
+128-byte rows that the backward adds to memory, directly or after a segmented reduction over 256 rows
+of work sorted by bilinear cell (one batch in five). Each multiprocessor (SM) has its own L1: fully
+associative, least recently used, 128-byte lines filled sector by sector. Block b of a plain grid runs
+on SM b mod `--sms`; its resident blocks run in lock step, point by point. A sample of the SMs is
+simulated for a plain grid, all SMs where each has its own part of the work. Roofline bounds in
+microseconds use the constants of a design study: model, not measured on a GPU.
 
-Not modelled: sets (the real L1 hashes addresses), the real replacement, when a miss comes back,
-blocks that drift apart, instructions, and the streams of locations, weights and outputs, which are
-read or written once: they count in the floors alone. HBM: compulsory traffic only; where `value`
-exceeds the 50 MB L2, one head of it does not. One image; real models' shapes; random locations.
+Not modelled: cache sets (the real L1 hashes addresses), the real replacement policy, latency, blocks
+that drift apart, instructions. The streams of locations, weights and outputs, read or written once,
+count in the bounds alone. HBM: compulsory traffic only; where `value` exceeds the 50 MB L2, one head
+of it does not. One image; shapes of real models; random locations.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from gpu_model import (
 )
 
 DETR = ((100, 167), (50, 84), (25, 42), (13, 21))
-# Levels, and the number of queries; 0: they are the pixels.
+# Levels, and the number of queries; 0: every pixel is a query.
 SHAPES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "detr-encoder": (DETR, 0),
     "mask2former-1024": (((32, 32), (64, 64), (128, 128)), 0),
@@ -53,13 +53,15 @@ SHAPES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
     "bevformer-tsa": (((200, 200),), 0),
     "detr-decoder": (DETR, 300),
 }
-DIRECTED = -1.0  # as Deformable-DETR starts: point p lies p + 1 pixels off, in the head's direction
-# Offsets from the reference in pixels of each level; none: uniform over the image.
+DIRECTED = (
+    -1.0
+)  # Deformable-DETR's initial offsets: point p lies p + 1 pixels off in the head's direction
+# Standard deviation of offsets from the reference in pixels of each level; None: uniform over the image.
 SIGMAS: tuple[float | None, ...] = (None, 0.5, 2, 4, 8, DIRECTED)
 
 
 def make_cells(sizes: np.ndarray, queries: int, sigma: float | None, seed: int = 0) -> np.ndarray:
-    """Random cells (Lq, M, K, 2), (row, column), about the pixels' centres or anywhere."""
+    """Random cells (Lq, M, K, 2), (row, column), around the reference points or anywhere."""
     random = np.random.default_rng(seed)
     shape = (queries or sizes.prod(axis=1).sum(), M, len(sizes), P, 2)
     if sigma is None:
@@ -111,7 +113,7 @@ def forward_rows(names: list[str], gpu: Gpu) -> Iterator[dict[str, Any]]:
 
 
 def variant_rows(name: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """What differs from the best order in one thing."""
+    """The best order and variants that differ from it in one respect."""
     orders = [Order(4, CHUNK), Order(32, CHUNK), Order(16, OWN), Order(16, BESIDE), Order(1, OWN)]
     orders += [Order(16, CHUNK, False)]
     changes = [{"l1": 64}, {"l1": 128}, {"l1": 224}, {"resident": 2}, {"resident": 8}]
@@ -138,7 +140,7 @@ def backward_rows(names: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def problems(names: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """What a row of results is about, the levels, and the cells of the points."""
+    """The labels of a row of results, the levels, and the cells of the points."""
     for name in names:
         sizes = np.array(SHAPES[name][0])
         for sigma in SIGMAS:
@@ -174,12 +176,14 @@ def main() -> None:
         "variants": list(variant_rows(arguments.shapes[0], gpu)),
         "backward": list(backward_rows(encoders)),
     }
-    print(table("Forward: MB from L2 / floor in microseconds", rows["forward"], ("l2_mb", "us")))
-    print(table("Variants of it: MB from L2", rows["variants"], ("l2_mb",)))
-    figures = ("direct_mb", *(f"{name}_mb" for name in BINS), "us")
-    title = (
-        f"Backward: MB added, direct / summed in bins of {' / '.join(BINS)}, microseconds of that"
+    print(
+        table(
+            "Forward: MB from L2 / roofline bound in microseconds", rows["forward"], ("l2_mb", "us")
+        )
     )
+    print(table("Variants: MB from L2", rows["variants"], ("l2_mb",)))
+    figures = ("direct_mb", *(f"{name}_mb" for name in BINS), "us")
+    title = f"Backward: MB added, direct / binned by {' / '.join(BINS)}, microseconds of the last"
     print(table(title, rows["backward"], figures))
     if arguments.output:
         about = {"model": "not measured on a GPU", **gpu._asdict(), "bytes_a_second": RATES}

@@ -17,31 +17,14 @@ _NEEDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit status of the process: 0 if all was well, 1 if a check failed."""
+    """Run one command and return the exit status of the process: 0, or 1 if a check failed."""
     parser = argparse.ArgumentParser(
         prog="python -m cupy_msda",
-        description="Without a command: report the environment, say which backend runs what, and check each backend.",
+        description="Without a command: report the environment and the backend of each kind of array, and check "
+        "each backend.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    of_demo = commands.add_parser(
-        "demo",
-        help="MSDeformAttn on a picture: compared with grid_sample, timed and drawn",
-        description="Run MSDeformAttn, forward and backward, on a feature pyramid of a picture; compare it with "
-        "grid_sample; draw where a few queries look.",
-    )
-    of_demo.add_argument(
-        "--image",
-        type=Path,
-        metavar="FILE",
-        help="a picture (default: one that ships with the package)",
-    )
-    of_demo.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.png",
-        default=Path("msda_demo.png"),
-        help="default: %(default)s",
-    )
+    _add_demo(commands)
     _add_bench(commands)
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -49,9 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     needs = _NEEDS[options.command]
     missing = [name for name, module in needs.items() if find_spec(module) is None]
     if missing:
-        mend = 'pip install "cupy-msda[torch,cpu,plot]"'
+        remedy = 'pip install "cupy-msda[torch,cpu,plot]"'
         what = " and ".join(missing)
-        parser.exit(1, f"{parser.prog} {options.command}: {what} must be installed: {mend}\n")
+        parser.exit(1, f"{parser.prog} {options.command}: {what} must be installed: {remedy}\n")
     if options.command == "bench":
         from cupy_msda.bench import runner
 
@@ -61,35 +44,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return demo.run(options.image, options.output)
 
 
+def _add_demo(commands: Any) -> None:
+    """The options of the demo."""
+    demo = _add_command(
+        commands,
+        "demo",
+        "MSDeformAttn on a picture: compared with grid_sample, timed and drawn",
+        "Run MSDeformAttn, forward and backward, on a feature pyramid of a picture; compare it with grid_sample; "
+        "draw the sampling points of a few queries.",
+        "msda_demo.png",
+    )
+    picture = "a picture (default: one that ships with the package)"
+    demo.add_argument("--image", type=Path, metavar="FILE", help=picture)
+
+
 def _add_bench(commands: Any) -> None:
     """The options of the benchmark."""
-    of_bench = commands.add_parser(
+    bench = _add_command(
+        commands,
         "bench",
-        help="times against grid_sample and every other peer that is installed, and against a floor",
-        description="Check and time this library and its peers, forward and backward, on shapes of published "
-        "models; print a Markdown table and write all figures, and a plot beside them.",
+        "times against grid_sample, every other installed baseline and the roofline bound",
+        "Check and time this library and the baselines, forward and backward, on shapes of published models; print "
+        "a Markdown table and write all figures, and a plot beside them.",
+        "msda_bench.json",
     )
-    of_bench.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
-    of_bench.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        help="default: cuda where its kernels can run",
-    )
-    of_bench.add_argument(
+    bench.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    where = "default: cuda where its kernels can run"
+    bench.add_argument("--device", choices=("cpu", "cuda"), help=where)
+
+
+def _add_command(commands: Any, name: str, summary: str, description: str, output: str) -> Any:
+    """A command that writes a file, `output` by default."""
+    parser = commands.add_parser(name, help=summary, description=description)
+    parser.add_argument(
         "--output",
         type=Path,
-        metavar="FILE.json",
-        default=Path("msda_bench.json"),
+        metavar=f"FILE{Path(output).suffix}",
+        default=Path(output),
         help="default: %(default)s",
     )
+    return parser
 
 
 def _report() -> int:
-    """Print the report and the self-check."""
+    """Print the environment, the plans of typical problems and the self-check."""
     from cupy_msda import report
 
-    for label, text in report.environment():
-        print(f"{label:17}{text}".rstrip())
+    for lines in (report.environment(), report.plans()):
+        for label, text in lines:
+            print(f"{label:17}{text}".rstrip())
     print()
     failed = False
     for backend, passed, figures in report.self_check():

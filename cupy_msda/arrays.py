@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an array of any library says of itself: library, dtype, place. Its contents are never read."""
+"""Library, dtype and device of an array of any library. Its contents are never read."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 _LIBRARIES = ("numpy", "torch", "cupy")
-# DLPack's device codes: the host's memory, plain and pinned, and CUDA's, plain and managed.
+# DLPack's device codes: host memory, plain and pinned; CUDA memory, plain and managed.
 _DLPACK_DEVICES = {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}
 
 
 def library(array: object) -> str:
-    """The top-level module of an array's type or of the first base of it that is known here."""
+    """The top-level module of an array's type, or of its first base class from a known library."""
     module = type(array).__module__
     if module == "torch":  # a tensor, soonest: every call asks
         return "torch"
@@ -23,12 +25,12 @@ def library(array: object) -> str:
 
 
 def dtype_name(array: Any) -> str:
-    """The dtype without its library's prefix: "float32" for torch's and NumPy's alike."""
+    """The dtype without its library's prefix: "float32" for both torch and NumPy."""
     return str(array.dtype).rpartition(".")[2]
 
 
 def place(array: Any) -> str:
-    """Where the data lies, in torch's words for every library: "cpu", "cuda:0", "meta", ..."""
+    """The device that holds the data, named as torch does: "cpu", "cuda:0", "meta", ..."""
     device = device_of(array)
     if not isinstance(device, tuple):
         return str(device)
@@ -42,5 +44,23 @@ def on_host(array: Any) -> bool:
 
 
 def device_of(array: Any) -> Any:
-    """torch's device, or the pair by which DLPack names one: quicker to compare than their names."""
+    """torch's device or DLPack's (type, index): quicker to compare than the strings of `place`."""
     return array.device if library(array) == "torch" else tuple(array.__dlpack_device__())
+
+
+class Described:
+    """Stands for a host array of which only shape and dtype are known."""
+
+    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+        """`dtype` is one of any library, a NumPy scalar type, or a name."""
+        self.shape = tuple(map(operator.index, shape))
+        self.dtype = str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
+
+    def __dlpack__(self) -> None:
+        """Never called: a check reads no contents."""
+
+    __array_namespace__ = __dlpack__
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """The CPU."""
+        return 1, 0

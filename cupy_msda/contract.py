@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from cupy_msda.arrays import device_of, dtype_name, library, place
+from cupy_msda.arrays import Described, device_of, dtype_name, library, place
 from cupy_msda.problem import INT32_MAX, MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
-# The namespace has the from_dlpack by which results become arrays of the caller's library.
+# Results become arrays of the caller's library by its namespace's from_dlpack.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
 
 
@@ -36,70 +36,15 @@ def check(
 ) -> tuple[Problem, LevelTable]:
     """Check the inputs; raise TypeError or ValueError naming argument, contract and fact.
 
-    Of traced inputs, the contents of level arrays and symbolic sizes are left unchecked.
+    `traced` leaves the contents of level arrays and symbolic sizes unchecked.
     """
-    _check_array("value", value)
-    dtype = dtype_name(value)
-    if dtype not in VALUE_DTYPES:
-        raise TypeError(f"value must have dtype {', '.join(VALUE_DTYPES)}, got {dtype}")
-    where = place(value)
-    if not where.startswith(("cpu", "cuda", "meta")):
-        raise unsupported_device(where)
-    if dtype == "bfloat16" and where.startswith("cuda") and library(value) != "torch":
-        raise TypeError(
-            "value must have dtype float16, float32 or float64 on a CUDA device, since CuPy has no "
-            f"bfloat16, or be a torch tensor; got {dtype}, an array of {library(value)}"
-        )
-    dtypes = [dtype]
-    for name, array in (
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
-        _check_beside(name, array, value)
-        got = dtype_name(array)
-        if got not in ("float32", dtype):
-            or_that = "" if dtype == "float32" else f" or that of value, {dtype}"
-            raise TypeError(f"{name} must have dtype float32{or_that}, got {got}")
-        dtypes.append(got)
-
-    n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
-    _, lq, _, levels, p, _ = _check_shape(
-        "sampling_locations",
-        sampling_locations,
-        "(N, Lq, M, L, P, 2)",
-        (n, None, m, None, None, 2),
-        ("value", value),
-    )
-    # Neither of traced inputs nor of the module's: the comparison ties a dynamic size to others.
-    for name, array in (("value", value), ("sampling_locations", sampling_locations)):
-        if not traced and max(array.shape) > INT32_MAX:
-            raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
-    _check_shape(
-        "attention_weights",
-        attention_weights,
-        "(N, Lq, M, L, P)",
-        (n, lq, m, levels, p),
-        ("sampling_locations", sampling_locations),
-    )
+    _check_value(value)
+    _check_points("sampling_locations", sampling_locations, value)
+    _check_points("attention_weights", attention_weights, value)
+    sizes = _check_shapes(value, sampling_locations, attention_weights, traced)
     table = _level_table(spatial_shapes, level_start_index, value, sampling_locations, traced)
-    return Problem(n, s, m, d, lq, levels, p, *dtypes), table
-
-
-class _Described:
-    """Stands for a host array of which only shape and dtype are known."""
-
-    def __init__(self, shape: Sequence[int], dtype: str) -> None:
-        self.shape = tuple(map(operator.index, shape))
-        self.dtype = dtype
-
-    def __dlpack__(self) -> None:
-        """Never called: what is checked is not read."""
-
-    __array_namespace__ = __dlpack__
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """The host."""
-        return 1, 0
+    points = dtype_name(sampling_locations), dtype_name(attention_weights)
+    return Problem(*sizes, dtype_name(value), *points), table
 
 
 def check_described(
@@ -109,24 +54,17 @@ def check_described(
     points_dtype: Any,
 ) -> Problem:
     """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64."""
-    name = _name_of(dtype)
-    points = (
-        ("float64" if name == "float64" else "float32") if points_dtype is None else points_dtype
-    )
-    value = _Described(value_shape, name)
-    locations = _Described(sampling_locations_shape, _name_of(points))
-    weights = _Described(locations.shape[:-1], locations.dtype)
+    value = Described(value_shape, dtype)
+    if points_dtype is None:
+        points_dtype = "float64" if value.dtype == "float64" else "float32"
+    locations = Described(sampling_locations_shape, points_dtype)
+    weights = Described(locations.shape[:-1], locations.dtype)
     levels = locations.shape[3] if len(locations.shape) > 3 else 0
     return check(value, [(0, 0)] * levels, None, locations, weights)[0]
 
 
-def _name_of(dtype: Any) -> str:
-    """The name of a dtype of any library, of a NumPy scalar type, or its name itself."""
-    return str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
-
-
 def unsupported_device(where: str) -> ValueError:
-    """The error for values on a device without kernels, for callers that know more of devices."""
+    """The error for values on a device without kernels."""
     return ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
 
 
@@ -142,7 +80,7 @@ def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
 
 
 def check_query_order(query_order: Any, num_queries: int) -> Grids:
-    """Check `query_order` of a call with so many queries; None stands for "auto"."""
+    """Check `query_order` of a call with `num_queries` queries; "auto" becomes None, None becomes ()."""
     if query_order is None:
         return ()
     if isinstance(query_order, str) and query_order == "auto":
@@ -179,7 +117,7 @@ def check_module(
     input_flatten: Any,
     input_padding_mask: Any,
 ) -> None:
-    """Check what `MSDeformAttn` takes beyond the inputs of the operator that it ends in."""
+    """Check the arguments of `MSDeformAttn.forward` that `check` does not see."""
     channels = f"C = {d_model}"
     n, lq, _ = _check_shape("query", query, f"(N, Lq, {channels})", (None, None, d_model))
     _, s, _ = _check_shape(
@@ -217,8 +155,57 @@ def check_module(
     )
 
 
+def _check_value(value: Any) -> None:
+    """Library, dtype and device of `value`."""
+    lib, dtype, where = _check_array("value", value), dtype_name(value), place(value)
+    if dtype not in VALUE_DTYPES:
+        raise TypeError(f"value must have dtype {', '.join(VALUE_DTYPES)}, got {dtype}")
+    if not where.startswith(("cpu", "cuda", "meta")):
+        raise unsupported_device(where)
+    if dtype == "bfloat16" and where.startswith("cuda") and lib != "torch":
+        raise TypeError(
+            "value must have dtype float16, float32 or float64 on a CUDA device, since CuPy has no "
+            f"bfloat16, or be a torch tensor; got {dtype}, an array of {lib}"
+        )
+
+
+def _check_points(name: str, array: Any, value: Any) -> None:
+    """Library, dtype and device of `sampling_locations` or `attention_weights`."""
+    _check_beside(name, array, value)
+    got, dtype = dtype_name(array), dtype_name(value)
+    if got not in ("float32", dtype):
+        or_that = "" if dtype == "float32" else f" or that of value, {dtype}"
+        raise TypeError(f"{name} must have dtype float32{or_that}, got {got}")
+
+
+def _check_shapes(
+    value: Any, sampling_locations: Any, attention_weights: Any, traced: bool
+) -> tuple[int, int, int, int, int, int, int]:
+    """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other."""
+    n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
+    _, lq, _, levels, p, _ = _check_shape(
+        "sampling_locations",
+        sampling_locations,
+        "(N, Lq, M, L, P, 2)",
+        (n, None, m, None, None, 2),
+        ("value", value),
+    )
+    # Skipped when tracing, as in `check_module`: a comparison would specialise a dynamic size.
+    for name, array in (("value", value), ("sampling_locations", sampling_locations)):
+        if not traced and max(array.shape) > INT32_MAX:
+            raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
+    _check_shape(
+        "attention_weights",
+        attention_weights,
+        "(N, Lq, M, L, P)",
+        (n, lq, m, levels, p),
+        ("sampling_locations", sampling_locations),
+    )
+    return n, s, m, d, lq, levels, p
+
+
 def _check_array(name: str, array: Any) -> str:
-    """It must be an array that kernels can read and whose library can take their results."""
+    """Require an array that kernels can read and whose library can take their results."""
     lib = library(array)
     if lib == "torch" and hasattr(array, "layout"):
         # A nested tensor has no shape to ask for.
@@ -238,7 +225,7 @@ def _check_array(name: str, array: Any) -> str:
 
 
 def _check_beside(name: str, array: Any, value: Any) -> None:
-    """It must be an array of the library of `value`, on the same device."""
+    """Require an array of the library of `value`, on the same device."""
     got, expected = _check_array(name, array), library(value)
     if got != expected:
         raise TypeError(
@@ -257,7 +244,7 @@ def _check_shape(
     expected: Sequence[int | None],
     source: tuple[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """The shape, if it has the expected sizes (None: any); `source` is where they come from."""
+    """The shape, if it has the expected sizes (None: any), which come from the shape of `source`."""
     shape = tuple(array.shape)
     if len(shape) != len(expected) or any(
         want is not None and got != want for got, want in zip(shape, expected, strict=True)
@@ -277,7 +264,7 @@ def _level_table(
     sampling_locations: Any,
     traced: bool,
 ) -> LevelTable:
-    """Read the level table where the host can, keep the arrays where it cannot."""
+    """Read the level table where that needs no synchronisation; keep the arrays elsewhere."""
     sizes = _integers("spatial_shapes", spatial_shapes, "(L, 2)", value, sampling_locations, traced)
     starts: tuple[int, ...] | None = None
     if level_start_index is not None:
@@ -306,7 +293,7 @@ def _level_table(
 def _integers(
     name: str, given: Any, letters: str, value: Any, sampling_locations: Any, traced: bool
 ) -> tuple[Any, ...] | None:
-    """An int or a pair of ints for each level; None if they are in an array that is not read."""
+    """An int or a pair of ints for each level; None if the array that holds them stays unread."""
     num_levels = sampling_locations.shape[3]
     pairs = letters == "(L, 2)"
     if all(hasattr(given, need) for need in ("dtype", "__dlpack__", "__dlpack_device__")):
@@ -347,7 +334,7 @@ def _pair(row: Any) -> tuple[int, int]:
 
 
 def _grid(row: Any) -> tuple[int, int]:
-    """(H, W) as ints, of which the host need not wait for any."""
+    """(H, W) as ints; values that need a device synchronisation are rejected."""
     sizes = tuple(row)
     for size in sizes:
         if isinstance(size, bool) or hasattr(size, "__dlpack__"):
@@ -360,7 +347,7 @@ def _grid(row: Any) -> tuple[int, int]:
 
 
 def _unread(name: str, given: Any, value: Any) -> bool:
-    """Whether the host leaves an array on a device unread, so as not to wait for the device."""
+    """Whether to leave an array on a device unread, because reading it would synchronise."""
     where = place(given)
     if where == "cpu" or (place(value) == "cpu" and where != "meta"):
         return False
@@ -371,7 +358,7 @@ def _unread(name: str, given: Any, value: Any) -> bool:
 def _check_levels(
     sizes: Sequence[tuple[int, int]] | None, starts: Sequence[int] | None, spatial_size: int
 ) -> None:
-    """Every level must lie inside the S positions of value, as far as the host knows."""
+    """Require every level that the host knows to lie inside the S positions of value."""
     for level in range(len(sizes or starts or ())):
         start = 0 if starts is None else starts[level]
         if not 0 <= start <= spatial_size:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: MSDeformAttn on the feature pyramid of a picture, compared with grid_sample, timed and drawn.
 
-Nothing is trained: features, offsets and weights come from fixed random projections of colours and edges. What is real
-is the work: an encoder layer in which every pixel of every level is a query.
+Nothing is trained: features, offsets and weights come from fixed random projections of colours and edges. The work is
+that of a real encoder layer: every pixel of every level is a query.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from cupy_msda import MSDeformAttn, ms_deform_attn, ms_deform_attn_core_pytorch, report
+from cupy_msda import MSDeformAttn, budget, ms_deform_attn, ms_deform_attn_core_pytorch, report
 
 D_MODEL, LEVELS, HEADS, POINTS = 256, 4, 8, 4
 STRIDES = (8, 16, 32, 64)
@@ -67,9 +67,7 @@ def run(image: Path | None, output: Path) -> int:
     if obstacle is None:
         print(f"backend    CUDA kernels on {torch.cuda.get_device_name()}\n")
     else:
-        print(
-            f"backend    {report.host_backend()} on the CPU\n           not on CUDA: {obstacle}\n"
-        )
+        print(f"backend    {report.cpu_backend()} on the CPU\n           not on CUDA: {obstacle}\n")
 
     passed = print_errors(scene, module)
     print_times(scene, module)
@@ -149,7 +147,7 @@ def forward_by_grid_sample(module: MSDeformAttn, scene: Scene) -> Tensor:
 
 
 def operator_inputs(module: MSDeformAttn, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
-    """What the module hands to the operator: value, sampling locations, attention weights."""
+    """The module's inputs to the operator: value, sampling locations, attention weights."""
     n, s, _ = scene.features.shape
     value = module.value_proj(scene.features).view(n, s, HEADS, -1)
     offsets = module.sampling_offsets(scene.features).view(n, s, HEADS, LEVELS, POINTS, 2)
@@ -171,7 +169,7 @@ def _ours(value: Tensor, shapes: Any, locations: Tensor, weights: Tensor) -> Ten
 
 
 def print_errors(scene: Scene, module: MSDeformAttn) -> bool:
-    """Compare both with grid_sample in float64; whether ours is within budget."""
+    """Compare both with grid_sample in float64; return whether ours is within its budget."""
     with torch.no_grad():
         inputs = [tensor.contiguous() for tensor in operator_inputs(module, scene)]
     generator = torch.Generator().manual_seed(1)
@@ -193,19 +191,20 @@ def print_errors(scene: Scene, module: MSDeformAttn) -> bool:
     exact = results(ms_deform_attn_core_pytorch, torch.float64)
     theirs = results(ms_deform_attn_core_pytorch, torch.float32)
     ours = results(_ours, torch.float32)
-    print("relative error against float64       grid_sample   cupy_msda      budget")
+    print("relative error against float64       grid_sample   cupy_msda   of budget")
     passed = True
     names = ("output", "gradient of value", "gradient of locations *", "gradient of weights")
     for name, best, their, our in zip(names, exact, theirs, ours, strict=True):
-        error, budget = report.error(our, best), report.budget(their, best)
-        passed &= error <= budget
-        print(f"  {name:32}{report.error(their, best):14.1e}{error:12.1e}{budget:12.1e}")
+        errors = [budget.relative_error(part, best) for part in (their, our)]
+        part = budget.used(our, their, best)
+        passed &= part <= 1
+        print(f"  {name:32}{errors[0]:14.1e}{errors[1]:12.1e}{part:12.2f}")
     with torch.no_grad():
         outputs = forward_by_grid_sample(module, scene), forward(module, scene)
     left_out = f"{smooth.numel() - int(smooth.sum())} of {smooth.numel()}"
     print(f"  * without the {left_out} points within {EDGE} pixel of an edge between two")
     print("    cells, where this gradient jumps and float32 cannot tell the side")
-    print("  root mean square; budget: twice the float32 error of grid_sample and one rounding")
+    print("  root mean square; budget: twice the float32 error of grid_sample and some rounding")
     difference = float((outputs[0] - outputs[1]).abs().max())
     largest = float(outputs[0].abs().max())
     print(f"  outputs of the module, up to {largest:.1f}, differ by at most {difference:.1e}\n")
@@ -250,7 +249,7 @@ def _with_backward(function: Callable[[], Tensor]) -> Callable[[], object]:
 
 
 def _median_times(*functions: Callable[[], object]) -> list[float]:
-    """Seconds of each, warmed up, run in turns so that both see the same machine."""
+    """Median seconds of each after a warm-up, interleaved so that noise affects all equally."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(REPEATS + 1):
         for function, seconds in zip(functions, times, strict=True):

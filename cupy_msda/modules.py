@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cupy_msda.contract import check, check_module
 from cupy_msda.torch import ms_deform_attn
 
-# What depends on sizes and types stays whole in a graph of torch.fx, which knows neither.
+# Leaf functions in a graph of torch.fx: they branch on shapes and dtypes, which fx does not know.
 for _name in ("check_module", "_sampling_locations", "ms_deform_attn"):
     torch.fx.wrap(_name)
 
@@ -47,7 +47,7 @@ class MSDeformAttn(nn.Module):
     def __init__(
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
     ) -> None:
-        """Make the projections and initialise them."""
+        """Create and initialise the projections."""
         super().__init__()
         sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
         for name, size in sizes.items():
@@ -69,7 +69,7 @@ class MSDeformAttn(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as Deformable-DETR does: each head looks one way, its points at growing distances."""
+        """Initialise as Deformable-DETR does: one direction per head, points at growing distances."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -103,16 +103,16 @@ class MSDeformAttn(nn.Module):
     ) -> Tensor:
         """Attend from each query to the features around its reference points.
 
-        Nothing here waits for the device. Sampling locations are computed in float32 or wider, also
-        under autocast: a half-precision coordinate is a good part of a pixel off.
+        Never synchronises with the device. Sampling locations are computed in float32 or wider, also
+        under autocast: a half-precision coordinate can be off by a large part of a pixel.
 
         Parameters
         ----------
         query : Tensor, shape (N, Lq, C)
         reference_points : Tensor, shape (N, Lq, L or 1, 2 or 4)
-            Fractions of the padded input, (0, 0) top-left and (1, 1) bottom-right: (x, y), from
-            which offsets count in pixels of the level, or boxes (x, y, w, h), from whose centre
-            P units of offset reach half the box. One level stands for all.
+            Fractions of the padded input, (0, 0) top-left and (1, 1) bottom-right. Points (x, y):
+            offsets are in pixels of the level. Boxes (x, y, w, h) around (x, y): offsets are in
+            units of 1 / (2 P) of the box. A single level stands for all.
         input_flatten : Tensor, shape (N, S, C)
             The levels one after another, each row-major.
         input_spatial_shapes : sequence of (H, W) or integer tensor, shape (L, 2), in pixels
@@ -143,18 +143,27 @@ class MSDeformAttn(nn.Module):
             input_flatten,
             input_padding_mask,
         )
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0)
-        value = value.unflatten(-1, (self.n_heads, -1))  # N, S, M, D
-        samples = (self.n_heads, self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
-        weights = weights.softmax(-1).unflatten(-1, samples[1:])  # N, Lq, M, L, P
+        value = self._project_value(input_flatten, input_padding_mask)
+        offsets, weights = self._project_query(query)
         table = input_spatial_shapes, input_level_start_index
         locations = _sampling_locations(reference_points, offsets, value, weights, *table)
         projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
+
+    def _project_value(self, input_flatten: Tensor, input_padding_mask: Tensor | None) -> Tensor:
+        """The value of the operator, shape (N, S, M, D), zero at padding."""
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0)
+        heads: Tensor = value.unflatten(-1, (self.n_heads, -1))
+        return heads
+
+    def _project_query(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets, shape (N, Lq, M, L, P, 2), and normalised weights, shape (N, Lq, M, L, P)."""
+        samples = (self.n_heads, self.n_levels, self.n_points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
+        return offsets, weights.softmax(-1).unflatten(-1, samples[1:])
 
 
 def _sampling_locations(
@@ -165,7 +174,7 @@ def _sampling_locations(
     spatial_shapes: Any,
     level_start_index: Any,
 ) -> Tensor:
-    """Where to sample, shape (N, Lq, M, L, P, 2), for offsets of that shape."""
+    """The sampling locations, shape (N, Lq, M, L, P, 2), for offsets of that shape."""
     wide = torch.promote_types(value.dtype, torch.float32)
     reference = reference_points.to(wide)[:, :, None, :, None]  # N, Lq, 1, L or 1, 1, 2 or 4
     offsets = offsets.to(wide)
@@ -175,7 +184,7 @@ def _sampling_locations(
     try:
         pixels = _widths_and_heights(spatial_shapes, offsets)
     except (IndexError, RuntimeError, TypeError, ValueError):
-        # Says what is wrong with the levels.
+        # Raises the error that names what is wrong with the levels.
         check(value, spatial_shapes, level_start_index, offsets, weights)
         raise
     return reference + offsets / pixels
@@ -187,6 +196,6 @@ def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
     if isinstance(spatial_shapes, Tensor) and spatial_shapes.device == offsets.device:
         return spatial_shapes.flip(-1).to(offsets.dtype).view(shape)
     pairs = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
-    # Filled in on the device number by number: a copy from the host would wait for the device.
+    # Fill number by number on the device: a copy from the host would synchronise.
     sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]
     return torch.stack(sizes).view(shape)

@@ -10,8 +10,8 @@ INT32_MAX = 2**31 - 1
 MAX_HOST_LEVELS = 320  # a CUDA launch takes the level table by value, in at most 4 KB
 MAX_GRIDS = 16
 
-# The grids that queries lie on, one after another, as (H, W) pairs. (): queries as they come. None, not given: the
-# levels are the grids where there are as many queries as positions.
+# The (H, W) grids on which the queries lie one after another. (): queries are taken as they come.
+# None: nothing is known, so the levels are the grids where there are as many queries as positions.
 Grids = tuple[tuple[int, int], ...] | None
 
 
@@ -24,7 +24,7 @@ class Level(NamedTuple):
 
 
 class LevelTable(NamedTuple):
-    """What is known of the levels, on the host (ints) or only on a device (integer arrays).
+    """The levels, as far as the host knows them (ints); the rest is in arrays on a device.
 
     `sizes` is None when (H, W) are only in `device_sizes`; `starts` is None when they are only in
     `device_starts` or, with both None, when the kernel derives them from `device_sizes`.
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        """Whether no point can contribute anything, so that all results are zero or have no elements."""
+        """Whether a size is 0, so that every result is zero or has no elements."""
         return 0 in self[:7]
 
     @property

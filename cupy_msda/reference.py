@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator in array-API calls: the oracle of every backend, the CPU path where Numba is absent.
+"""The operator in array-API calls: the oracle of every backend, and the CPU path without Numba.
 
 Works on NumPy, CuPy and torch arrays; under torch `forward` is differentiable to any order, in
 reverse and forward mode. It computes in the dtype of `value`, or in float32 where that is narrower,
-so float64 inputs give the exact side of a comparison.
+so float64 inputs give the exact results that others are compared with.
+
+Reference: Zhu et al., "Deformable DETR", arXiv:2010.04159.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
@@ -19,8 +21,8 @@ from cupy_msda.problem import Level
 class _Corner(NamedTuple):
     """One corner of the cells that the points of a level fall into, shape (N, Lq, M, P)."""
 
-    rows: Any  # index into value viewed as (N*S*M, D), 0 where the corner counts for nothing
-    valid: Any
+    rows: Any  # index into value viewed as (N*S*M, D), 0 where the corner is not valid
+    valid: Any  # whether the corner lies in the level
     right: bool
     bottom: bool
 
@@ -30,8 +32,8 @@ class _Cells(NamedTuple):
 
     x_fraction: Any  # from the cell's left edge, in [0, 1)
     y_fraction: Any
-    weight: Any  # the attention weight, zero for a point that does not count
-    inside: Any
+    weight: Any  # the attention weight, zero for a point outside
+    inside: Any  # whether the point can touch a pixel
     corners: tuple[_Corner, ...]
 
 
@@ -50,25 +52,15 @@ def forward(
     Returns
     -------
     array, shape (N, Lq, M*D), dtype of `value`
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
-    xp = array_namespace(value)
-    n, s, m, d = value.shape
-    lq, p = sampling_locations.shape[1], sampling_locations.shape[4]
-    flat = xp.reshape(value, (n * s * m, d))
-    wide = _wide(xp, value)
-    output = xp.zeros((n, lq, m, d), dtype=wide, device=device(value))
-    if 0 not in (*flat.shape, lq, p):
-        for index, level in enumerate(levels):
-            cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
-            sampled = 0
-            for corner in cells.corners:
-                sampled = sampled + _share(cells, corner)[..., None] * _gather(xp, flat, corner)
-            output = output + xp.sum(cells.weight[..., None] * sampled, axis=3)
-    return xp.astype(xp.reshape(output, (n, lq, m * d)), value.dtype)
+
+    def samples(xp: Any, flat: Any, cells: _Cells, _: int) -> Any:
+        sampled = 0
+        for corner in cells.corners:
+            sampled = sampled + _coefficient(cells, corner)[..., None] * _gather(xp, flat, corner)
+        return cells.weight[..., None] * sampled
+
+    return _sum_of_levels(samples, value, levels, sampling_locations, attention_weights)
 
 
 def backward(
@@ -89,11 +81,7 @@ def backward(
     Returns
     -------
     tuple of three arrays
-        Each with the shape and dtype of what it belongs to.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+        Each with the shape and dtype of its input.
     """
     xp = array_namespace(value)
     n, s, m, d = value.shape
@@ -107,20 +95,13 @@ def backward(
     grad_locations, grad_weights = [], []
     for index, level in enumerate(levels):
         cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
-        by_weight, by_x, by_y = 0, 0, 0
+        by_location, by_weight = _gradients_of_points(xp, flat, grad, cells, level)
+        grad_locations.append(by_location)
+        grad_weights.append(by_weight)
         for corner in cells.corners:
-            share = _share(cells, corner)
-            dot = xp.sum(grad * _gather(xp, flat, corner), axis=-1)
-            by_weight = by_weight + share * dot
-            by_x = by_x + (1 if corner.right else -1) * _along_y(cells, corner) * dot
-            by_y = by_y + (1 if corner.bottom else -1) * _along_x(cells, corner) * dot
-            addends = _masked(xp, corner.valid[..., None], (cells.weight * share)[..., None] * grad)
+            weight = (cells.weight * _coefficient(cells, corner))[..., None]
+            addends = _masked(xp, corner.valid[..., None], weight * grad)
             grad_flat = _add_rows(xp, grad_flat, corner.rows, addends)
-        by_location = (level.width * cells.weight * by_x, level.height * cells.weight * by_y)
-        grad_locations.append(
-            xp.stack([_masked(xp, cells.inside, g) for g in by_location], axis=-1)
-        )
-        grad_weights.append(_masked(xp, cells.inside, by_weight))
     return (
         xp.astype(xp.reshape(grad_flat, value.shape), value.dtype),
         xp.astype(xp.stack(grad_locations, axis=3), sampling_locations.dtype),
@@ -147,53 +128,84 @@ def tangent(
     Returns
     -------
     array, shape (N, Lq, M*D), dtype of `value`
+    """
+    along_value, along_locations, along_weights = tangents
 
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    def changes(xp: Any, flat: Any, cells: _Cells, index: int) -> Any:
+        flat_tangent, wide = xp.reshape(along_value, flat.shape), cells.weight.dtype
+        by_x, by_y, by_weight = (
+            _masked(xp, cells.inside, xp.astype(direction, wide) * unit)
+            for direction, unit in (
+                (along_locations[:, :, :, index, :, 0], levels[index].width),
+                (along_locations[:, :, :, index, :, 1], levels[index].height),
+                (along_weights[:, :, :, index], 1),
+            )
+        )
+        sampled, moved = 0, 0
+        for corner in cells.corners:
+            coefficient = _coefficient(cells, corner)[..., None]
+            slope = _slope_x(cells, corner) * by_x + _slope_y(cells, corner) * by_y
+            pixel = _gather(xp, flat, corner)
+            sampled = sampled + coefficient * pixel
+            moved = (
+                moved + coefficient * _gather(xp, flat_tangent, corner) + slope[..., None] * pixel
+            )
+        return cells.weight[..., None] * moved + by_weight[..., None] * sampled
+
+    return _sum_of_levels(changes, value, levels, sampling_locations, attention_weights)
+
+
+def _sum_of_levels(
+    terms: Callable[[Any, Any, _Cells, int], Any],
+    value: Any,
+    levels: Sequence[Level],
+    locations: Any,
+    weights: Any,
+) -> Any:
+    """The sum of `terms` over levels and points, shape (N, Lq, M*D), in the dtype of `value`.
+
+    `terms` takes the array namespace, `value` as rows (N*S*M, D), the cells of a level and its
+    index, and returns an array of shape (N, Lq, M, P, D).
     """
     xp = array_namespace(value)
     n, s, m, d = value.shape
-    lq, p = sampling_locations.shape[1], sampling_locations.shape[4]
-    wide = _wide(xp, value)
-    flat, flat_tangent = (xp.reshape(array, (n * s * m, d)) for array in (value, tangents[0]))
-    output = xp.zeros((n, lq, m, d), dtype=wide, device=device(value))
+    lq, p = locations.shape[1], locations.shape[4]
+    flat = xp.reshape(value, (n * s * m, d))
+    output = xp.zeros((n, lq, m, d), dtype=_wide(xp, value), device=device(value))
     if 0 not in (*flat.shape, lq, p):
         for index, level in enumerate(levels):
-            cells = _cells(xp, value, level, sampling_locations, attention_weights, index)
-            by_x, by_y, by_weight = (
-                _masked(xp, cells.inside, xp.astype(direction, wide) * unit)
-                for direction, unit in (
-                    (tangents[1][:, :, :, index, :, 0], level.width),
-                    (tangents[1][:, :, :, index, :, 1], level.height),
-                    (tangents[2][:, :, :, index], 1),
-                )
-            )
-            sampled, moved = 0, 0
-            for corner in cells.corners:
-                share = _share(cells, corner)[..., None]
-                slope = (1 if corner.right else -1) * _along_y(cells, corner) * by_x
-                slope = slope + (1 if corner.bottom else -1) * _along_x(cells, corner) * by_y
-                pixel = _gather(xp, flat, corner)
-                sampled = sampled + share * pixel
-                moved = moved + share * _gather(xp, flat_tangent, corner) + slope[..., None] * pixel
-            change = cells.weight[..., None] * moved + by_weight[..., None] * sampled
-            output = output + xp.sum(change, axis=3)
+            cells = _cells(xp, value, level, locations, weights, index)
+            output = output + xp.sum(terms(xp, flat, cells, index), axis=3)
     return xp.astype(xp.reshape(output, (n, lq, m * d)), value.dtype)
 
 
+def _gradients_of_points(
+    xp: Any, flat: Any, grad: Any, cells: _Cells, level: Level
+) -> tuple[Any, Any]:
+    """Gradients by the locations (N, Lq, M, P, 2) and weights (N, Lq, M, P) of one level."""
+    by_weight, by_x, by_y = 0, 0, 0
+    for corner in cells.corners:
+        dot = xp.sum(grad * _gather(xp, flat, corner), axis=-1)
+        by_weight = by_weight + _coefficient(cells, corner) * dot
+        by_x = by_x + _slope_x(cells, corner) * dot
+        by_y = by_y + _slope_y(cells, corner) * dot
+    by_location = (level.width * cells.weight * by_x, level.height * cells.weight * by_y)
+    masked = [_masked(xp, cells.inside, gradient) for gradient in (*by_location, by_weight)]
+    return xp.stack(masked[:2], axis=-1), masked[2]
+
+
 def _wide(xp: Any, value: Any) -> Any:
-    """The dtype to compute in: that of value, or float32 where it is narrower."""
+    """The dtype to compute in: that of value, at least float32."""
     return xp.float64 if value.dtype == xp.float64 else xp.float32
 
 
 def _masked(xp: Any, mask: Any, array: Any) -> Any:
-    """`array` where the mask holds, elsewhere exact zero with a zero gradient, even for NaN."""
+    """`array` where the mask holds, elsewhere exact zero with zero gradient, even for NaN."""
     return xp.where(mask, array, xp.zeros_like(array))
 
 
 def _cells(xp: Any, value: Any, level: Level, locations: Any, weights: Any, index: int) -> _Cells:
-    """Locate the points of one level in its pixel grid."""
+    """The cells of the pixel grid that contain the points of one level."""
     height, width, start = level
     wide = _wide(xp, value)
     x = xp.astype(locations[:, :, :, index, :, 0], wide) * width - 0.5
@@ -219,6 +231,16 @@ def _cells(xp: Any, value: Any, level: Level, locations: Any, weights: Any, inde
     return _Cells(x - left, y - top, weight, inside, tuple(corners))
 
 
+def _slope_x(cells: _Cells, corner: _Corner) -> Any:
+    """The derivative of a corner's coefficient by the horizontal coordinate, in pixels."""
+    return (1 if corner.right else -1) * _along_y(cells, corner)
+
+
+def _slope_y(cells: _Cells, corner: _Corner) -> Any:
+    """The derivative of a corner's coefficient by the vertical coordinate, in pixels."""
+    return (1 if corner.bottom else -1) * _along_x(cells, corner)
+
+
 def _along_x(cells: _Cells, corner: _Corner) -> Any:
     """The horizontal interpolation weight of a corner."""
     return cells.x_fraction if corner.right else 1 - cells.x_fraction
@@ -229,24 +251,24 @@ def _along_y(cells: _Cells, corner: _Corner) -> Any:
     return cells.y_fraction if corner.bottom else 1 - cells.y_fraction
 
 
-def _share(cells: _Cells, corner: _Corner) -> Any:
-    """The bilinear weight of a corner."""
+def _coefficient(cells: _Cells, corner: _Corner) -> Any:
+    """The bilinear coefficient of a corner."""
     return _along_y(cells, corner) * _along_x(cells, corner)
 
 
 def _gather(xp: Any, flat: Any, corner: _Corner) -> Any:
-    """The corner's D-vectors, shape (N, Lq, M, P, D), zero where the corner counts for nothing."""
+    """The corner's D-vectors, shape (N, Lq, M, P, D), zero where the corner is not valid."""
     rows = xp.take(flat, xp.reshape(corner.rows, (-1,)), axis=0)
     rows = xp.reshape(rows, (*corner.rows.shape, flat.shape[1]))
     return _masked(xp, corner.valid[..., None], xp.astype(rows, _wide(xp, flat)))
 
 
 def _add_rows(xp: Any, target: Any, rows: Any, addends: Any) -> Any:
-    """Add each (..., D) row of `addends` to the row of `target` named in `rows`, repeats too."""
+    """Add each (..., D) row of `addends` to the row of `target` that `rows` names; repeats add up."""
     rows = xp.reshape(rows, (-1,))
     addends = xp.reshape(addends, (-1, target.shape[1]))
     if hasattr(target, "index_add"):  # torch
         return target.index_add(0, rows, addends)
-    # The array API has no scatter-add; NumPy and CuPy share this one.
+    # The array API has no scatter-add; NumPy and CuPy have this one.
     xp.add.at(target, rows, addends)
     return target

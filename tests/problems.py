@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs as torch tensors, and what the reference makes of them."""
+"""Random inputs as torch tensors, and their comparison with the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cupy_msda import reference
-from cupy_msda.problem import Level
+from cupy_msda.bench.cases import Inputs
+from cupy_msda.bench.correctness import by_reference
+from cupy_msda.budget import assert_within_budget
 from tests import exact
-from tests.budget import assert_within_budget
 
 # dtypes of value and of locations and weights.
 DTYPES = [
@@ -25,45 +24,6 @@ DTYPES = [
     (torch.float64, torch.float64),
     (torch.float64, torch.float32),
 ]
-
-
-class Inputs(NamedTuple):
-    """Tensors of one problem; the levels follow one another."""
-
-    sizes: list[tuple[int, int]]
-    value: Tensor
-    locations: Tensor
-    weights: Tensor
-    grad_output: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The three differentiable inputs."""
-        return self.value, self.locations, self.weights
-
-    @property
-    def levels(self) -> list[Level]:
-        """The levels as the reference takes them."""
-        return consecutive(self.sizes)
-
-    def to(self, *arguments: Any) -> Inputs:
-        """All tensors by `Tensor.to`."""
-        return Inputs(self.sizes, *(tensor.to(*arguments) for tensor in self[1:]))
-
-    def shapes(self, dtype: torch.dtype = torch.int64) -> Tensor:
-        """The level sizes as a tensor on the device of value."""
-        return torch.tensor(self.sizes, dtype=dtype, device=self.value.device).reshape(-1, 2)
-
-    def starts(self, dtype: torch.dtype = torch.int64) -> Tensor:
-        """The level starts as a tensor on the device of value."""
-        starts = [level.start for level in self.levels]
-        return torch.tensor(starts, dtype=dtype, device=self.value.device)
-
-
-def consecutive(sizes: Sequence[tuple[int, int]]) -> list[Level]:
-    """Levels one after another."""
-    starts = accumulate((h * w for h, w in sizes), initial=0)
-    return [Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=False)]
 
 
 def random_inputs(
@@ -80,11 +40,11 @@ def random_inputs(
     device: Any = "cpu",
     seed: int = 0,
 ) -> Inputs:
-    """Normal values, positive weights, and locations that reach so far (in levels) beyond the edges.
+    """Normal values, positive weights, and locations up to `reach` (in levels) beyond the edges.
 
     `dtypes` are those of value, locations and weights; the last may be left out.
-    No location is so near the edge of a cell that rounding alone could put it in the next one,
-    where its gradient is another.
+    No location is so near the edge of a cell that rounding could put it into the next cell, whose
+    gradient differs.
     """
     generator = torch.Generator().manual_seed(seed)
     s = sum(h * w for h, w in sizes) if s is None else s
@@ -106,7 +66,7 @@ def random_inputs(
 
 
 def ragged(inputs: Inputs, points: Sequence[int]) -> Inputs:
-    """The same with so many points on each level: those beyond lie outside, with zero weights."""
+    """The same with `points[l]` points on level l: the rest lie outside, with zero weights."""
     locations, weights = inputs.locations.clone(), inputs.weights.clone()
     for level, count in enumerate(points):
         locations[:, :, :, level, count:] = -2
@@ -121,13 +81,6 @@ def away_from_edges(inputs: Inputs) -> Inputs:
     pixels = inputs.locations * scale - 0.5
     pixels = pixels.floor() + 0.2 + 0.6 * pixels.remainder(1)
     return inputs._replace(locations=(pixels + 0.5) / scale)
-
-
-def by_reference(inputs: Inputs) -> tuple[Tensor, ...]:
-    """The output and the three gradients in the dtypes of the inputs."""
-    value, *points = inputs.tensors
-    output = reference.forward(value, inputs.levels, *points)
-    return output, *reference.backward(inputs.grad_output, value, inputs.levels, *points)
 
 
 def exactly(inputs: Inputs) -> tuple[Tensor, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The array functions on NumPy and other host arrays: the caller's array type comes back, and the right numbers."""
+"""The array functions on NumPy and other CPU arrays: the caller's array type comes back, and the right numbers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 import cupy_msda
 from cupy_msda import reference
-from cupy_msda.cpu import backend as host
+from cupy_msda.budget import assert_within_budget
+from cupy_msda.cpu import backend as cpu
 from cupy_msda.problem import Level
-from tests.budget import assert_within_budget
 
 SIZES = [(5, 7), (3, 4), (1, 2)]
 LEVELS = [Level(5, 7, 0), Level(3, 4, 35), Level(1, 2, 47)]
@@ -69,19 +69,19 @@ def same(results, expected):
 
 @pytest.fixture(params=["numba", "reference"])
 def backend(request, monkeypatch):
-    """Each of the host's backends in turn."""
+    """Each CPU backend in turn."""
     if request.param == "reference":
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         pytest.importorskip("numba", reason="numba is not installed")
-    host.backend.cache_clear()
+    cpu.backend.cache_clear()
     yield request.param
-    host.backend.cache_clear()
+    cpu.backend.cache_clear()
 
 
 def test_numba_runs_where_it_is_installed_and_else_the_reference(backend):
     expected = {"numba": "cupy_msda.cpu.kernels", "reference": "cupy_msda.reference"}
-    assert host.backend().__name__ == expected[backend]
+    assert cpu.backend().__name__ == expected[backend]
 
 
 # --- NumPy -----------------------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from cupy_msda import reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.problem import Level
-from tests.budget import assert_within_budget
 
 pytest.importorskip("numba")
 
-from cupy_msda.cpu import kernels as cpu
+from cupy_msda import contract
+from cupy_msda.cpu import backend
 
 Array = np.ndarray[Any, Any]
 Levels = tuple[Level, ...]
@@ -31,7 +32,7 @@ def placed(*levels: tuple[int, int, int]) -> Levels:
 
 
 class Case(NamedTuple):
-    """One problem: arrays as the kernels take them."""
+    """The arrays of one problem."""
 
     value: Array
     levels: Levels
@@ -76,27 +77,35 @@ def make(
     )
 
 
-def run(backend: Any, case: Case, **options: Any) -> tuple[Array, Array, Array, Array]:
-    """The output and the three gradients."""
+def run(case: Case, **options: Any) -> tuple[Array, ...]:
+    """The output and the three gradients of the CPU backend, in the dtypes of the inputs."""
+    arrays = case.value, case.locations, case.weights
+    sizes = [(level.height, level.width) for level in case.levels]
+    starts = [level.start for level in case.levels]
+    call = contract.check(case.value, sizes, starts, *arrays[1:])
+    output = backend.forward(*call, *arrays, **options)
+    results = output, *backend.backward(*call, case.grad_output, *arrays, **options)
+    sources = case.grad_output, *arrays
+    return tuple(result.astype(a.dtype) for result, a in zip(results, sources, strict=True))
+
+
+def by_reference(case: Case) -> tuple[Array, ...]:
+    """The same from the reference."""
     inputs = case.value, case.levels, case.locations, case.weights
-    output = backend.forward(*inputs, **options)
-    return (output, *backend.backward(case.grad_output, *inputs, **options))
+    output = reference.forward(*inputs)
+    return (output, *reference.backward(case.grad_output, *inputs))
 
 
-def exactly(case: Case) -> tuple[Array, Array, Array, Array]:
+def exactly(case: Case) -> tuple[Array, ...]:
     """The same from the reference in float64."""
     wide = [array if isinstance(array, tuple) else array.astype(np.float64) for array in case]
-    return run(reference, Case(*wide))
+    return by_reference(Case(*wide))
 
 
-def check(case: Case) -> tuple[Array, Array, Array, Array]:
-    """Hold the kernels to the error budget; return what they computed."""
-    results = run(cpu, case)
-    inputs = case.grad_output, case.value, case.locations, case.weights
-    for actual, source in zip(results, inputs, strict=True):
-        assert actual.dtype == source.dtype
-        assert actual.shape == source.shape
-    for actual, same, exact in zip(results, run(reference, case), exactly(case), strict=True):
+def check(case: Case) -> tuple[Array, ...]:
+    """Hold the kernels to the error budget; return their results."""
+    results = run(case)
+    for actual, same, exact in zip(results, by_reference(case), exactly(case), strict=True):
         assert_within_budget(actual, same, exact)
     return results
 
@@ -168,7 +177,7 @@ def test_a_half_location_is_widened_before_it_is_scaled() -> None:
     levels = consecutive((1, 167))
     case = make(levels, dtype=np.float16, m=1, d=16, lq=50)
     widened = case._replace(locations=case.locations.astype(np.float32))
-    np.testing.assert_array_equal(run(cpu, case)[0], run(cpu, widened)[0])
+    np.testing.assert_array_equal(run(case)[0], run(widened)[0])
 
 
 def test_large_batch() -> None:
@@ -213,7 +222,7 @@ def test_points_at_the_edges_of_the_level() -> None:
 def test_all_points_outside() -> None:
     case = make(DETR)
     case.locations[...] = np.where(case.locations < 0.5, case.locations - 3, case.locations + 3)
-    assert not any(result.any() for result in run(cpu, case))
+    assert not any(result.any() for result in run(case))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30, -1e30])
@@ -226,10 +235,10 @@ def test_a_location_that_is_no_place_contributes_nothing(bad: float, axis: int, 
     case.weights[nowhere] = np.nan
     clean = case._replace(weights=np.where(nowhere, np.float32(0), case.weights))
     clean.locations[nowhere] = 5
-    for actual, expected in zip(run(cpu, case), run(cpu, clean), strict=True):
+    for actual, expected in zip(run(case), run(clean), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert not run(cpu, case)[2][nowhere].any()
-    assert not run(cpu, case)[3][nowhere].any()
+    assert not run(case)[2][nowhere].any()
+    assert not run(case)[3][nowhere].any()
 
 
 def test_infinite_cells_beyond_the_border_are_not_read() -> None:
@@ -275,57 +284,46 @@ EMPTY: dict[str, dict[str, Any]] = {
 def test_empty_dimensions(name: str, dtype: Any) -> None:
     case = make(**EMPTY[name], dtype=dtype)
     if name not in ("H", "W"):
-        assert not any(result.any() for result in run(cpu, case))
+        assert not any(result.any() for result in run(case))
         return
     check(case)
     # A point in the empty level is outside: it contributes nothing, whatever its weight.
     nothing = 0 if name == "H" else 1
     case.weights[:, :, :, nothing] = 0
-    expected = run(cpu, case)
+    expected = run(case)
     case.weights[:, :, :, nothing] = np.nan
-    for actual, same in zip(run(cpu, case), expected, strict=True):
+    for actual, same in zip(run(case), expected, strict=True):
         np.testing.assert_array_equal(actual, same)
-    assert not run(cpu, case)[3][:, :, :, nothing].any()
-
-
-def test_out_is_filled_and_returned() -> None:
-    for dtype in (np.float32, np.float16):
-        case = make(DETR, dtype=dtype)
-        inputs = case[:4]
-        out = np.full(case.grad_output.shape, np.nan, dtype)
-        assert cpu.forward(*inputs, out) is out
-        np.testing.assert_array_equal(out, cpu.forward(*inputs))
-    empty = make(DETR, p=0)
-    assert not cpu.forward(*empty[:4], np.ones_like(empty.grad_output)).any()
+    assert not run(case)[3][:, :, :, nothing].any()
 
 
 def test_read_only_inputs() -> None:
     case = make(DETR)
-    expected = run(cpu, case)
+    expected = run(case)
     for array in (case.value, case.locations, case.weights, case.grad_output):
         array.flags.writeable = False
-    for actual, same in zip(run(cpu, case), expected, strict=True):
+    for actual, same in zip(run(case), expected, strict=True):
         np.testing.assert_array_equal(actual, same)
 
 
 @pytest.mark.parametrize("lq", [40, 800])
 @pytest.mark.parametrize("levels", [DETR, placed((13, 21, 0), (13, 21, 100))])
-def test_the_same_bits_for_any_number_of_threads(levels: Levels, lq: int) -> None:
+def test_results_are_bitwise_identical_for_any_number_of_threads(levels: Levels, lq: int) -> None:
     # Few points and many: planes in place and packed. Overlapping levels: other tasks.
     case = make(levels, n=2, m=3, lq=lq)
-    expected = run(cpu, case, threads=1)
+    expected = run(case, threads=1)
     for threads in (2, 3, 8):
-        for actual, same in zip(run(cpu, case, threads=threads), expected, strict=True):
+        for actual, same in zip(run(case, threads=threads), expected, strict=True):
             np.testing.assert_array_equal(actual, same)
 
 
 def test_calls_from_several_threads_at_once() -> None:
     cases = [make(DETR, n=2, m=8, lq=100 + i, seed=i) for i in range(4)]
-    expected = [run(cpu, case, threads=1) for case in cases]
+    expected = [run(case, threads=1) for case in cases]
     with ThreadPoolExecutor(len(cases)) as callers:
         for _ in range(10):
             for results, same in zip(
-                callers.map(lambda case: run(cpu, case, threads=4), cases), expected, strict=True
+                callers.map(lambda case: run(case, threads=4), cases), expected, strict=True
             ):
                 for actual, one in zip(results, same, strict=True):
                     np.testing.assert_array_equal(actual, one)
@@ -343,7 +341,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     value[0, -46:] = small.value
     levels = tuple(Level(h, w, start + s - 46) for h, w, start in small.levels)
     large = small._replace(value=value, levels=levels)
-    results, expected = run(cpu, large), run(cpu, small)
+    results, expected = run(large), run(small)
     np.testing.assert_array_equal(results[0], expected[0])
     np.testing.assert_array_equal(results[1][0, -46:], expected[1][0])
     for actual, same in zip(results[2:], expected[2:], strict=True):

@@ -30,8 +30,8 @@ from cupy_msda import (  # noqa: E402
     ms_deform_attn,
     ms_deform_attn_backward,
 )
+from cupy_msda.budget import assert_within_budget  # noqa: E402
 from cupy_msda.torch import operators  # noqa: E402
-from tests.budget import assert_within_budget  # noqa: E402
 from tests.problems import random_inputs  # noqa: E402
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():

@@ -23,7 +23,7 @@ from cupy_msda import (
     ms_deform_attn_backward,
     reference,
 )
-from tests.budget import assert_within_budget
+from cupy_msda.budget import assert_within_budget
 from tests.problems import check_against_reference, random_inputs
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):

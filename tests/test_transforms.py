@@ -20,6 +20,7 @@ from cupy_msda import (  # noqa: E402
     reference,
 )
 from cupy_msda.torch import derivatives  # noqa: E402
+from cupy_msda.torch.operands import BackwardOperands, Operands  # noqa: E402
 from tests.problems import Inputs, away_from_edges, random_inputs  # noqa: E402
 
 # torch scripts its own forward-mode decompositions on first use, and its linearize warns of its own graph.

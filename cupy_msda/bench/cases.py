@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: shapes of published models, where their points lie, dtypes, and random inputs for each."""
+"""The measured cases: shapes of published models, distributions of their points, dtypes; random inputs for each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from cupy_msda.problem import Level
 _DETR = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333 at strides 8 to 64
 _RTDETR = ((80, 80), (40, 40), (20, 20))
 _SWEEP = ((64, 64), (32, 32), (16, 16), (8, 8))
-# Every point keeps this far from the edges of its cell, in pixels: there gradients jump, and rounding picks the side.
+# Every point lies at least this far, in pixels, from the edges of its cell: there gradients jump, and rounding picks
+# the side.
 _MARGIN = 0.01
 
 
@@ -30,7 +32,7 @@ class Shape(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Numbers that an implementation holds which samples first and weighs then."""
+        """Elements of the samples tensor, for an implementation that materialises it."""
         queries = sum(h * w for h, w in self.levels) if self.queries is None else self.queries
         points = self.points if isinstance(self.points, int) else max(self.points)
         rows = self.batch * queries * self.heads
@@ -111,16 +113,16 @@ def select(device: str, quick: bool) -> tuple[Case, ...]:
 
 
 def _distributions(name: str, device: str) -> tuple[str, ...]:
-    """Those that a shape is measured with."""
+    """The distributions that a shape is measured with."""
     if SHAPES[name].queries is not None:
         return ("uniform",)
     return tuple(DISTRIBUTIONS) if device == "cuda" or name == _SMALL_ENCODER else (_LOCAL,)
 
 
-class Problem(NamedTuple):
-    """The tensors of one case."""
+class Inputs(NamedTuple):
+    """Tensors of one problem; the levels follow one another."""
 
-    sizes: tuple[tuple[int, int], ...]
+    sizes: Sequence[tuple[int, int]]
     value: Tensor
     locations: Tensor
     weights: Tensor
@@ -134,11 +136,29 @@ class Problem(NamedTuple):
     @property
     def levels(self) -> list[Level]:
         """(H, W, start) of every level."""
-        starts = accumulate((h * w for h, w in self.sizes), initial=0)
-        return [Level(h, w, start) for (h, w), start in zip(self.sizes, starts, strict=False)]
+        return consecutive(self.sizes)
+
+    def to(self, *arguments: Any) -> Inputs:
+        """All tensors by `Tensor.to`."""
+        return Inputs(self.sizes, *(tensor.to(*arguments) for tensor in self[1:]))
+
+    def shapes(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The level sizes as a tensor on the device of value, shape (L, 2)."""
+        return torch.tensor(self.sizes, dtype=dtype, device=self.value.device).reshape(-1, 2)
+
+    def starts(self, dtype: torch.dtype = torch.int64) -> Tensor:
+        """The level starts as a tensor on the device of value, shape (L,)."""
+        starts = [level.start for level in self.levels]
+        return torch.tensor(starts, dtype=dtype, device=self.value.device)
 
 
-def build(case: Case, device: str) -> Problem:
+def consecutive(sizes: Sequence[tuple[int, int]]) -> list[Level]:
+    """Levels one after another."""
+    starts = accumulate((h * w for h, w in sizes), initial=0)
+    return [Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=False)]
+
+
+def build(case: Case, device: str) -> Inputs:
     """Random inputs, the same in every run on one kind of device."""
     shape, dtype = SHAPES[case.shape], getattr(torch, case.dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -155,7 +175,7 @@ def build(case: Case, device: str) -> Problem:
     value = torch.randn(n, s, m, d, generator=generator, device=device)
     grad_output = torch.randn(n, lq, m * d, generator=generator, device=device)
     weights = logits.flatten(3).softmax(-1).view(points)
-    return Problem(
+    return Inputs(
         shape.levels, value.to(dtype), locations.float(), weights.to(dtype), grad_output.to(dtype)
     )
 

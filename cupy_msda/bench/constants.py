@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The constants of the roofline model, measured on the device at hand in the same run."""
+"""The rates of the roofline model, measured on the same device in the same run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ _ROW = 128  # bytes, of 32 float32 channels
 
 
 class Constants(NamedTuple):
-    """Rates per second; those that are None count for a GPU alone."""
+    """Rates per second; those that default to None are measured on a GPU alone."""
 
-    copy: tuple[
-        tuple[int, float], ...
-    ]  # bytes in reach and bytes read and written, by growing reach
+    # (bytes in reach, bytes read and written per second), by growing reach
+    copy: tuple[tuple[int, float], ...]
     multiply_adds: float
     gather: float | None = None  # bytes of whole rows, from the L1 cache
     gather_l2: float | None = None  # the same from the L2 cache
@@ -29,7 +28,7 @@ class Constants(NamedTuple):
 
 
 def measure(device: str) -> Constants:
-    """The best of a few repeats each: what the device can do, whatever else runs on it."""
+    """The best of a few repeats of each, so that other load on the device matters least."""
     return _of_cpu(torch.get_num_threads()) if device == "cpu" else _of_gpu()
 
 
@@ -51,7 +50,7 @@ def _best(call: Callable[[], object]) -> float:
 
 
 def _of_cpu(threads: int) -> Constants:
-    """Copies by NumPy in as many threads as torch uses, in caches of every size; multiply-adds by a matrix product."""
+    """Copies by NumPy in as many threads as torch uses, at sizes for every cache; multiply-adds by a matrix product."""
     reaches = [1 << shift for shift in (18, 20, 22, 24, 26, 28)]
     with ThreadPoolExecutor(threads) as pool:
         copy = tuple((reach, _copy_rate(pool, threads, reach)) for reach in reaches)
@@ -61,7 +60,7 @@ def _of_cpu(threads: int) -> Constants:
 
 
 def _copy_rate(pool: ThreadPoolExecutor, threads: int, reach: int) -> float:
-    """Bytes read and written per second by threads that each copy their part of `reach` bytes again and again."""
+    """Bytes read and written per second by threads that each copy their part of `reach` bytes repeatedly."""
     arrays = [np.ones((2, reach // (2 * threads)), np.uint8) for _ in range(threads)]
     times = max(1, (1 << 27) // reach)
 
@@ -119,7 +118,7 @@ _BLOCK = 256
 
 
 def _of_gpu() -> Constants:
-    """Small kernels that do one thing each, and a copy far larger than the L2 cache."""
+    """One small kernel for each rate, and a copy far larger than the L2 cache."""
     import cupy
 
     device = cupy.cuda.Device().attributes
@@ -128,7 +127,7 @@ def _of_gpu() -> Constants:
     l2 = l2_bytes()
     module = cupy.RawModule(code=_SOURCE, options=("-std=c++17",))
     source, target = (cupy.zeros(8 * l2, cupy.uint8) for _ in range(2))
-    # Rows in a power of two: 64 KB lie in every multiprocessor's L1 cache, a quarter of the L2 cache only in that.
+    # Powers of two: 64 KB fit every multiprocessor's L1 cache; a quarter of the L2 cache fits only the L2 cache.
     in_l1, in_l2 = (64 << 10) // _ROW, 1 << ((l2 // 4 // _ROW).bit_length() - 1)
     steps = 512
 

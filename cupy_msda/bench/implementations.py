@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This library and its peers, each as a function of value, locations and weights."""
+"""This library and the baselines, each as a function of value, locations and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cupy_msda import ms_deform_attn, ms_deform_attn_core_pytorch
-from cupy_msda.bench.cases import SHAPES, Case, Problem
+from cupy_msda.bench.cases import SHAPES, Case, Inputs
 
 OURS = "cupy_msda"
 COMPILED = "grid_sample, compiled"
@@ -24,7 +24,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 def installed(quick: bool) -> tuple[list[str], dict[str, str]]:
-    """The names of what can be measured, ours first, and why the others cannot be."""
+    """The names of the available implementations, ours first, and why the others are absent."""
     absent = {
         name: f"{module} is not installed"
         for name, module in _MODULES.items()
@@ -36,10 +36,11 @@ def installed(quick: bool) -> tuple[list[str], dict[str, str]]:
 
 
 def applies(name: str, case: Case, device: str) -> bool:
-    """Whether it takes part in a case.
+    """Whether an implementation takes part in a case.
 
-    grid_sample computes half values in float32, so compiling that is enough. On a CPU what samples
-    first and weighs then is left out where it would take minutes and most of the memory.
+    grid_sample computes half values in float32, so only float32 cases are compiled. On a CPU an
+    implementation that materialises all samples is left out where that would take minutes and most of
+    the memory.
     """
     if device == "cpu" and name not in (OURS, "torch-ms-deform-attn"):
         most = _MOST_COMPILED if name == COMPILED else _MOST_SAMPLES
@@ -48,32 +49,32 @@ def applies(name: str, case: Case, device: str) -> bool:
     return name != COMPILED or case.dtype == "float32"
 
 
-def make(name: str, problem: Problem) -> Function:
+def make(name: str, inputs: Inputs) -> Function:
     """The function of one implementation for one problem."""
-    return _MAKERS[name](problem)
+    return _MAKERS[name](inputs)
 
 
-def _ours(problem: Problem) -> Function:
-    """As users call it, with level sizes from the host."""
-    sizes = problem.sizes
+def _ours(inputs: Inputs) -> Function:
+    """`ms_deform_attn` as users call it, with level sizes from the host."""
+    sizes = inputs.sizes
     return lambda v, x, a: ms_deform_attn(v, sizes, None, x, a)
 
 
-def _grid_sample(problem: Problem) -> Function:
-    """What models fall back to without a kernel."""
-    sizes = problem.sizes
+def _grid_sample(inputs: Inputs) -> Function:
+    """The fallback of models without a kernel."""
+    sizes = inputs.sizes
     return lambda v, x, a: ms_deform_attn_core_pytorch(v, sizes, x, a)
 
 
-def _compiled(problem: Problem) -> Function:
-    """The same by torch.compile, for these very shapes."""
-    shapes = tuple(tensor.shape for tensor in problem.tensors)
-    return _compile(problem.sizes, shapes)
+def _compiled(inputs: Inputs) -> Function:
+    """grid_sample under torch.compile, specialised to these shapes."""
+    shapes = tuple(tensor.shape for tensor in inputs.tensors)
+    return _compile(tuple(inputs.sizes), shapes)
 
 
 @lru_cache(maxsize=1)
 def _compile(sizes: Sizes, _shapes: tuple[torch.Size, ...]) -> Function:
-    """One function for each set of shapes; what was compiled for the ones before is dropped."""
+    """One function for each set of shapes; the one compiled for the previous set is dropped."""
     torch.compiler.reset()
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -83,10 +84,10 @@ def _compile(sizes: Sizes, _shapes: tuple[torch.Size, ...]) -> Function:
     return compiled
 
 
-def _torch_ms_deform_attn(problem: Problem) -> Function:
+def _torch_ms_deform_attn(inputs: Inputs) -> Function:
     """The kernels of Deformable-DETR; they take one dtype, so half values are widened as a caller would."""
     theirs = import_module("torch_ms_deform_attn").ms_deform_attn
-    sizes, starts = _level_tensors(problem)
+    sizes, starts = inputs.shapes(), inputs.starts()
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         wide = locations.dtype
@@ -96,21 +97,14 @@ def _torch_ms_deform_attn(problem: Problem) -> Function:
     return function
 
 
-def _deformops(problem: Problem) -> Function:
-    """Its own choice of backend: Triton on a GPU, eager operations on a CPU."""
+def _deformops(inputs: Inputs) -> Function:
+    """deformops with the backend that it chooses: Triton on a GPU, eager operations on a CPU."""
     theirs = import_module("deformops.registry").msda
-    sizes, starts = _level_tensors(problem)
+    sizes, starts = inputs.shapes(), inputs.starts()
     return lambda v, x, a: theirs(v, sizes, starts, x, a)
 
 
-def _level_tensors(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Level sizes and starts on the device."""
-    device = problem.value.device
-    starts = [level.start for level in problem.levels]
-    return torch.tensor(problem.sizes, device=device), torch.tensor(starts, device=device)
-
-
-_MAKERS: dict[str, Callable[[Problem], Function]] = {
+_MAKERS: dict[str, Callable[[Inputs], Function]] = {
     OURS: _ours,
     "grid_sample": _grid_sample,
     COMPILED: _compiled,

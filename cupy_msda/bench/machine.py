@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the figures of a run hold for: device, driver, threads, load, versions."""
+"""The conditions of a run: device, driver, threads, load, versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def describe(device: str) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and the versions in use."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "driver": dict(report.environment())["driver"] if device == "cuda" else None,
@@ -37,7 +37,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name, and its kind where the system does not tell."""
+    """The processor's name, or its architecture where the system names none, and the count."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -48,12 +48,12 @@ def _processor() -> str:
 
 
 def load() -> float | None:
-    """Processes that ran in the last minute: OpenMP's threads wait busily, so others slow the peers most."""
+    """Load average of the last minute: other load slows baselines on OpenMP most, whose threads spin."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _versions() -> dict[str, str]:
-    """Python and what is installed of what takes part."""
+    """Versions of Python and of the installed packages that matter."""
     found = {"python": platform.python_version(), "cupy_msda": cupy_msda.__version__}
     # Not from the metadata: a wheel from PyPI leaves its build, "+cu130", out of there.
     found["torch"] = str(torch.__version__)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least time that a case can take on a device, from what must be moved and computed and the device's rates.
+"""The roofline bound: the least time of a case, from its bytes, its arithmetic and the device's rates.
 
-A floor is the longest of its terms, since at best all overlap. It leaves out coordinates and addresses, and nothing
-says that it can be reached. On a GPU caches are cold, as they are when timed; on a CPU what was used is in the nearest
-cache that holds it.
+The bound is the longest of its terms, since at best all overlap. It leaves out coordinates and addresses, and it need
+not be attainable. On a GPU caches are cold, as when timed; on a CPU an array is in the nearest cache that holds it.
 """
 
 from __future__ import annotations
@@ -13,19 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cupy_msda.bench.cases import Problem
+from cupy_msda.bench.cases import Inputs
 from cupy_msda.bench.constants import Constants
 
 
 class Work(NamedTuple):
-    """What both ways have to do."""
+    """Counts for one case, the same in the forward and the backward."""
 
-    corners: int  # D-vectors that are read: of each point, the corners of its cell inside the level
-    rows: int  # different D-vectors among them
+    corners: (
+        int  # D-vectors read: for each point, the corners of its cell that lie inside the level
+    )
+    rows: int  # distinct D-vectors among them
 
 
-class Floor(NamedTuple):
-    """Milliseconds by term, and two that bind only kernels that share nothing between points."""
+class Bound(NamedTuple):
+    """Milliseconds by term; `unshared` terms bound only kernels that share nothing between points."""
 
     terms: dict[str, float]
     unshared: dict[str, float]
@@ -36,17 +37,17 @@ class Floor(NamedTuple):
         return max(self.terms.values())
 
 
-def count(problem: Problem) -> Work:
+def count(inputs: Inputs) -> Work:
     """Count corners and rows, level by level."""
-    n, s, m, _ = problem.value.shape
-    device = problem.value.device
+    n, s, m, _ = inputs.value.shape
+    device = inputs.value.device
     touched = torch.zeros(n * s * m, dtype=torch.bool, device=device)
     first = torch.arange(n, device=device).view(n, 1, 1, 1) * s
     head = torch.arange(m, device=device).view(1, 1, m, 1)
     corners = 0
-    for index, (height, width, start) in enumerate(problem.levels):
-        left = torch.floor(problem.locations[:, :, :, index, :, 0] * width - 0.5).long()
-        top = torch.floor(problem.locations[:, :, :, index, :, 1] * height - 0.5).long()
+    for index, (height, width, start) in enumerate(inputs.levels):
+        left = torch.floor(inputs.locations[:, :, :, index, :, 0] * width - 0.5).long()
+        top = torch.floor(inputs.locations[:, :, :, index, :, 1] * height - 0.5).long()
         for x, y in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
             counts = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             corners += int(counts.sum())
@@ -54,20 +55,20 @@ def count(problem: Problem) -> Work:
     return Work(corners, int(touched.sum()))
 
 
-def floor(way: str, problem: Problem, work: Work, constants: Constants) -> Floor:
-    """The floor of "forward" or "backward".
+def bound(way: str, inputs: Inputs, work: Work, constants: Constants) -> Bound:
+    """The roofline bound of "forward" or "backward".
 
-    Terms: `memory`, every array moved once and of value only the rows that are needed; `arithmetic`, a multiply-add
-    for each channel of each corner, two in the backward; on a GPU also `gather`, every corner read from the L1 cache,
-    and `launch`, an empty kernel. Unshared: all corners from the L2 cache instead, and in the backward each corner's
-    share of the gradient of value added to memory on its own, in float32.
+    Terms: `memory`, every array moved once, value only in the rows that are needed; `arithmetic`, one multiply-add for
+    each channel of each corner, two in the backward; on a GPU also `gather`, every corner read from the L1 cache, and
+    `launch`, an empty kernel. Unshared terms: every corner read from the L2 cache, and in the backward every corner's
+    addend to the gradient of value added to memory separately, in float32.
     """
-    channels = problem.value.shape[3]
-    row = channels * problem.value.element_size()
-    points = _size(problem.locations) + _size(problem.weights)
-    bytes_moved = work.rows * row + points + _size(problem.grad_output)
+    channels = inputs.value.shape[3]
+    row = channels * inputs.value.element_size()
+    points = _size(inputs.locations) + _size(inputs.weights)
+    bytes_moved = work.rows * row + points + _size(inputs.grad_output)
     if way == "backward":
-        bytes_moved += _size(problem.value) + points
+        bytes_moved += _size(inputs.value) + points
     passes = 2 if way == "backward" else 1
     seconds = {
         "memory": bytes_moved / copy_rate(constants, bytes_moved),
@@ -79,11 +80,11 @@ def floor(way: str, problem: Problem, work: Work, constants: Constants) -> Floor
         unshared["gather from L2"] = work.corners * row / constants.gather_l2
         if way == "backward":
             unshared["scatter"] = work.corners * channels * 4 / constants.scatter
-    return Floor(_milliseconds(seconds), _milliseconds(unshared))
+    return Bound(_milliseconds(seconds), _milliseconds(unshared))
 
 
 def copy_rate(constants: Constants, reach: int) -> float:
-    """That of the largest copy that was measured and reaches no further, or of the smallest."""
+    """The rate of the largest measured copy of at most `reach` bytes, or else of the smallest copy."""
     rates = [rate for size, rate in constants.copy if size <= reach]
     return rates[-1] if rates else constants.copy[0][1]
 
@@ -94,5 +95,5 @@ def _size(tensor: Tensor) -> int:
 
 
 def _milliseconds(seconds: dict[str, float]) -> dict[str, float]:
-    """The same in milliseconds."""
+    """Seconds to milliseconds."""
     return {name: 1e3 * each for name, each in seconds.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run: check and time every implementation on every case, say so, and write it down."""
+"""One run: check and time every implementation on every case, print the results and write them to a file."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from cupy_msda import report
 from cupy_msda.bench import (
     cases,
     constants,
-    gate,
+    correctness,
     implementations,
     machine,
     roofline,
     tables,
     timing,
 )
-from cupy_msda.bench.cases import Case, Problem
+from cupy_msda.bench.cases import Case, Inputs
 from cupy_msda.bench.implementations import OURS, Function
 
-SCHEMA = 1
+SCHEMA = 2
 _LIMITS = {
     ("cpu", True): timing.Limits(15, 8),
     ("cpu", False): timing.Limits(31, 25),
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def run(device: str | None, quick: bool, output: Path) -> int:
-    """Run the benchmark and write `output` and a picture beside it; 1 if a result of ours is wrong or missing."""
+    """Run the benchmark, write `output` and a plot beside it; 1 if a result of ours is wrong or missing."""
     obstacle = report.torch_obstacle()
     device = device or ("cpu" if obstacle else "cuda")
     if device == "cuda" and obstacle:
@@ -54,7 +54,7 @@ def run(device: str | None, quick: bool, output: Path) -> int:
 
 
 def _plot(results: Row, file: Path) -> None:
-    """Draw the picture, or say what it needs."""
+    """Draw the plot, or say what it needs."""
     try:
         tables.plot(results, file)
     except ImportError as error:
@@ -64,7 +64,7 @@ def _plot(results: Row, file: Path) -> None:
 
 
 def measure(device: str, quick: bool, output: Path) -> Row:
-    """The results of all cases; the file grows with each, so that a run that is cut short leaves something."""
+    """The results of all cases, written after each, so that an interrupted run leaves the finished ones."""
     begin = time.perf_counter()
     names, absent = implementations.installed(quick)
     rows: list[Row] = []
@@ -74,9 +74,10 @@ def measure(device: str, quick: bool, output: Path) -> Row:
         "machine": machine.describe(device),
         "quick": quick,
         "absent": absent,
+        "error_budget": correctness.BUDGET,
         "rows": rows,
     }
-    _write(results, output)  # before the work: it may not be possible
+    _write(results, output)  # before the work, in case the path cannot be written
     found = constants.measure(device)
     results["constants"] = found._asdict()
     _say_start(results, found)
@@ -94,7 +95,7 @@ def measure(device: str, quick: bool, output: Path) -> Row:
 
 
 def _write(results: Row, output: Path) -> None:
-    """Write the file, whole."""
+    """Write the whole file."""
     try:
         output.write_text(json.dumps(results, indent=1) + "\n")
     except OSError as error:
@@ -109,79 +110,82 @@ def _measure_case(
     limits: timing.Limits,
     found: constants.Constants,
 ) -> list[Row]:
-    """The rows of one case: those that are right are timed."""
-    problem = cases.build(case, device)
-    work = roofline.count(problem)
-    expected = gate.expect(problem)
+    """The rows of one case; only correct implementations are timed."""
+    inputs = cases.build(case, device)
+    work = roofline.count(inputs)
+    expected = correctness.expect(inputs)
     verdicts: dict[str, Row] = {}
     right: dict[str, Function] = {}
     for name in names:
-        verdicts[name], function = _judge(name, problem, expected)
+        verdicts[name], function = _judge(name, inputs, expected)
         if function is not None:
             right[name] = function
         _say_verdict(name, verdicts[name])
-    peaks = {name: timing.peak_memory(function, problem) for name, function in right.items()}
-    times = timing.measure(right, problem, watch, limits)
+    peaks = {name: timing.peak_memory(function, inputs) for name, function in right.items()}
+    times = timing.measure(right, inputs, watch, limits)
     rows = []
     for way in timing.WAYS:
-        floor = roofline.floor(way, problem, work, found)
+        bound = roofline.bound(way, inputs, work, found)
         for name in names:
             rows.append(
                 {"case": case.shape, "distribution": case.distribution, "dtype": case.dtype}
                 | {"way": way, "implementation": name, **verdicts[name]}
-                | _statistics(times[way].get(name, []), floor)
+                | _statistics(times[way].get(name, []), bound)
                 | {"peak_bytes": (peaks.get(name) or {}).get(way)}
             )
             _say(rows[-1])
     return rows
 
 
-def _judge(name: str, problem: Problem, expected: gate.Expected) -> tuple[Row, Function | None]:
+def _judge(
+    name: str, inputs: Inputs, expected: correctness.Expected
+) -> tuple[Row, Function | None]:
     """The verdict on an implementation, and the implementation if it is right."""
     try:
-        function = implementations.make(name, problem)
-        errors = gate.errors(function, problem, expected)
-    except Exception as error:  # a peer may fail in any way; its error is the result
+        function = implementations.make(name, inputs)
+        errors = correctness.errors(function, inputs, expected)
+    except Exception as error:  # a baseline may fail in any way; its error is the result
         lines = f"{type(error).__name__}: {error}".splitlines()
         return _verdict("raised", lines[0]), None
-    outside = [f"{part} {error:.2g}" for part, error in errors.items() if not error <= 1]
+    most = 1 if name == OURS else correctness.BASELINE_BUDGETS
+    outside = [f"{part} {error:.2g}" for part, error in errors.items() if not error <= most]
     if outside:
-        return _verdict("wrong", f"errors in units of their budgets: {', '.join(outside)}"), None
+        why = f"errors in units of their budgets: {', '.join(outside)}"
+        return _verdict("wrong", why, errors), None
     return _verdict("right", None, errors), function
 
 
 def _say_verdict(name: str, verdict: Row) -> None:
-    """A verdict as a line of progress."""
-    errors = verdict["errors"] or {}
-    why = verdict["why"] or f"errors up to {max(errors.values()):.2f} of their budgets"
+    """Print a verdict as a line of progress."""
+    why = verdict["why"] or f"errors up to {max(verdict['errors'].values()):.2f} of their budgets"
     print(f"  {'check':9}{name:22}{verdict['verdict']}: {why}", flush=True)
 
 
 def _verdict(verdict: str, why: str | None, errors: dict[str, float] | None = None) -> Row:
-    """The part of a row that judges; errors in units of their budgets."""
+    """The part of a row with the verdict; errors in units of their budgets."""
     return {"verdict": verdict, "why": why, "errors": errors}
 
 
-def _statistics(times: Sequence[float], floor: roofline.Floor) -> Row:
-    """The part of a row that measures."""
+def _statistics(times: Sequence[float], bound: roofline.Bound) -> Row:
+    """The part of a row with the measurements."""
     row: Row = {
         "median_ms": None,
         "quartiles_ms": None,
         "repeats": len(times),
-        "floor_ms": floor.milliseconds,
-        "floor_terms_ms": floor.terms,
-        "unshared_terms_ms": floor.unshared,
-        "share": None,
+        "roofline_ms": bound.milliseconds,
+        "roofline_terms_ms": bound.terms,
+        "unshared_terms_ms": bound.unshared,
+        "roofline_share": None,
     }
     if times:
         low, median, high = (float(np.quantile(times, part)) for part in (0.25, 0.5, 0.75))
         row |= {"median_ms": median, "quartiles_ms": [low, high]}
-        row["share"] = floor.milliseconds / median
+        row["roofline_share"] = bound.milliseconds / median
     return row
 
 
 def _say_start(results: Row, found: constants.Constants) -> None:
-    """The machine, its constants and who is missing."""
+    """Print the machine, its rates and the absent baselines."""
     facts = results["machine"].items()
     print("  ".join(f"{key} {value}" for key, value in facts if key != "versions"))
     print("measured  " + _words(found), flush=True)
@@ -190,19 +194,19 @@ def _say_start(results: Row, found: constants.Constants) -> None:
 
 
 def _say(row: Row) -> None:
-    """A row as a line of progress."""
+    """Print a row as a line of progress."""
     if row["median_ms"] is None:
         return
     low, high = row["quartiles_ms"]
     text = f"{row['median_ms']:9.3f} ms [{low:.3f}, {high:.3f}] of {row['repeats']:2}"
-    text += f"   floor {row['share']:.1%} of it"
+    text += f"   {row['roofline_share']:.1%} of roofline"
     if row["peak_bytes"] is not None:
         text += f"   peak {row['peak_bytes'] / 1e6:.1f} MB"
     print(f"  {row['way']:9}{row['implementation']:22}{text}", flush=True)
 
 
 def _words(found: constants.Constants) -> str:
-    """The constants in a line."""
+    """The rates in a line."""
     parts = [f"copy {rate / 1e9:.0f} GB/s in {reach / 1e6:.1f} MB" for reach, rate in found.copy]
     parts.append(f"{found.multiply_adds / 1e9:.0f} G multiply-adds/s")
     for label, rate in (

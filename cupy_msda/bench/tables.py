@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result file says, as a Markdown table and as a picture."""
+"""A result file as a Markdown table and as a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Results = dict[str, Any]
 
 
 def caption(results: Results) -> str:
-    """Where and with what a run was done, and how busy the machine was, beside the run itself."""
+    """Machine, versions and date of a run, and the other load on the machine."""
     machine = results["machine"]
     threads = machine["threads"]
     parts = [f"{machine['device']}, {threads} thread{'s' if threads > 1 else ''}"]
@@ -28,28 +28,28 @@ def caption(results: Results) -> str:
 
 
 def table(results: Results) -> str:
-    """A row for each case and way: our median, its share of the floor, and how many times longer each peer takes."""
-    peers = [name for name in _implementations(results) if name != OURS]
-    lines = ["| case | | " + " | ".join([OURS, "floor / time", *peers]) + " |"]
-    lines.append("| --- " * (4 + len(peers)) + "|")
+    """A row for each case and way: our median, the roofline bound as a part of it, and each baseline's ratio to it."""
+    baselines = [name for name in _implementations(results) if name != OURS]
+    lines = ["| case | | " + " | ".join([OURS, "roofline / time", *baselines]) + " |"]
+    lines.append("| --- " * (4 + len(baselines)) + "|")
     for case in _cases(results):
         for way in _WAYS:
             rows = _rows(results, case, way)
             label = case if way == _WAYS[0] else ""
-            cells = [label, way, *_ours(rows[OURS]), *(_peer(rows, name) for name in peers)]
+            cells = [label, way, *_ours(rows[OURS]), *(_baseline(rows, name) for name in baselines)]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _ours(row: Results) -> tuple[str, str]:
-    """Our time, and what part of it the floor is."""
+    """Our time, and the roofline bound as a part of it."""
     if row["median_ms"] is None:
         return row["verdict"], ""
-    return _time(row["median_ms"]), f"{row['share']:.0%}"
+    return _time(row["median_ms"]), f"{row['roofline_share']:.0%}"
 
 
-def _peer(rows: dict[str, Results], name: str) -> str:
-    """A peer's time and its ratio to ours."""
+def _baseline(rows: dict[str, Results], name: str) -> str:
+    """A baseline's time and its ratio to ours."""
     if name not in rows:
         return ""
     theirs, ours = rows[name]["median_ms"], rows[OURS]["median_ms"]
@@ -59,23 +59,23 @@ def _peer(rows: dict[str, Results], name: str) -> str:
 
 
 def _time(milliseconds: float) -> str:
-    """Three digits."""
+    """Milliseconds to three digits."""
     digits = f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
     return f"{digits} ms"
 
 
 def _implementations(results: Results) -> list[str]:
-    """Those of any row, in the order of the run."""
+    """The implementations, in the order of the run."""
     return list(dict.fromkeys(row["implementation"] for row in results["rows"]))
 
 
 def _case(row: Results) -> str:
-    """The words that name a row's case."""
+    """The name of a row's case."""
     return f"{row['case']}, {row['distribution']}, {row['dtype']}"
 
 
 def _cases(results: Results) -> list[str]:
-    """Those of any row, in the order of the run."""
+    """The cases, in the order of the run."""
     return list(dict.fromkeys(map(_case, results["rows"])))
 
 
@@ -86,7 +86,7 @@ def _rows(results: Results, case: str, way: str) -> dict[str, Results]:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Draw medians and quartiles of all, and the floor, for both ways; raises ImportError without matplotlib."""
+    """Plot medians, quartiles and the roofline bound for both ways; ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     cases = _cases(results)
@@ -96,8 +96,8 @@ def plot(results: Results, file: Path) -> None:
         for name, colour in zip(_implementations(results), _COLOURS, strict=False):
             _draw_times(axes, results, way, name, colour)
         for height, case in enumerate(cases):
-            floor = _rows(results, case, way)[OURS]["floor_ms"]
-            axes.plot([floor], [height], "|", color="black", markersize=13, label="floor")
+            bound = _rows(results, case, way)[OURS]["roofline_ms"]
+            axes.plot([bound], [height], "|", color="black", markersize=13, label="roofline")
         axes.set(title=way, xscale="log", xlabel="milliseconds")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(axis="x", alpha=0.3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times and peak memory of implementations that take turns."""
+"""Time and peak memory of implementations, in interleaved runs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cupy_msda.bench.cases import Problem
+from cupy_msda.bench.cases import Inputs
 from cupy_msda.bench.constants import l2_bytes
 from cupy_msda.bench.implementations import Function
 
 WAYS = ("forward", "backward")
-# Writing this many times the L2 cache clears it, and takes so long that the host gets ahead of the device.
+# Writing this many times the L2 cache clears it, and takes long enough for the host to get ahead of the device.
 _FLUSH = 16
-_LEAST = 3  # repeats, however long they take
+_LEAST = 3  # repeats, even beyond the time limit
 
 Call = Callable[[], object]
 Timer = Callable[[Call], float]  # milliseconds of one call
@@ -26,26 +26,26 @@ Times = dict[str, dict[str, list[float]]]  # by way and implementation
 
 
 class Limits(NamedTuple):
-    """When a case has been repeated enough: whichever comes first."""
+    """When to stop repeating a case: at the first limit that is reached."""
 
     repeats: int
     seconds: float
 
 
 def timer(device: str) -> Timer:
-    """By the clock on a CPU; by events around the call, with the L2 cache cleared before it, on a GPU."""
+    """On a CPU the clock; on a GPU events around the call, with the L2 cache cleared before it."""
     return _by_clock if device == "cpu" else _by_events()
 
 
 def _by_clock(call: Call) -> float:
-    """Milliseconds that have passed."""
+    """Milliseconds of wall time."""
     begin = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - begin)
 
 
 def _by_events() -> Timer:
-    """Milliseconds of the device, from the end of the clearing to the end of the call."""
+    """Milliseconds of device time, from the end of the clearing to the end of the call."""
     buffer = torch.empty(_FLUSH * l2_bytes(), dtype=torch.uint8, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
 
@@ -60,25 +60,26 @@ def _by_events() -> Timer:
     return milliseconds
 
 
-def forward(function: Function, problem: Problem) -> Tensor:
+def forward(function: Function, inputs: Inputs) -> Tensor:
     """The output alone, as in inference."""
     with torch.no_grad():
-        return function(*problem.tensors)
+        return function(*inputs.tensors)
 
 
-def backward_of(function: Function, problem: Problem) -> Call:
-    """Run the forward; what is returned runs the backward, once."""
-    leaves = [tensor.detach().requires_grad_() for tensor in problem.tensors]
+def backward_of(function: Function, inputs: Inputs) -> Call:
+    """Run the forward and return a call that runs its backward, once."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
     output = function(*leaves)
-    return lambda: torch.autograd.grad(output, leaves, problem.grad_output)
+    return lambda: torch.autograd.grad(output, leaves, inputs.grad_output)
 
 
 def measure(
-    functions: Mapping[str, Function], problem: Problem, watch: Timer, limits: Limits
+    functions: Mapping[str, Function], inputs: Inputs, watch: Timer, limits: Limits
 ) -> Times:
-    """The times of every repeat: in each, all take turns in random order, untimed first.
+    """The times of every repeat.
 
-    What disturbs the machine so disturbs all, and none finds the caches full of another's data.
+    In each repeat all take turns in random order, so that noise affects all equally; each runs once
+    untimed first, so that none starts with another's data in the caches.
     """
     order, turns = random.Random(0), list(functions)
     times: Times = {way: {name: [] for name in turns} for way in WAYS}
@@ -89,15 +90,15 @@ def measure(
         order.shuffle(turns)
         for name in turns:
             function = functions[name]
-            backward_of(function, problem)()
-            times["forward"][name].append(watch(lambda: forward(function, problem)))  # noqa: B023
-            times["backward"][name].append(watch(backward_of(function, problem)))
+            backward_of(function, inputs)()
+            times["forward"][name].append(watch(lambda: forward(function, inputs)))  # noqa: B023
+            times["backward"][name].append(watch(backward_of(function, inputs)))
     return times
 
 
-def peak_memory(function: Function, problem: Problem) -> dict[str, int] | None:
-    """Bytes of torch's allocator beyond the inputs: of the forward, and of forward and backward; None on a CPU."""
-    if not problem.value.is_cuda:
+def peak_memory(function: Function, inputs: Inputs) -> dict[str, int] | None:
+    """Peak bytes of torch's allocator beyond the inputs: forward; forward and backward. None on a CPU."""
+    if not inputs.value.is_cuda:
         return None
 
     def peak(call: Call) -> int:
@@ -108,6 +109,6 @@ def peak_memory(function: Function, problem: Problem) -> dict[str, int] | None:
         return int(torch.cuda.max_memory_allocated()) - before
 
     def both() -> object:
-        return backward_of(function, problem)()
+        return backward_of(function, inputs)()
 
-    return dict(zip(WAYS, map(peak, (lambda: forward(function, problem), both)), strict=True))
+    return dict(zip(WAYS, map(peak, (lambda: forward(function, inputs), both)), strict=True))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host arrays: Numba kernels, else the reference."""
+"""CPU arrays: the Numba kernels, else the reference."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host arrays: the Numba kernels where Numba is installed, else the reference."""
+"""CPU arrays: the Numba kernels where Numba is installed, else the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cupy_msda.problem import LevelTable, Problem
 def backend() -> ModuleType:
     """`cupy_msda.cpu.kernels` if Numba is installed, else `cupy_msda.reference`.
 
-    A Numba that is installed and broken raises its own error.
+    A broken Numba installation raises its own error.
     """
     return reference if find_spec("numba") is None else import_module("cupy_msda.cpu.kernels")
 
@@ -35,13 +35,13 @@ def forward(
     *,
     threads: int | None = None,
 ) -> Any:
-    """The output of the operator on host arrays of any library, as a NumPy array.
+    """The output of the operator on CPU arrays of any library, as a NumPy array.
 
-    It is in float32, or in float64 for float64 values: for the caller to round. `threads` limits
-    the Numba kernels, which otherwise use NUMBA_NUM_THREADS.
+    It is in float32, or in float64 for float64 values; the caller rounds it. `threads` limits the
+    Numba kernels, which otherwise use NUMBA_NUM_THREADS.
     """
-    arrays = [_readable(problem, array) for array in (value, locations, weights)]
-    return _run("forward", threads, arrays[0], table.levels, *arrays[1:])
+    value, *points = (_widened(problem, array) for array in (value, locations, weights))
+    return _run("forward", threads, value, table.levels, *points)
 
 
 def backward(
@@ -55,16 +55,15 @@ def backward(
     threads: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
-    arrays = [_readable(problem, array) for array in (grad_output, value, locations, weights)]
-    gradients: tuple[Any, Any, Any] = _run(
-        "backward", threads, *arrays[:2], table.levels, *arrays[2:]
-    )
+    arrays = (grad_output, value, locations, weights)
+    grad, value, *points = (_widened(problem, array) for array in arrays)
+    gradients: tuple[Any, Any, Any] = _run("backward", threads, grad, value, table.levels, *points)
     return gradients
 
 
 def compile_ahead(problem: Problem, with_backward: bool) -> None:
-    """Compile the Numba kernels for a problem by running the smallest that is like it."""
-    wide = np.float64 if problem.value_dtype == "float64" else np.float32
+    """Compile the Numba kernels for a problem by running the smallest one of its kind."""
+    wide = _wide(problem)
     small = problem._replace(
         batch=1, spatial_size=1, num_heads=1, num_queries=1, num_levels=1, num_points=1
     )
@@ -81,17 +80,21 @@ def _run(name: str, threads: int | None, *arguments: Any) -> Any:
     module = backend()
     if module is not reference:
         return getattr(module, name)(*arguments, threads=threads)
-    with np.errstate(all="ignore"):  # of infinities and overflow, only NumPy would warn
+    with np.errstate(all="ignore"):  # only NumPy would warn of infinities and overflow
         return getattr(reference, name)(*arguments)
 
 
-def _readable(problem: Problem, array: Any) -> Any:
-    """A C-contiguous, aligned NumPy array in the dtype to compute in: a copy only where needed."""
+def _wide(problem: Problem) -> type[np.floating[Any]]:
+    """The dtype of all arrays of the backend: float32, or float64 for float64 values."""
+    return np.float64 if problem.value_dtype == "float64" else np.float32
+
+
+def _widened(problem: Problem, array: Any) -> Any:
+    """A C-contiguous, aligned NumPy array in the dtype to compute in, copied only where needed."""
     if not isinstance(array, np.ndarray):
-        if dtype_name(array) == "bfloat16":  # NumPy reads none, so its own library widens it
+        if dtype_name(array) == "bfloat16":  # NumPy cannot read it, so its own library widens it
             xp = array_namespace(array)
             array = xp.astype(array, xp.float32)
         array = np.from_dlpack(array)
-    wide = np.float64 if problem.value_dtype == "float64" else np.float32
-    array = np.ascontiguousarray(array, wide)
+    array = np.ascontiguousarray(array, _wide(problem))
     return array if array.flags.aligned else array.copy()

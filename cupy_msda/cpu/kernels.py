@@ -2,22 +2,23 @@
 """The CPU kernels, on NumPy arrays. Numba compiles them on first call and caches them on disk.
 
 A "row" is one (image, query, head): L*P points, each with 4 corners, each corner a D-vector of
-`value`. A row's D channels lie side by side in SIMD registers, `lanes` of them at a time, and every
-corner outside its level is skipped, not read and multiplied by zero.
+`value`. The kernels hold `lanes` channels of a row in SIMD registers at a time and skip corners
+outside the level instead of reading them and multiplying by zero.
 
-Forward: a task is a stretch of consecutive rows, so locations, weights and output stream, and while
-one row is summed the cells of the next are on their way to the cache. Backward: a task is one
-(image, level, head), which alone owns a plane of grad_value, so nothing is shared or atomic.
+Forward: a task is a range of consecutive rows, so locations, weights and output stream; while one
+row is summed, the cells of a later one are prefetched. Backward: a task is one (image, level, head),
+the only one that writes its plane of grad_value, so nothing is shared and nothing is atomic.
 
 An atomic counter hands out tasks to the calling thread and to helper threads, as far as these wake
-in time. Unlike Numba's own threading layers this survives fork and calls from several threads at
-once. What a task computes does not depend on who runs it: results are the same for any number of
-threads.
+in time. Unlike Numba's threading layers this survives fork and calls from several threads at once.
+A task computes the same on every thread: results are bitwise identical for any number of threads.
 
-All in one file, because Numba's disk cache notices a change only in the file of the kernel itself.
+All in one file, because Numba's disk cache notices changes only in the file of the kernel itself.
+
+Reference: Zhu et al., "Deformable DETR", arXiv:2010.04159.
 """
 
-# Numba's own types are partial, differ between versions, and say nothing of what it compiles.
+# Numba's own types are partial, differ between versions, and do not cover compiled code.
 # mypy: disable-error-code="attr-defined, import-untyped, misc, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _Array = np.ndarray[Any, Any]
 
 _REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
 _LINE_BYTES = 64
-_CELLS_AHEAD = 2  # rows between the prefetch of the cells that a row samples and their use
-_STREAM_AHEAD = 4  # rows of a task between the prefetch of what is read once and its use
-_GRAIN = 2**17  # multiply-adds per corner that are worth waking a thread for, some 50 microseconds
-_SPINS = 20_000  # polls, some 100 microseconds, before a wait for helpers goes to sleep
+_CELLS_AHEAD = 2  # rows between the prefetch of a row's cells and their use
+_STREAM_AHEAD = 4  # rows of a task between the prefetch of streamed data and its use
+_GRAIN = 2**17  # multiply-adds per corner worth waking a thread for, about 50 microseconds
+_SPINS = 20_000  # polls for helpers before sleeping, about 100 microseconds
 _HELPERS_INSIDE = 8  # index into the scheduling state, a cache line away from the task counter
 
 
@@ -53,55 +54,41 @@ def forward(
     levels: Sequence[tuple[int, int, int]],
     locations: _Array,
     weights: _Array,
-    out: _Array | None = None,
     *,
     threads: int | None = None,
 ) -> _Array:
-    """Multi-scale deformable attention of validated, C-contiguous NumPy arrays.
+    """Multi-scale deformable attention of validated, C-contiguous NumPy arrays of one dtype.
 
     Parameters
     ----------
-    value : array, shape (N, S, M, D), float16, float32 or float64
-        float16 is widened in a temporary copy and the result rounded once.
+    value : array, shape (N, S, M, D), float32 or float64
     levels : sequence of (H, W, start), within S
     locations : array, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
-        float32 or the dtype of `value`, like `weights`.
     weights : array, shape (N, Lq, M, L, P)
-    out : array, shape (N, Lq, M*D), dtype of `value`, optional
     threads : int, optional
-        How many may work on it, the calling one included; None: NUMBA_NUM_THREADS.
+        The number of threads, the calling one included; None: NUMBA_NUM_THREADS.
 
     Returns
     -------
-    array, shape (N, Lq, M*D), dtype of `value`
-        `out` if given. The same bits for any number of threads.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    array, shape (N, Lq, M*D)
+        Deterministic: bitwise identical for any number of threads.
     """
     n, s, m, d = value.shape
     lq, points = locations.shape[1], locations.shape[4]
-    if out is None:
-        out = np.empty((n, lq, m * d), value.dtype)
     if value.size == 0 or weights.size == 0:
-        out[...] = 0
-        return out
-    inputs = [_widened(array) for array in (value, locations, weights)]
-    target = out if out.dtype == inputs[0].dtype else np.empty(out.shape, inputs[0].dtype)
+        return np.zeros((n, lq, m * d), value.dtype)
+    out = np.empty((n, lq, m * d), value.dtype)
     rows = lq * m
     threads = _worthwhile(threads, weights.size * d)
     stretch = min(max(n * rows // (16 * threads), 64), 1024)
     _share_out(
-        _forward_kernel(d, target.itemsize),
+        _forward_kernel(d, value.itemsize),
         threads,
-        target.reshape(-1),
-        tuple(array.reshape(-1) for array in inputs),
+        out.reshape(-1),
+        tuple(array.reshape(-1) for array in (value, locations, weights)),
         _table(tuple(levels), points),
         (n, s, m, rows, stretch),
     )
-    if target is not out:
-        out[...] = target
     return out
 
 
@@ -118,54 +105,38 @@ def backward(
 
     Parameters
     ----------
-    grad_output : array, shape (N, Lq, M*D), dtype of `value`
+    grad_output : array, shape (N, Lq, M*D)
     value, levels, locations, weights, threads
         As `forward` takes them.
 
     Returns
     -------
     tuple of three arrays
-        Each with the shape and dtype of what it belongs to. Sums are in float32 (float64 for
-        float64) and in a fixed order: the same bits for any number of threads.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+        Each with the shape of its input. Deterministic, as `forward`.
     """
     n, s, m, d = value.shape
     lq, points = locations.shape[1], locations.shape[4]
-    sources = (value, locations, weights)
-    inputs = [_widened(array) for array in (grad_output, *sources)]
+    # The system hands out fresh zeros page by page when a task touches them; zeros_like would fill.
+    by_value = np.zeros(value.shape, value.dtype)
     if value.size == 0 or weights.size == 0:
-        return np.zeros_like(value), np.zeros_like(locations), np.zeros_like(weights)
-    # Fresh zeros come from the system, page by page when a task touches them; zeros_like would fill.
-    by_value = np.zeros(value.shape, inputs[1].dtype)
-    by_points = [np.empty(array.shape, array.dtype) for array in inputs[2:]]
+        return by_value, np.zeros_like(locations), np.zeros_like(weights)
+    by_points = np.empty_like(locations), np.empty_like(weights)
     parts, packed = _parts(tuple(levels), s, lq * points)
     _share_out(
-        _backward_kernel(d, by_value.itemsize),
+        _backward_kernel(d, value.itemsize),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
-        tuple(array.reshape(-1) for array in inputs),
+        tuple(array.reshape(-1) for array in (grad_output, value, locations, weights)),
         _table(tuple(levels), points),
         parts,
         (n, s, m, lq, d * packed),
     )
-    by_value, *by_points = (
-        array.astype(source.dtype, copy=False)
-        for array, source in zip((by_value, *by_points), sources, strict=True)
-    )
-    return by_value, by_points[0], by_points[1]
-
-
-def _widened(array: _Array) -> _Array:
-    """float16 as float32, which the kernels compute in; anything else as it is."""
-    return array.astype(np.float32) if array.dtype == np.float16 else array
+    return by_value, *by_points
 
 
 @lru_cache(maxsize=1024)
 def _table(levels: tuple[tuple[int, int, int], ...], points: int) -> _Array:
-    """(H, W, start, P) of each level; an empty one has a size that no point is inside of."""
+    """(H, W, start, P) of each level; an empty level has a size with no point inside."""
     rows = [(h, w, start, points) if h * w else (-1, -1, 0, points) for h, w, start in levels]
     return np.array(rows, np.int64)
 
@@ -174,12 +145,11 @@ def _table(levels: tuple[tuple[int, int, int], ...], points: int) -> _Array:
 def _parts(
     levels: tuple[tuple[int, int, int], ...], spatial_size: int, points: int
 ) -> tuple[_Array, int]:
-    """What tasks own of a head's grad_value: (first level, end, first position, positions, packed).
+    """The parts of a head's grad_value, one task each, and the most positions of a packed part.
 
-    And how many positions are packed at most.
-
-    One level each; all of them if some overlap, since two tasks must not add to one cell. A part
-    with more points than positions pays for being packed: copied to where these lie side by side.
+    A part is (first level, end, first position, positions, packed): one level, or all levels if some
+    overlap, since two tasks must not add to one cell. Packed: its rows are copied to contiguous
+    scratch, which pays off for a part with more points than positions.
     """
     spans = sorted((start, start + h * w) for h, w, start in levels if h * w)
     parts = [(i, i + 1, start, h * w) for i, (h, w, start) in enumerate(levels)]
@@ -190,7 +160,7 @@ def _parts(
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
-    """How many channels to hold in registers at once: the largest divisor of D that fits."""
+    """The number of channels held in registers at once: the largest divisor of D that fits."""
     most = min(head_dim, _REGISTER_BYTES // itemsize)
     return next(lanes for lanes in range(most, 0, -1) if head_dim % lanes == 0)
 
@@ -198,14 +168,14 @@ def _lanes(head_dim: int, itemsize: int) -> int:
 # Threads ------------------------------------------------------------------------------------------
 
 
-# What waits to be helped with: each job is [kernel, its arguments], or empty once that is over.
-# A queue and plain threads, since an executor's futures cost more than some calls take.
+# Queue of pending jobs: [kernel, its arguments], emptied when the kernel has ended.
+# A queue and plain threads, since an executor's futures take longer than some calls.
 _jobs: SimpleQueue[list[Any]]
 _helpers: list[Thread]
 
 
 def _forget_helpers() -> None:
-    """Start anew without helpers, as after a fork, which threads do not survive."""
+    """Drop all helpers; needed after a fork, which threads do not survive."""
     global _jobs, _helpers
     _jobs, _helpers = SimpleQueue(), []
 
@@ -216,31 +186,31 @@ if hasattr(os, "register_at_fork"):
 
 
 def _help(jobs: SimpleQueue[list[Any]]) -> None:
-    """Do one job after the other, for as long as the process lives."""
+    """Do one job after another until the process ends."""
     while True:
         _do(jobs.get())
 
 
 def _do(job: list[Any]) -> None:
-    """Run the kernel of a job that is not over yet."""
-    unfinished = tuple(job)  # at once: its owner may empty it at any time
+    """Run the kernel of a job that has not ended yet."""
+    unfinished = tuple(job)  # one atomic read: its owner may empty it at any time
     if unfinished:
         kernel, arguments = unfinished
-        with suppress(MemoryError):  # without room for its scratch, a helper is no help
+        with suppress(MemoryError):  # no room for scratch: the other threads do the work
             kernel(*arguments)
 
 
 def _worthwhile(threads: int | None, work: int) -> int:
-    """How many threads to use for `work` multiply-adds per corner."""
+    """The number of threads for `work` multiply-adds per corner."""
     most = config.NUMBA_NUM_THREADS if threads is None else threads
     return int(max(1, min(most, work // _GRAIN)))
 
 
 def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
-    """Run the tasks of `kernel` in this thread and in helpers, as far as those wake in time."""
+    """Run the tasks of `kernel` in this thread and in the helpers that wake in time."""
     state = np.zeros(2 * _HELPERS_INSIDE, np.int64)
     job = [kernel, (state, *arguments)]
-    with suppress(RuntimeError):  # no thread to be had, as at interpreter exit
+    with suppress(RuntimeError):  # no thread can start, as at interpreter exit
         while len(_helpers) < threads - 1:
             helper = Thread(target=_help, args=(_jobs,), name="cupy_msda", daemon=True)
             helper.start()
@@ -251,8 +221,8 @@ def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
         kernel(state, *arguments)
     finally:
         job.clear()
-    # All tasks have been taken: helpers that come now find none. Those inside are polled first,
-    # since they are nearly done and to sleep and wake would take longer.
+    # All tasks are taken, so a helper that wakes now finds none. Poll before sleeping: the helpers
+    # inside are nearly done, and a sleep would take longer.
     while threads > 1 and not _settled(state):
         sleep(1e-4)
 
@@ -307,7 +277,7 @@ def _zeros(context: Any, array: Any, width: Any) -> Any:
 
 @_intrinsic
 def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
-    """As many numbers as `like` has, from array[index] on."""
+    """The numbers from array[index] on, as many as `like` has."""
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -322,7 +292,7 @@ def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
 
 @_intrinsic
 def _store(context: Any, array: Any, index: Any, lanes: Any) -> Any:
-    """Write `lanes` to array[index] and what follows."""
+    """Write `lanes` to array[index] and the elements after it."""
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -365,7 +335,7 @@ def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
 
 @_intrinsic
 def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """The sum of the numbers of each of four, folded in halves and the last four by a transpose."""
+    """The sums of four vectors: each is folded in halves to four numbers, those by a transpose."""
     del context
 
     def emit(context: Any, builder: Any, signature: Any, vectors: Any) -> Any:
@@ -404,7 +374,7 @@ def _prefetch_line(context: Any, array: Any, index: Any) -> Any:
         function = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], function)
         address = _address(context, builder, signature.args[0], *arguments)
-        # Into the second level: it keeps more lines on their way at once than the first.
+        # Into the second-level cache: it supports more outstanding lines than the first.
         read, second_level, data = i32(0), i32(2), i32(1)
         builder.call(prefetch, [builder.bitcast(address, byte), read, second_level, data])
         return context.get_dummy_value()
@@ -414,7 +384,7 @@ def _prefetch_line(context: Any, array: Any, index: Any) -> Any:
 
 @_intrinsic
 def _per_line(context: Any, array: Any) -> Any:
-    """How many elements of `array` a cache line holds, a constant: its itemsize is read from memory."""
+    """Elements of `array` per cache line, as a constant: `array.itemsize` would be read from memory."""
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -438,21 +408,21 @@ def _fetch_add(context: Any, array: Any, index: Any, increment: Any) -> Any:
 
 # Kernels ------------------------------------------------------------------------------------------
 
-# No fast-math: NaN and infinity keep their meaning, and coordinates round as they are written.
+# No fast-math: NaN and infinity keep their meaning, and coordinates round as written.
 _inlined = njit(forceinline=True, error_model="numpy")
 
 
 def _compiled(function: Any) -> Any:
-    """`function` as a kernel to call from Python, compiled on first call."""
+    """`function` as a kernel for Python callers, compiled on first call."""
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no directory that a cache could be in can be written
+    except RuntimeError:  # no cache directory is writable
         return njit(nogil=True, error_model="numpy")(function)
 
 
 @_compiled
 def _settled(state: Any) -> bool:
-    """Whether all helpers have left their kernel, or do so while we poll."""
+    """Whether all helpers leave their kernel before the polls run out."""
     polls = 0
     while polls < _SPINS and _fetch_add(state, _HELPERS_INSIDE, 0) > 0:
         polls += 1
@@ -474,21 +444,27 @@ def _level(table: Any, index: Any) -> Any:
 
 @_inlined
 def _locate(locations: Any, point: Any, height: Any, width: Any) -> Any:
-    """Pixel coordinates (x, y) of a point, and whether it can touch a pixel: never if one is NaN.
-
-    They are in the dtype of `height` and `width`.
-    """
+    """Pixel coordinates (x, y) of a point, and whether it can touch a pixel: False for NaN."""
     real = type(height)
-    x = real(locations[2 * point]) * width - real(0.5)
-    y = real(locations[2 * point + 1]) * height - real(0.5)
+    x = locations[2 * point] * width - real(0.5)
+    y = locations[2 * point + 1] * height - real(0.5)
     return x, y, (x > real(-1)) & (y > real(-1)) & (x < width) & (y < height)
 
 
 @_inlined
-def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point: Any) -> None:
-    """Ask for the corners, inside the level or not, of the points of a row from `point` on.
+def _cell(x: Any, y: Any) -> Any:
+    """Column and row of the cell at (x, y), and the coefficients of its left, right, upper, lower side."""
+    one = type(x)(1)
+    floor_x, floor_y = np.floor(x), np.floor(y)
+    right, lower = x - floor_x, y - floor_y
+    return np.int64(floor_x), np.int64(floor_y), one - right, right, one - lower, lower
 
-    A plane is what one head sees of an array: (array, index of its first number, row pitch).
+
+@_inlined
+def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point: Any) -> None:
+    """Ask for the corners, inside the level or not, of a row whose points begin with `point`.
+
+    A plane is one head's part of an array: (array, index of its first number, row pitch).
     """
     array, origin, pitch = plane
     for index in range(len(table)):
@@ -500,11 +476,9 @@ def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point
             if inside:
                 cell = start + np.int64(np.floor(y)) * columns + np.int64(np.floor(x))
                 at = origin + cell * pitch
-                _prefetch(array, at, head_dim)
-                _prefetch(array, at + pitch, head_dim)
-                at += columns * pitch
-                _prefetch(array, at, head_dim)
-                _prefetch(array, at + pitch, head_dim)
+                for line in (at, at + columns * pitch):
+                    _prefetch(array, line, head_dim)
+                    _prefetch(array, line + pitch, head_dim)
 
 
 @_inlined
@@ -518,28 +492,26 @@ def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, po
         first = origin + start * pitch
         for _ in range(points):
             x, y, inside = _locate(locations, point, height, width)
-            weight = real(weights[point])
+            weight = weights[point]
             point += 1
             if inside:
-                floor_x, floor_y = np.floor(x), np.floor(y)
-                column, row = np.int64(floor_x), np.int64(floor_y)
-                right, lower = x - floor_x, y - floor_y
-                left, upper = real(1) - right, real(1) - lower
+                column, row, left, right, upper, lower = _cell(x, y)
                 near, far = column >= 0, column + 1 < columns
                 at = first + (row * columns + column) * pitch
+                # Both sides written out: a helper for a side made the kernel take twice as long.
                 if row >= 0:
-                    share = weight * upper
+                    side = weight * upper
                     if near:
-                        total = _plus(total, share * left, _load(total, value, at))
+                        total = _plus(total, side * left, _load(total, value, at))
                     if far:
-                        total = _plus(total, share * right, _load(total, value, at + pitch))
+                        total = _plus(total, side * right, _load(total, value, at + pitch))
                 at += columns * pitch
                 if row + 1 < rows:
-                    share = weight * lower
+                    side = weight * lower
                     if near:
-                        total = _plus(total, share * left, _load(total, value, at))
+                        total = _plus(total, side * left, _load(total, value, at))
                     if far:
-                        total = _plus(total, share * right, _load(total, value, at + pitch))
+                        total = _plus(total, side * right, _load(total, value, at + pitch))
     return total
 
 
@@ -601,13 +573,49 @@ def _copy_rows(zeros: Any, lanes: Any, head_dim: Any, rows: Any, source: Any, ta
 
 @_inlined
 def _scatter(
-    zeros: Any, valid: Any, grad: Any, share: Any, value: Any, by_value: Any, at: Any
+    zeros: Any, valid: Any, grad: Any, coefficient: Any, value: Any, by_value: Any, at: Any
 ) -> Any:
-    """Add share * grad to a corner of by_value; return grad * value there, to be summed over D."""
+    """Add coefficient * grad to a corner of by_value; return grad * value there, to be summed over D."""
     if not valid:
         return zeros
-    _store(by_value, at, _plus(_load(zeros, by_value, at), share, grad))
+    _store(by_value, at, _plus(_load(zeros, by_value, at), coefficient, grad))
     return _times(grad, _load(zeros, value, at))
+
+
+@_inlined
+def _scatter_cell(
+    zeros: Any,
+    channels: Any,
+    planes: Any,
+    grad_output: Any,
+    here: Any,
+    valid: Any,
+    coefficients: Any,
+) -> Any:
+    """Add a point's part of grad_value to the corners of its cell; return their dot products.
+
+    Corners in the order top left, top right, bottom left, bottom right; `here` is the index of the
+    row's first number in `grad_output`.
+    """
+    lanes, head_dim = channels
+    value, by_value, at, pitch, down = planes
+    zero = value.dtype.type(0)
+    dot_1, dot_2, dot_3, dot_4 = zero, zero, zero, zero
+    for channel in range(0, head_dim, lanes):
+        grad = _load(zeros, grad_output, here + channel)
+        top = at + channel
+        bottom = top + down
+        sums = _sums(
+            _scatter(zeros, valid[0], grad, coefficients[0], value, by_value, top),
+            _scatter(zeros, valid[1], grad, coefficients[1], value, by_value, top + pitch),
+            _scatter(zeros, valid[2], grad, coefficients[2], value, by_value, bottom),
+            _scatter(zeros, valid[3], grad, coefficients[3], value, by_value, bottom + pitch),
+        )
+        dot_1 += sums[0]
+        dot_2 += sums[1]
+        dot_3 += sums[2]
+        dot_4 += sums[3]
+    return dot_1, dot_2, dot_3, dot_4
 
 
 @_inlined
@@ -621,8 +629,7 @@ def _scatter_row(
     row: Any,
     point: Any,
 ) -> None:
-    """All gradients that a row makes, whose points begin with `point`; `planes` share their layout."""
-    lanes, head_dim = channels
+    """All gradients of a row, whose points begin with `point`; `planes` share their layout."""
     value, by_value, origin, pitch = planes
     grad_output, locations, weights = inputs
     by_locations, by_weights = gradients
@@ -630,46 +637,69 @@ def _scatter_row(
     for index in range(len(table)):
         rows, columns, start, points = _level(table, index)
         height, width = real(rows), real(columns)
-        first = origin + start * pitch
+        first, down = origin + start * pitch, columns * pitch
         for _ in range(points):
             x, y, inside = _locate(locations, point, height, width)
             by_x, by_y, by_weight = real(0), real(0), real(0)
             if inside:
-                weight = real(weights[point])
-                floor_x, floor_y = np.floor(x), np.floor(y)
-                column, line = np.int64(floor_x), np.int64(floor_y)
-                right, lower = x - floor_x, y - floor_y
-                left, upper = real(1) - right, real(1) - lower
+                weight = weights[point]
+                column, line, left, right, upper, lower = _cell(x, y)
                 near, far = column >= 0, column + 1 < columns
                 above, below = line >= 0, line + 1 < rows
-                at = first + (line * columns + column) * pitch
-                down = columns * pitch
-                # Corners 1 to 4: top left, top right, bottom left, bottom right.
-                share_1, share_2 = weight * upper * left, weight * upper * right
-                share_3, share_4 = weight * lower * left, weight * lower * right
-                dot_1, dot_2, dot_3, dot_4 = real(0), real(0), real(0), real(0)
-                for channel in range(0, head_dim, lanes):
-                    grad = _load(zeros, grad_output, row * head_dim + channel)
-                    at_1 = at + channel
-                    at_3 = at_1 + down
-                    sums = _sums(
-                        _scatter(zeros, above & near, grad, share_1, value, by_value, at_1),
-                        _scatter(zeros, above & far, grad, share_2, value, by_value, at_1 + pitch),
-                        _scatter(zeros, below & near, grad, share_3, value, by_value, at_3),
-                        _scatter(zeros, below & far, grad, share_4, value, by_value, at_3 + pitch),
-                    )
-                    dot_1 += sums[0]
-                    dot_2 += sums[1]
-                    dot_3 += sums[2]
-                    dot_4 += sums[3]
-                by_weight = upper * (left * dot_1 + right * dot_2)
-                by_weight += lower * (left * dot_3 + right * dot_4)
-                by_x = width * weight * (upper * (dot_2 - dot_1) + lower * (dot_4 - dot_3))
-                by_y = height * weight * (left * (dot_3 - dot_1) + right * (dot_4 - dot_2))
+                valid = above & near, above & far, below & near, below & far
+                top, bottom = weight * upper, weight * lower
+                coefficients = top * left, top * right, bottom * left, bottom * right
+                corner = value, by_value, first + line * down + column * pitch, pitch, down
+                here = row * channels[1]
+                dots = _scatter_cell(
+                    zeros, channels, corner, grad_output, here, valid, coefficients
+                )
+                by_weight = upper * (left * dots[0] + right * dots[1])
+                by_weight += lower * (left * dots[2] + right * dots[3])
+                by_x = width * weight * (upper * (dots[1] - dots[0]) + lower * (dots[3] - dots[2]))
+                by_y = height * weight * (left * (dots[2] - dots[0]) + right * (dots[3] - dots[1]))
             by_weights[point] = by_weight
             by_locations[2 * point] = by_x
             by_locations[2 * point + 1] = by_y
             point += 1
+
+
+@_inlined
+def _scatter_rows(
+    zeros: Any,
+    channels: Any,
+    planes: Any,
+    levels: Any,
+    inputs: Any,
+    gradients: Any,
+    rows: Any,
+    points: Any,
+    packed: Any,
+) -> None:
+    """All gradients of a task: of the rows of one (image, head), as far as they lie in `levels`.
+
+    `rows` and `points` are (first, step): a row and the next of the same head, and their points.
+    """
+    value, by_value, origin, pitch = planes
+    grad_output, locations, weights = inputs
+    by_locations, by_weights = gradients
+    row, row_step, end = rows
+    point, point_step = points
+    count, head_dim = len(levels) * levels[0, 3], channels[1]
+    while row < end:
+        if not packed and row + _CELLS_AHEAD * row_step < end:
+            after = point + _CELLS_AHEAD * point_step
+            _prefetch_cells((value, origin, pitch), head_dim, levels, locations, after)
+            _prefetch_cells((by_value, origin, pitch), head_dim, levels, locations, after)
+        stream = point + _STREAM_AHEAD * point_step
+        _prefetch(locations, 2 * stream, 2 * count)
+        _prefetch(by_locations, 2 * stream, 2 * count)
+        _prefetch(weights, stream, count)
+        _prefetch(by_weights, stream, count)
+        _prefetch(grad_output, (row + _STREAM_AHEAD * row_step) * head_dim, head_dim)
+        _scatter_row(zeros, channels, planes, levels, inputs, gradients, row, point)
+        row += row_step
+        point += point_step
 
 
 @cache
@@ -684,59 +714,42 @@ def _backward_kernel(head_dim: int, itemsize: int) -> Any:
         by_value, by_locations, by_weights = gradients
         grad_output, value, locations, weights = inputs
         batch, spatial_size, num_heads, num_queries, scratch = sizes
-        row_points = len(table) * table[0, 3]  # K = L*P
+        pitch, row_points = num_heads * head_dim, len(table) * table[0, 3]  # row_points: L*P
         packed_value = np.empty(scratch, value.dtype)
         packed_by_value = np.empty(scratch, value.dtype)
         zeros = _zeros(value, lanes)
         _fetch_add(state, _HELPERS_INSIDE, 1)
         while True:
-            # Neighbouring tasks differ in the head, so that what they write shares no cache line.
+            # Neighbouring tasks differ in the head, so that their writes share no cache line.
             task = _fetch_add(state, 0, 1)
             image, head = task // (num_heads * len(parts)), task % num_heads
             if image >= batch:
                 break
             part = parts[task // num_heads % len(parts)]
-            first_row, rows, packed = part[2], part[3], part[4] != 0
-            levels = table[part[0] : part[1]]
-            part_points = len(levels) * table[0, 3]
+            first, positions, packed = part[2], part[3], part[4] != 0
             origin = (image * spatial_size * num_heads + head) * head_dim
-            pitch = num_heads * head_dim
-            here = origin + first_row * pitch
-            source, target = value, by_value
+            here = origin + first * pitch
+            planes = value, by_value, origin, pitch
             if packed:
-                packed_plane = packed_value, 0, head_dim
-                _copy_rows(zeros, lanes, head_dim, rows, (value, here, pitch), packed_plane)
-                packed_by_value[: rows * head_dim] = 0
-                source, target = packed_value, packed_by_value
-                origin, pitch = -first_row * head_dim, head_dim
-            planes = source, target, origin, pitch
-            for query in range(num_queries):
-                row = (image * num_queries + query) * num_heads + head
-                point = row * row_points + part[0] * table[0, 3]
-                if not packed and query + _CELLS_AHEAD < num_queries:
-                    after = point + _CELLS_AHEAD * num_heads * row_points
-                    _prefetch_cells((source, origin, pitch), head_dim, levels, locations, after)
-                    _prefetch_cells((target, origin, pitch), head_dim, levels, locations, after)
-                stream = point + _STREAM_AHEAD * num_heads * row_points
-                _prefetch(locations, 2 * stream, 2 * part_points)
-                _prefetch(by_locations, 2 * stream, 2 * part_points)
-                _prefetch(weights, stream, part_points)
-                _prefetch(by_weights, stream, part_points)
-                _prefetch(grad_output, (row + _STREAM_AHEAD * num_heads) * head_dim, head_dim)
-                _scatter_row(
-                    zeros,
-                    (lanes, head_dim),
-                    planes,
-                    levels,
-                    (grad_output, locations, weights),
-                    (by_locations, by_weights),
-                    row,
-                    point,
-                )
+                source, target = (value, here, pitch), (packed_value, 0, head_dim)
+                _copy_rows(zeros, lanes, head_dim, positions, source, target)
+                packed_by_value[: positions * head_dim] = 0
+                planes = packed_value, packed_by_value, -first * head_dim, head_dim
+            row = image * num_queries * num_heads + head
+            _scatter_rows(
+                zeros,
+                (lanes, head_dim),
+                planes,
+                table[part[0] : part[1]],
+                (grad_output, locations, weights),
+                (by_locations, by_weights),
+                (row, num_heads, row + num_queries * num_heads),
+                (row * row_points + part[0] * table[0, 3], num_heads * row_points),
+                packed,
+            )
             if packed:
-                packed_plane = packed_by_value, 0, head_dim
-                by_value_plane = by_value, here, num_heads * head_dim
-                _copy_rows(zeros, lanes, head_dim, rows, packed_plane, by_value_plane)
+                source, target = (packed_by_value, 0, head_dim), (by_value, here, pitch)
+                _copy_rows(zeros, lanes, head_dim, positions, source, target)
         _fetch_add(state, _HELPERS_INSIDE, -1)
 
     return backward

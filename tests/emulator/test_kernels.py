@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from cupy_msda import reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import Kernel, assemble
 from cupy_msda.problem import Level, LevelTable
-from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated, EmulatorError
 from tests.emulator.launches import backward, backward_fixed, backward_owner, checked, forward
 from tests.problems import Inputs, ragged, random_inputs

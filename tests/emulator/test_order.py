@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from cupy_msda import reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import assemble
 from cupy_msda.problem import Grids, Level, LevelTable, Problem
-from tests.budget import assert_within_budget
 from tests.emulator.emulator import Emulated
 from tests.emulator.launches import backward, backward_sorted, checked, emulate, forward, poisoned
 from tests.problems import Inputs, random_inputs
