@@ -23,14 +23,18 @@ STREAM = 77
 
 
 class EmulatedDevice:
-    """What was done on the device: kernels by name, fills by the number of bytes, in order."""
+    """What was done on the device: kernels by name, fills by the number of bytes, in order.
 
-    def __init__(self, multiprocessors: int, has_driver: bool) -> None:
+    `has_driver`: CuPy has the driver's launchKernel. `runs`: launches compute something.
+    """
+
+    def __init__(self, multiprocessors: int, has_driver: bool, runs: bool) -> None:
         self.description = Device(multiprocessors, "90")
         self.launched: list[str | int] = []
         self.streams: set[int] = set()
-        self.compiled: list[Kernel] = []
-        self._kernels: dict[int, Emulated] = {}
+        self.compiled: set[tuple[Kernel, int]] = set()
+        self._runs = runs
+        self._kernels: dict[int, Kernel] = {}
         self._current = 0
         self._stream = STREAM
         runtime = SimpleNamespace(
@@ -53,10 +57,9 @@ class EmulatedDevice:
     def load(self, kernel: Kernel, device: int) -> Any:
         """The compiled function of a kernel, as CuPy's RawModule gives it."""
         assert device == self._current
-        self.compiled.append(kernel)
-        emulated = Emulated(assemble(kernel.file), kernel.name)
-        handle = id(emulated)
-        self._kernels[handle] = emulated
+        self.compiled.add((kernel, device))
+        handle = len(self._kernels) + 1
+        self._kernels[handle] = kernel
 
         def function(grid: Any, block: Any, arguments: Any) -> None:
             values = [np.ascontiguousarray(argument) for argument in arguments]
@@ -72,10 +75,12 @@ class EmulatedDevice:
         """cuLaunchKernel."""
         *sizes, shared, stream, parameters, extra = where
         assert (shared, extra) == (0, 0)
-        emulated = self._kernels[handle]
-        self.launched.append(emulated.name_expression.partition("<")[0])
+        kernel = self._kernels[handle]
+        self.launched.append(kernel.name.partition("<")[0])
         self.streams.add(stream)
-        emulated.launch_kernel(tuple(sizes[:3]), tuple(sizes[3:]), parameters)  # type: ignore[arg-type]
+        if self._runs:
+            emulated = Emulated(assemble(kernel.file), kernel.name)
+            emulated.launch_kernel(tuple(sizes[:3]), tuple(sizes[3:]), parameters)  # type: ignore[arg-type]
 
     def _memset(self, pointer: int, value: int, num_bytes: int, stream: int) -> None:
         """cudaMemsetAsync."""
@@ -139,10 +144,10 @@ class _Arrays:
 
 @contextmanager
 def emulated_device(
-    monkeypatch: Any, multiprocessors: int = 2, has_driver: bool = True
+    monkeypatch: Any, multiprocessors: int = 2, has_driver: bool = True, runs: bool = True
 ) -> Iterator[EmulatedDevice]:
     """Let every CUDA launch go to a small emulated device, and CPU tensors and NumPy arrays be on it."""
-    device = EmulatedDevice(multiprocessors, has_driver)
+    device = EmulatedDevice(multiprocessors, has_driver, runs)
     with monkeypatch.context() as patch:
         patch.setattr(launch, "require_cupy", lambda *_: device.cupy)
         patch.setattr(launch, "describe", lambda _: device.description)

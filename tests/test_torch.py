@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import pickle
 import sys
 import threading
 
@@ -17,50 +15,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from cupy_msda import (
-    MSDeformAttn,
     MSDeformAttnFunction,
     ms_deform_attn,
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
     reference,
 )
-from cupy_msda.contract import check
-from cupy_msda.cpu import backend as host
-from cupy_msda.cuda import plans
-from cupy_msda.problem import Level, LevelTable
-from cupy_msda.torch import functions as backend
-from cupy_msda.torch import operators
+from cupy_msda.cpu import backend
+from cupy_msda.problem import Level
+from cupy_msda.torch import operands, operators
+from cupy_msda.torch.operands import Operands, levels_of
+from tests.calls import (
+    BACKWARD,
+    FORWARD,
+    ORDERS,
+    SIZES,
+    STARTS,
+    call,
+    operator_tables,
+    strided,
+    with_grad,
+)
 from tests.problems import (
     DTYPES,
     away_from_edges,
     check_against_reference,
     random_inputs,
 )
-
-FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
-BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
-
-
-def call(inputs, function=ms_deform_attn):
-    """The operator on host level sizes."""
-    return function(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-
-
-def with_grad(inputs, *needed):
-    """The same tensors as new leaves; those at the positions in `needed` (all: none given) require gradients."""
-    tensors = [
-        tensor.detach().clone().requires_grad_(not needed or i in needed)
-        for i, tensor in enumerate(inputs.tensors)
-    ]
-    return inputs._replace(value=tensors[0], locations=tensors[1], weights=tensors[2])
-
-
-def strided(tensor):
-    """A tensor with the same elements that is not contiguous."""
-    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"))
-    wide[..., ::2] = tensor.detach()
-    return wide[..., ::2].requires_grad_(tensor.requires_grad)
-
 
 # --- values and gradients --------------------------------------------------------------------------
 
@@ -159,15 +140,19 @@ def test_the_backward_function_is_differentiable_itself():
 
 
 def test_level_table_of_tensors_in_the_reference():
+    def levels(shapes=None, starts=None, sizes=None):
+        value = torch.empty(1, 14, 1, 1)
+        return levels_of(Operands(value, shapes, starts, sizes, None, None, None))
+
     sizes, starts = [(2, 3), (3, 2)], [2, 8]
     tensors = torch.tensor(sizes, dtype=torch.int32), torch.tensor(starts)
-    both = operators.levels_of(14, *tensors, None, None)
+    both = levels(*tensors)
     assert [tuple(map(int, level)) for level in both] == [(2, 3, 2), (3, 2, 8)]
-    derived = operators.levels_of(14, tensors[0], None, None, None)
+    derived = levels(tensors[0])
     assert [tuple(map(int, level)) for level in derived] == [(2, 3, 0), (3, 2, 6)]
-    mixed = operators.levels_of(14, None, tensors[1], [2, 3, 3, 2], None)
+    mixed = levels(None, tensors[1], (2, 3, 3, 2))
     assert [tuple(map(int, level)) for level in mixed] == [(2, 3, 2), (3, 2, 8)]
-    assert operators.levels_of(14, None, tensors[1][:0], [], None) == []
+    assert levels(None, tensors[1][:0], ()) == []
     inputs = random_inputs(sizes, s=14)
     expected = reference.forward(inputs.value, both, inputs.locations, inputs.weights)
     got = ms_deform_attn(inputs.value, sizes, starts, inputs.locations, inputs.weights)
@@ -179,9 +164,9 @@ def test_level_table_of_tensors_in_the_reference():
         [(2, 3), (2**40, 2**40)],
         [(2, 3), (3, 2**33)],
     ):
-        levels = operators.levels_of(14, torch.tensor(bad), tensors[1], None, None)
-        assert tuple(map(int, levels[0])) == (2, 3, 2)
-        assert tuple(map(int, levels[1])) == (0, 0, 0)
+        found = levels(torch.tensor(bad), tensors[1])
+        assert tuple(map(int, found[0])) == (2, 3, 2)
+        assert tuple(map(int, found[1])) == (0, 0, 0)
 
 
 # --- what is computed and kept ---------------------------------------------------------------------
@@ -196,12 +181,13 @@ def test_only_needed_gradients_are_computed(needed, monkeypatch):
     full = torch.autograd.grad(call(everything), everything.tensors, inputs.grad_output)
     leaves = [t.detach().requires_grad_(i in needed) for i, t in enumerate(inputs.tensors)]
     flags = []
+    backward = operators.backward
 
-    def spy(*arguments):
-        flags.append(arguments[8:10])
-        return BACKWARD(*arguments)
+    def spy(operands, recorded):
+        flags.append((operands.needs_value, operands.needs_points))
+        return backward(operands, recorded)
 
-    monkeypatch.setattr(backend, "BACKWARD", spy)
+    monkeypatch.setattr(operators, "backward", spy)
     output = ms_deform_attn(leaves[0], inputs.sizes, None, *leaves[1:])
     assert output.requires_grad == bool(needed)
     if needed:
@@ -230,13 +216,13 @@ def test_backward_operator_returns_nothing_for_what_is_not_needed(flags):
 def test_host_tensors_are_shared_with_numpy_not_copied(monkeypatch):
     inputs = random_inputs()
     seen = []
-    real = host.forward
+    real = backend.forward
 
     def spy(problem, table, *arrays, threads):
         seen.extend(arrays)
         return real(problem, table, *arrays, threads=threads)
 
-    monkeypatch.setattr(host, "forward", spy)
+    monkeypatch.setattr(backend, "forward", spy)
     call(inputs)
     for array, tensor in zip(seen, inputs.tensors, strict=True):
         assert array.ctypes.data == tensor.data_ptr()
@@ -342,7 +328,6 @@ def test_empty_sizes_give_zeros(size):
         assert all(second is None or not second.any() for second in seconds)
 
 
-SIZES, STARTS = [(2, 3), (3, 2)], [8, 2]
 AS_SHAPES = {
     "lists": list(map(list, SIZES)),
     "tuples": tuple(SIZES),
@@ -372,9 +357,6 @@ def test_forms_of_the_level_table(shapes, starts):
     expected = reference.backward(inputs.grad_output, value, levels, *points)
     for tensor, gradient in zip((value, *points), expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient)
-
-
-ORDERS = {"auto": "auto", "as they come": None, "grids": [(1, 2), (3, 1)], "column": [(5, 1)]}
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
@@ -447,215 +429,6 @@ def test_autocast_changes_nothing(dtypes):
         assert torch.equal(a, b)
 
 
-# --- what torch's compiler needs -------------------------------------------------------------------
-
-
-def operator_tables(inputs):
-    """The level table in both forms that the operators take: tensors and flat integers."""
-    flat = [number for size in inputs.sizes for number in size]
-    return {
-        "tensors": (inputs.shapes(), inputs.starts(), None, None),
-        "integers": (None, None, flat, inputs.starts().tolist()),
-    }
-
-
-# The Function around the operators has the gradient; torch says that they have none themselves.
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize("table", ["tensors", "integers"])
-@pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
-@pytest.mark.parametrize(
-    "needed", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str
-)
-def test_operators_pass_opcheck(table, layout, needed):
-    inputs = random_inputs(n=1, d=3, lq=2, p=1)
-    value, *points = (
-        layout(t).detach().requires_grad_(i in needed) for i, t in enumerate(inputs.tensors)
-    )
-    table = operator_tables(inputs)[table]
-    torch.library.opcheck(FORWARD, (value, *table, *points))
-    flags = (0 in needed, 1 in needed or 2 in needed)
-    grad_output = layout(inputs.grad_output).requires_grad_(bool(needed))
-    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, *flags))
-
-
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
-@pytest.mark.parametrize("order", [None, [], [5, 1], [1, 2, 3, 1]], ids=str)
-def test_operators_with_an_order_pass_opcheck(order):
-    inputs = random_inputs(n=1, d=3, p=1)
-    table = operator_tables(inputs)["integers"]
-    value, *points = with_grad(inputs).tensors
-    torch.library.opcheck(FORWARD, (value, *table, *points, order))
-    grad_output = inputs.grad_output.requires_grad_()
-    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, True, True, order))
-
-
-# torch 2.13's own tracer makes a Function and warns about it.
-COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-def step_through(entry, inputs, shapes):
-    """A function of the three tensors that ends in one of the three ways to call the operator."""
-    if entry == "module":
-        torch.manual_seed(0)
-        module = MSDeformAttn(16, len(inputs.sizes), 2, 3).to(inputs.value.dtype)
-
-        def step(value, locations, weights):
-            query = weights.flatten(2)[..., :1].expand(-1, -1, 16) * 1
-            points = locations[:, :, 0, :, 0]
-            return module(query, points, value.flatten(2), shapes, None).tanh()
-
-        return step
-
-    def step(value, locations, weights):
-        if entry == "function":
-            output = ms_deform_attn(value * 1, shapes, None, locations, weights)
-        else:
-            output = MSDeformAttnFunction.apply(value * 1, shapes, None, locations, weights, 64)
-        return output.tanh()
-
-    return step
-
-
-ENTRIES = pytest.mark.parametrize("entry", ["function", "apply", "module"])
-
-
-def results_of(step, inputs):
-    """The output of a step and the gradients by its tensors."""
-    output = step(*inputs.tensors)
-    return output, *torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
-
-
-@COMPILES
-@ENTRIES
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_compiles_whole(entry, dynamic, as_tensor):
-    inputs = with_grad(random_inputs())
-    step = step_through(entry, inputs, inputs.shapes() if as_tensor else inputs.sizes)
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    torch.testing.assert_close(results_of(compiled, inputs), results_of(step, inputs))
-
-
-@COMPILES
-@ENTRIES
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_other_contents_compile_nothing_again(entry, as_tensor):
-    inputs = with_grad(random_inputs())
-    shapes = inputs.shapes() if as_tensor else inputs.sizes
-    step = step_through(entry, inputs, shapes)
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results_of(compiled, inputs)
-    if as_tensor:  # other levels in the same tensor
-        shapes.copy_(shapes.flip(-1))
-    others = with_grad(random_inputs(seed=1))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        got = results_of(compiled, others)
-    torch.testing.assert_close(got, results_of(step, others))
-
-
-@COMPILES
-def test_other_sizes_compile_nothing_again_where_they_are_dynamic():
-    inputs = [with_grad(random_inputs(n=n, lq=lq)) for n, lq in ((6, 5), (7, 9))]
-    step = step_through("function", inputs[0], inputs[0].sizes)
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    results_of(compiled, inputs[0])
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        got = results_of(compiled, inputs[1])
-    torch.testing.assert_close(got, results_of(step, inputs[1]))
-
-
-@COMPILES
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("order", [None, [(1, 2), (3, 1)], "of the input"], ids=str)
-def test_compiles_whole_with_an_order(order, dynamic):
-    of_the_input = order == "of the input"
-
-    def step(value, locations, weights):
-        grids = [(1, weights.shape[1])] if of_the_input else order
-        return ms_deform_attn(value * 1, SIZES, None, locations, weights, query_order=grids).tanh()
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for lq in (5,) if isinstance(order, list) else (5, 7):
-        inputs = with_grad(random_inputs(SIZES, lq=lq))
-        torch.testing.assert_close(results_of(compiled, inputs), results_of(step, inputs))
-
-
-@COMPILES
-def test_a_compiled_order_that_does_not_fit_is_refused():
-    def step(value, locations, weights):
-        return ms_deform_attn(value, SIZES, None, locations, weights, query_order=[(2, 2)])
-
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 5"):
-        compiled(*random_inputs(SIZES).tensors)
-
-
-def test_the_profiler_shows_the_operators_by_name():
-    inputs = with_grad(random_inputs())
-    with torch.profiler.profile() as profile:
-        torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
-    names = [event.name for event in profile.events()]
-    for way in ("forward", "backward"):
-        assert names.count(f"cupy_msda::ms_deform_attn_{way}") == 1
-
-
-def test_fx_keeps_the_function_whole():
-    inputs = random_inputs()
-
-    def function(value, locations, weights):
-        return ms_deform_attn(value.neg(), inputs.sizes, None, locations, weights).tanh()
-
-    traced = torch.fx.symbolic_trace(function)
-    assert [n.name for n in traced.graph.nodes if n.op == "call_function"] == ["ms_deform_attn"]
-    assert torch.equal(traced(*inputs.tensors), function(*inputs.tensors))
-
-
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_fx_keeps_the_order(order):
-    inputs = random_inputs()
-
-    def function(value, locations, weights):
-        arguments = value, inputs.sizes, None, locations, weights
-        return ms_deform_attn(*arguments, query_order=order)
-
-    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(function)))
-    (node,) = (node for node in traced.graph.nodes if node.op == "call_function")
-    assert node.kwargs == {"query_order": order}
-    assert torch.equal(traced(*inputs.tensors), function(*inputs.tensors))
-
-
-@COMPILES
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
-def test_inductor_calls_the_operators():
-    inputs = with_grad(random_inputs())
-    step = step_through("function", inputs, inputs.sizes)
-    torch.compiler.reset()
-    compiled = torch.compile(step, fullgraph=True)
-    with torch.profiler.profile() as profile:
-        got = results_of(compiled, inputs)
-    torch.testing.assert_close(got, results_of(step, inputs))
-    called = {event.name for event in profile.events()}
-    assert {f"cupy_msda::ms_deform_attn_{way}" for way in ("forward", "backward")} <= called
-
-
-def test_meta_and_fake_tensors_give_shapes():
-    for place in (contextlib.nullcontext(), FakeTensorMode()):
-        device = "cuda" if isinstance(place, FakeTensorMode) else "meta"
-        with place:
-            value = torch.empty(2, 26, 4, 8, device=device, dtype=torch.float16)
-            locations = torch.empty(2, 3, 4, 2, 5, 2, device=device)
-            weights = torch.empty(2, 3, 4, 2, 5, device=device)
-            output = ms_deform_attn(value, [(4, 5), (2, 3)], None, locations, weights)
-        assert output.shape == (2, 3, 32)
-        assert output.dtype == torch.float16
-        assert output.device.type == device
-
-
 # --- what is checked -------------------------------------------------------------------------------
 
 
@@ -666,10 +439,10 @@ def checks(monkeypatch):
 
     def spy(*arguments):
         calls.append(arguments)
-        return check(*arguments)
+        return operands.check(*arguments)
 
     monkeypatch.setattr(operators, "check", spy)
-    monkeypatch.setattr(operators, "_accepted", {})
+    operators.forget()
     return calls
 
 
@@ -680,7 +453,7 @@ def test_a_call_like_an_earlier_one_is_not_checked_again(checks, as_tensor):
         shapes = inputs.shapes() if as_tensor else inputs.sizes
         output = ms_deform_attn(inputs.value, shapes, None, *inputs.tensors[1:])
         output.backward(inputs.grad_output)
-        assert len(checks) == 2  # the first forward and the first backward
+        assert len(checks) == 1  # the first forward
 
 
 def test_whatever_a_check_looks_at_is_checked_anew(checks):
@@ -719,11 +492,10 @@ def test_whatever_a_check_looks_at_is_checked_anew(checks):
 
 
 def test_the_most_that_is_remembered(checks, monkeypatch):
-    monkeypatch.setattr(operators, "_MOST_ACCEPTED", 3)
-    for lq in (1, 2, 3, 4, 5):
+    monkeypatch.setattr(operators, "MAX_CALLS", 3)
+    for lq in (1, 2, 3, 4, 1):
         call(random_inputs(lq=lq))
-        assert len(operators._accepted) <= 3
-    assert len(checks) == 5
+    assert len(checks) == 5  # the first was forgotten
 
 
 # --- what is refused -------------------------------------------------------------------------------
@@ -822,173 +594,11 @@ def test_rocm_is_refused(monkeypatch):
 def test_without_cupy_the_error_names_the_extra_that_fits_torch(cuda, extra, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    operators._launch.cache_clear()
+    monkeypatch.setattr(operators, "is_on_device", lambda _: True)
+    operators.forget()
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "cupy-msda\[{extra}\]"'):
-        operators._launch()
-
-
-# --- the exchange with the kernels -----------------------------------------------------------------
-
-
-class FakeLaunch:
-    """`cupy_msda.cuda.launch` for exported host memory: the reference, on what a kernel would be given."""
-
-    def __init__(self):
-        self.computed = []
-        self.grids = []
-        self.place = None
-
-    @contextlib.contextmanager
-    def on_stream(self, device, stream):
-        self.place = device, stream
-        yield
-        self.place = None
-
-    def forward(self, problem, table, *arrays_and_grids):
-        *arrays, grids = arrays_and_grids
-        value, locations, weights, output = self._imported(problem, arrays, "vlwv")
-        self.grids.append(grids)
-        output.copy_(reference.forward(value, self._levels(problem, table), locations, weights))
-        self.computed.append("output")
-
-    def backward(self, problem, table, inputs, gradients, sums, grids):
-        self.grids.append(grids)
-        letters = "vvlw" + ("alw" if sums is None else "vlw")
-        grad, value, *points, by_value, by_locations, by_weights = self._imported(
-            problem, (*inputs, *gradients), letters
-        )
-        if sums is not None:
-            sums = self._import(sums, torch.int64)
-            assert sums.shape == (plans.num_sums(problem),)
-            assert not sums.any()
-            self.computed.append("in fixed point" if sums.numel() else "by owners")
-        elif by_value is not None:
-            assert not by_value.any()
-        widest = torch.promote_types(value.dtype, torch.float32)
-        results = reference.backward(
-            grad.to(widest), value.to(widest), self._levels(problem, table), *points
-        )
-        for gradient, result in zip((by_value, by_locations, by_weights), results, strict=True):
-            if gradient is not None:
-                gradient.copy_(result)
-        self.computed.append((by_value is not None, by_locations is not None))
-
-    def _imported(self, problem, arrays, letters):
-        """The arrays as tensors of the dtypes that the letters stand for, as the kernels need them."""
-        assert self.place == (3, 77)
-        accumulator = "float64" if problem.value_dtype == "float64" else "float32"
-        names = (problem.value_dtype, problem.location_dtype, problem.weight_dtype, accumulator)
-        dtypes = {letter: getattr(torch, name) for letter, name in zip("vlwa", names, strict=True)}
-        return [
-            None if array is None else self._import(array, dtypes[letter])
-            for array, letter in zip(arrays, letters, strict=True)
-        ]
-
-    def _import(self, array, dtype):
-        assert array.__dlpack_device__() == (1, 0)
-        tensor = torch.from_dlpack(array)
-        assert tensor.dtype == (torch.int16 if dtype.itemsize == 2 else dtype)
-        assert tensor.is_contiguous()
-        assert tensor.data_ptr() % 16 == 0 or dtype == torch.int64
-        return tensor.view(dtype)
-
-    def _levels(self, problem, table):
-        arrays = [
-            None if array is None else self._import(array, torch.int64) for array in table[2:]
-        ]
-        flat = None if table.sizes is None else [n for size in table.sizes for n in size]
-        return operators.levels_of(problem.spatial_size, *arrays, flat, table.starts)
-
-
-@pytest.fixture
-def fake_launch(monkeypatch):
-    """Let the code of CUDA tensors run on host tensors, up to the launch."""
-    fake = FakeLaunch()
-    monkeypatch.setattr(operators, "_launch", lambda: fake)
-    monkeypatch.setattr(operators, "_place", lambda value: (3, 77))
-    return fake
-
-
-TABLES = {
-    "host": lambda i: LevelTable(tuple(i.sizes), tuple(level.start for level in i.levels)),
-    "int32": lambda i: LevelTable(None, None, i.shapes(torch.int32), i.starts(torch.int32)),
-    "mixed": lambda i: LevelTable(tuple(i.sizes), None, None, i.starts()),
-    "strided": lambda i: LevelTable(None, None, i.shapes().T.contiguous().T),
-}
-
-
-def on_pretended_device(inputs, table, needs=(True, True), grids=()):
-    """The output and the gradients by the code of CUDA tensors."""
-    problem, _ = check(inputs.value, inputs.sizes, None, *inputs.tensors[1:])
-    gradients = operators._device_backward(
-        problem, table, inputs.grad_output, *inputs.tensors, *needs, grids
-    )
-    return operators._device_forward(problem, table, *inputs.tensors, grids), gradients
-
-
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
-def test_what_reaches_the_kernels_and_comes_back(dtypes, table, layout, fake_launch):
-    inputs = random_inputs(dtypes=dtypes)
-    laid_out = inputs._replace(
-        **{name: layout(getattr(inputs, name)) for name in inputs._fields[1:]}
-    )
-    output, gradients = on_pretended_device(laid_out, TABLES[table](inputs))
-    check_against_reference(inputs, output, gradients)
-    assert fake_launch.computed == [(True, True), "output"]
-
-
-class OnDevice(torch.Tensor):
-    """A host tensor that says it is on a device."""
-
-    is_cuda = True
-
-
-@pytest.mark.parametrize(
-    ("order", "grids"), [(None, ()), ([], None), ([1, 2, 3, 1], ((1, 2), (3, 1)))], ids=str
-)
-def test_the_order_reaches_the_launch(order, grids, fake_launch, monkeypatch):
-    def on_host(function, problem, table, *arguments):
-        tensors = (a.as_subclass(torch.Tensor) if type(a) is OnDevice else a for a in arguments)
-        return function(problem, table, *tensors)
-
-    for name in ("_device_forward", "_device_backward"):
-        function = getattr(operators, name)
-        monkeypatch.setattr(operators, name, functools.partial(on_host, function))
-    inputs = random_inputs()
-    table = operator_tables(inputs)["integers"]
-    arguments = inputs.value.as_subclass(OnDevice), *table, inputs.locations, inputs.weights
-    output = operators._forward(*arguments, order)
-    gradients = operators._backward(inputs.grad_output, *arguments, True, True, order)
-    check_against_reference(inputs, output, gradients)
-    assert fake_launch.grids == [grids, grids]
-
-
-def test_misaligned_tensors_are_copied_for_the_kernels(fake_launch):
-    inputs = random_inputs()
-    shifted = {}
-    for name in inputs._fields[1:]:
-        tensor = getattr(inputs, name)
-        shifted[name] = tensor.new_zeros(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
-    results = on_pretended_device(inputs._replace(**shifted), TABLES["host"](inputs))
-    check_against_reference(inputs, *results)
-
-
-@pytest.mark.parametrize("needs", [(True, False), (False, True)])
-def test_the_kernels_are_asked_for_needed_gradients_only(needs, fake_launch):
-    inputs = random_inputs()
-    _, gradients = on_pretended_device(inputs, TABLES["host"](inputs), needs)
-    assert [gradient is not None for gradient in gradients] == [needs[0], needs[1], needs[1]]
-    assert fake_launch.computed[0] == needs
-
-
-def test_empty_problems_reach_no_kernel(fake_launch):
-    inputs = random_inputs(lq=0)
-    output, gradients = on_pretended_device(inputs, TABLES["host"](inputs))
-    assert output.shape == inputs.grad_output.shape
-    assert not any(gradient.any() for gradient in gradients)
-    assert fake_launch.computed == []
+        call(random_inputs())
+    operators.forget()
 
 
 @pytest.fixture(params=[False, True], ids=["error", "warn"])
@@ -999,38 +609,8 @@ def deterministic(request):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("most_points_owned", [14, 15])
-def test_deterministic_algorithms(
-    dtypes, most_points_owned, fake_launch, deterministic, monkeypatch
-):
-    """Neither an error nor a warning, and only the gradient of value is computed in another way."""
-    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
-    inputs = random_inputs(dtypes=dtypes)
-    few = most_points_owned == 15 and dtypes[0] != torch.float64
-    way = "by owners" if few else "in fixed point"
-    table = TABLES["host"](inputs)
-    output, gradients = on_pretended_device(inputs, table)
-    check_against_reference(inputs, output, gradients)
-    assert fake_launch.computed == [way, (True, True), "output"]
-    for needs, expected in (
-        ((True, False), [way, (True, False)]),
-        ((False, True), [(False, True)]),
-    ):
-        fake_launch.computed.clear()
-        on_pretended_device(inputs, table, needs)
-        assert fake_launch.computed == [*expected, "output"]
-
-
-def test_deterministic_algorithms_on_an_empty_problem(fake_launch, deterministic):
-    inputs = random_inputs(lq=0)
-    _, gradients = on_pretended_device(inputs, TABLES["host"](inputs))
-    assert not any(gradient.any() for gradient in gradients)
-    assert fake_launch.computed == []
-
-
 def test_deterministic_algorithms_on_a_cpu(deterministic):
-    """The CPU kernels are reproducible as they are: the same bits with the switch and without."""
+    """The CPU kernels are deterministic as they are: bitwise identical with the switch and without."""
     inputs = random_inputs(((9, 13), (6, 7)), m=8, d=32, lq=200, p=4)
     arguments = (inputs.grad_output, inputs.value, inputs.sizes, None, *inputs.tensors[1:])
     results = [ms_deform_attn_backward(*arguments) for _ in range(5)]

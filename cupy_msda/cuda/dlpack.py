@@ -14,8 +14,8 @@ from typing import Any
 
 # struct DLTensor { void* data; DLDevice device; int32_t ndim; DLDataType dtype; int64_t* shape; int64_t* strides;
 #                   uint64_t byte_offset; }
-WORDS = 7  # of 8 bytes, in a DLTensor
-DATA, BYTE_OFFSET = 0, 6  # their places
+WORDS = 6  # of 8 bytes, in a DLTensor
+DATA, BYTE_OFFSET = 0, 5  # their places
 KDL_CUDA = 2
 
 # struct DLPackExchangeAPI { version; prev_api; allocator; from_py_object; to_py_object; dltensor_from_py_object;

@@ -301,7 +301,7 @@ def _round(problem: Problem, device: Device) -> Launch:
     """Round the float32 accumulators to a 16-bit gradient of value."""
     kernel = Kernel("round.cu", f"msda_round<{_CPP[problem.value_dtype]}>")
     most = -(-problem.value_elements // (8 * BLOCK))
-    blocks = min(most, device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR)
+    blocks = max(1, min(most, device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR))
     params = _params(problem, NO_TABLE, 0)
     return Launch(kernel, (blocks, 1, 1), (BLOCK, 1, 1), ("accumulator", "grad_value"), params)
 

@@ -28,6 +28,14 @@ _GRAD_OUTPUT, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS = (
     launch.SLOT[name]
     for name in ("grad_output", "value", "locations", "weights", "sizes", "starts")
 )
+# The places of the inputs' data pointers and byte offsets among a thread's words.
+_VALUE_DATA, _LOCATIONS_DATA, _WEIGHTS_DATA = (
+    dlpack.WORDS * slot + dlpack.DATA for slot in (_VALUE, _LOCATIONS, _WEIGHTS)
+)
+_VALUE_OFFSET, _LOCATIONS_OFFSET, _WEIGHTS_OFFSET = (
+    dlpack.WORDS * slot + dlpack.BYTE_OFFSET for slot in (_VALUE, _LOCATIONS, _WEIGHTS)
+)
+_UNALIGNED = launch.ALIGNMENT - 1  # the bits of an address that must be zero
 _OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
     launch.SLOT[name]
     for name in ("output", "grad_value", "grad_locations", "grad_weights", "accumulator")
@@ -133,12 +141,11 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
     value, locations = operands.value, operands.sampling_locations
     weights, words = operands.attention_weights, arguments.words
     kept: list[Any] = []
-    # The data pointers and byte offsets of three DLTensors, which follow one another.
     if (
-        (words[7] | words[14] | words[21]) & 15
-        or words[13]
-        or words[20]
-        or words[27]
+        (words[_VALUE_DATA] | words[_LOCATIONS_DATA] | words[_WEIGHTS_DATA]) & _UNALIGNED
+        or words[_VALUE_OFFSET]
+        or words[_LOCATIONS_OFFSET]
+        or words[_WEIGHTS_OFFSET]
         or not (value.is_contiguous() and locations.is_contiguous() and weights.is_contiguous())
     ):
         kept += (
@@ -159,9 +166,13 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
 
 def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
     """Point to a tensor or to a copy that is C-contiguous and aligned; what must be kept for that."""
-    address, words, data = arguments.addresses[slot], arguments.words, 7 * slot
+    address, words, data = arguments.addresses[slot], arguments.words, dlpack.WORDS * slot
     kept = _read(tensor, address)
-    if words[data] & 15 or words[data + 6] or not tensor.is_contiguous():
+    if (
+        words[data] & _UNALIGNED
+        or words[data + dlpack.BYTE_OFFSET]
+        or not tensor.is_contiguous()
+    ):
         copy = torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
         kept = copy, _read(copy, address)
     return kept

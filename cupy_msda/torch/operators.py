@@ -134,6 +134,7 @@ def refuse_undispatchable(operands: Operands) -> None:
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
     if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise contract.unsupported_device(str(value.device))
+    _refuse_rocm(value)
     tables = (operands.spatial_shapes, operands.level_start_index)
     if any(
         tensor is not None and tensor.is_meta for tensor in (value, locations, weights, *tables)
@@ -142,6 +143,12 @@ def refuse_undispatchable(operands: Operands) -> None:
     numbers = (*(operands.sizes or ()), *(operands.starts or ()), *(operands.query_order or ()))
     if any(type(number) is int and abs(number) > INT32_MAX for number in numbers):
         check(operands)  # the dispatcher takes no larger ones
+
+
+def _refuse_rocm(value: Tensor) -> None:
+    """torch calls AMD's devices cuda, too."""
+    if value.is_cuda and torch.version.hip is not None:
+        raise contract.unsupported_device(f"{value.device} of a ROCm build of torch")
 
 
 def is_dense(array: Any) -> bool:
@@ -174,7 +181,7 @@ class Call:
 
 
 _calls: dict[tuple[Any, ...], Call] = {}
-_MAX_CALLS = 4096  # of which a process has few
+MAX_CALLS = 4096  # of which a process has few
 
 
 def forget() -> None:
@@ -194,9 +201,8 @@ def checked(operands: Operands) -> Call:
     call = _calls.get(key)
     if call is None:
         call = Call(operands)
-        if operands.value.is_cuda and torch.version.hip is not None:
-            raise contract.unsupported_device(f"{operands.value.device} of a ROCm build of torch")
-        if len(_calls) >= _MAX_CALLS:
+        _refuse_rocm(operands.value)
+        if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
     return call

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the planned launches of the operator on the emulator, on torch CPU tensors of any dtype."""
+"""Run the plans of the operator on the emulator, on torch CPU tensors of any dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,14 +13,25 @@ import torch
 from cupy_msda.contract import check
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import assemble
+from cupy_msda.cuda.plans import Device, Fill, Launch, Plan
 from cupy_msda.problem import Grids, LevelTable, Problem
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs
+
+Arrays = Mapping[str, torch.Tensor | None]
+NO_TABLES = (None, None)
+# Files that go before and after the kernel that a test is about.
+_AROUND = ("fixed_point.cu", "round.cu")
 
 
 def checked(inputs: Inputs) -> tuple[Problem, LevelTable]:
     """The problem and its level table, through the contract."""
     return check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+
+
+def device(multiprocessors: int) -> Device:
+    """A device with so many multiprocessors."""
+    return Device(multiprocessors, "90")
 
 
 def memory(tensor: torch.Tensor | None) -> np.ndarray[Any, Any] | None:
@@ -34,33 +46,48 @@ def poisoned(like: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Te
     return torch.full(tuple(shape or like.shape), torch.nan, dtype=like.dtype)
 
 
-def emulate(
-    plan: plans.Plan,
-    tensors: Sequence[torch.Tensor | None],
-    tables: Sequence[torch.Tensor | None] = (None, None),
+def run(
+    plan: Plan,
+    arrays: Arrays,
     *,
     source: str | None = None,
     seed: int = 0,
     sanitize: bool = False,
 ) -> None:
-    """Run one planned launch as launch.py would, on host memory."""
-    kernel = Emulated(source or assemble(plan.kernel.file), plan.kernel.name, sanitize=sanitize)
-    arrays = [memory(tensor) for tensor in (*tensors, *tables)]
-    kernel(plan.grid, plan.block, [*arrays, plan.params], seed=seed)
+    """Run the launches of a plan as launch.py would, on host memory; `source`: of the kernel that is tested."""
+    named = dict(arrays)
+    if plan.workspace:
+        rounds = any(isinstance(s, Launch) and s.kernel.file == "round.cu" for s in plan.launches)
+        dtype, size = (torch.float32, 4) if rounds else (torch.int64, 8)
+        named["accumulator"] = torch.full((plan.workspace // size,), -1, dtype=dtype)
+    for step in plan.launches:
+        if isinstance(step, Fill):
+            filled = named[step.array]
+            assert filled is not None
+            assert filled.nbytes == step.num_bytes
+            filled.zero_()
+            continue
+        text = assemble(step.kernel.file)
+        if source is not None and step.kernel.file not in _AROUND:
+            text = source
+        kernel = Emulated(text, step.kernel.name, sanitize=sanitize)
+        given = [None if name is None else memory(named[name]) for name in step.arguments]
+        kernel(step.grid, step.block, [*given, step.params], seed=seed)
 
 
 def forward(
     inputs: Inputs,
     multiprocessors: int = 1,
     table: LevelTable | None = None,
-    grids: Grids = None,
+    grids: Grids = (),
+    tables: Sequence[torch.Tensor | None] = NO_TABLES,
     **options: Any,
 ) -> torch.Tensor:
-    """The output of the emulated forward; with grids, in their order."""
+    """The output of the emulated forward."""
     problem, known = checked(inputs)
-    plan = plans.plan_forward(problem, table or known, multiprocessors, grids)
+    plan = plans.plan_forward(problem, table or known, device(multiprocessors), grids)
     output = poisoned(inputs.value, problem.output_shape)
-    emulate(plan, (*inputs.tensors, output), **options)
+    run(plan, _arrays(inputs, tables) | {"output": output}, **options)
     return output
 
 
@@ -69,84 +96,68 @@ def backward(
     multiprocessors: int = 1,
     table: LevelTable | None = None,
     needs: tuple[bool, bool] = (True, True),
-    grids: Grids = None,
+    grids: Grids = (),
+    tables: Sequence[torch.Tensor | None] = NO_TABLES,
+    deterministic: bool = False,
+    max_points_tiled: int = 0,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
-    """The three gradients of the emulated backward, None where not needed; with grids, in their order."""
+    """The three gradients of the emulated backward, None where not needed."""
     problem, known = checked(inputs)
-    case = problem, table or known, multiprocessors
-    plan = plans.plan_backward(*case, *needs, grids=grids)
-    wide = torch.promote_types(inputs.value.dtype, torch.float32)  # as the kernels accumulate
-    grad_value = torch.zeros(inputs.value.shape, dtype=wide) if needs[0] else None
-    of_points = [poisoned(t) if needs[1] else None for t in (inputs.locations, inputs.weights)]
-    emulate(plan, (inputs.grad_output, *inputs.tensors, grad_value, *of_points), **options)
-    if grad_value is not None:
-        grad_value = grad_value.to(inputs.value.dtype)
-    return (grad_value, *of_points)
+    with patch.object(plans, "MAX_POINTS_TILED", max_points_tiled):
+        plan = plans.plan_backward.__wrapped__(
+            problem,
+            table or known,
+            device(multiprocessors),
+            grids,
+            needs_value=needs[0],
+            needs_points=needs[1],
+            deterministic=deterministic,
+        )
+    wanted = (needs[0], needs[1], needs[1])
+    gradients = tuple(
+        poisoned(tensor) if need else None
+        for tensor, need in zip(inputs.tensors, wanted, strict=True)
+    )
+    names = ("grad_value", "grad_locations", "grad_weights")
+    run(plan, _arrays(inputs, tables) | dict(zip(names, gradients, strict=True)), **options)
+    return gradients
 
 
-def backward_fixed(
-    inputs: Inputs,
-    multiprocessors: int = 1,
-    table: LevelTable | None = None,
-    needs_points: bool = True,
-    tables: Sequence[torch.Tensor | None] = (None, None),
-    **options: Any,
+def backward_fixed_point(
+    inputs: Inputs, multiprocessors: int = 1, needs_points: bool = True, **options: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    """The three gradients of the emulated backward whose sums are in fixed point."""
-    problem, known = checked(inputs)
-    case = problem, table or known, multiprocessors
-    sums = torch.zeros(plans.num_fixed_sums(problem), dtype=torch.int64)
-    grad_value = poisoned(inputs.value)
-    of_points = [poisoned(t) if needs_points else None for t in (inputs.locations, inputs.weights)]
-    points = (inputs.locations, inputs.weights)
-    emulate(plans.plan_scale(*case), (inputs.grad_output, *points, sums), tables, **options)
-    plan = plans.plan_backward(*case, True, needs_points, True)
-    emulate(plan, (inputs.grad_output, *inputs.tensors, sums, *of_points), tables, **options)
-    emulate(plans.plan_finish(problem, multiprocessors), (sums, grad_value), (), **options)
-    return (grad_value, *of_points)
+    """The three gradients, that of value in fixed point."""
+    needs = True, needs_points
+    return backward(inputs, multiprocessors, needs=needs, deterministic=True, **options)
 
 
-def backward_owner(
-    inputs: Inputs,
-    table: LevelTable | None = None,
-    tables: Sequence[torch.Tensor | None] = (None, None),
-    **options: Any,
-) -> torch.Tensor:
-    """The gradient of value of the emulated kernel whose blocks own tiles of it."""
-    problem, known = checked(inputs)
-    grad_value = poisoned(inputs.value)
-    tensors = (inputs.grad_output, inputs.locations, inputs.weights, grad_value)
-    emulate(plans.plan_owner(problem, table or known), tensors, tables, **options)
+def backward_tiled(inputs: Inputs, **options: Any) -> torch.Tensor:
+    """The gradient of value by output-stationary tiles."""
+    forced = {"deterministic": True, "max_points_tiled": 2**31}
+    grad_value = backward(inputs, needs=(True, False), **forced, **options)[0]
+    assert grad_value is not None
     return grad_value
 
 
-def backward_sorted(
-    inputs: Inputs, table: LevelTable | None = None, grids: Grids = (), **options: Any
-) -> torch.Tensor:
-    """The gradient of value of the emulated kernel that sorts points by cell."""
-    problem, known = checked(inputs)
-    wide = torch.zeros(inputs.value.shape, dtype=torch.float32)
-    tensors = (inputs.grad_output, inputs.locations, inputs.weights, wide)
-    emulate(plans.plan_sorted(problem, table or known, grids), tensors, **options)
-    return wide.to(inputs.value.dtype)
-
-
-def backward_sorted_fixed(
-    inputs: Inputs,
-    table: LevelTable | None = None,
-    tables: Sequence[torch.Tensor | None] = (None, None),
-    source: str | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    """The same with sums in fixed point; `source` of the kernel itself."""
-    problem, known = checked(inputs)
-    known = table or known
-    sums = torch.zeros(plans.num_fixed_sums(problem), dtype=torch.int64)
-    grad_value = poisoned(inputs.value)
-    tensors = (inputs.grad_output, inputs.locations, inputs.weights, sums)
-    emulate(plans.plan_scale(problem, known), tensors, tables, **options)
-    plan = plans.plan_sorted(problem, known, (), True)
-    emulate(plan, tensors, tables, source=source, **options)
-    emulate(plans.plan_finish(problem), (sums, grad_value), (), **options)
+def backward_binned(inputs: Inputs, grids: Grids = None, **options: Any) -> torch.Tensor:
+    """The gradient of value by binned points, on the levels as grids or, if those are not the queries', on one row."""
+    lq = inputs.locations.shape[1]
+    if grids is None and lq != inputs.value.shape[1]:
+        grids = ((1, lq),)
+    # No device is too large for the persistent kernels if it has no multiprocessors.
+    grad_value = backward(inputs, 0, needs=(True, False), grids=grids, **options)[0]
+    assert grad_value is not None
     return grad_value
+
+
+def _arrays(inputs: Inputs, tables: Sequence[torch.Tensor | None]) -> dict[str, Any]:
+    """What both directions read, by the names of the plans."""
+    return {
+        "grad_output": inputs.grad_output,
+        "value": inputs.value,
+        "locations": inputs.locations,
+        "weights": inputs.weights,
+        "sizes": tables[0],
+        "starts": tables[1],
+    }

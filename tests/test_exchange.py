@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors on the way to the CUDA kernels and back, on an emulated device."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward
+from cupy_msda.cuda import dlpack, launch, plans
+from cupy_msda.torch import exchange
+from tests.calls import call, operator_tables, strided, with_grad
+from tests.emulated_device import STREAM, emulated_device
+from tests.problems import DTYPES, check_against_reference, random_inputs
+
+
+@pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])
+def device(request, monkeypatch):
+    """An emulated device, of a CuPy with the driver's launchKernel and of one without."""
+    with emulated_device(monkeypatch, has_driver=request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def driver_device(monkeypatch):
+    """An emulated device."""
+    with emulated_device(monkeypatch) as device:
+        yield device
+
+
+def results(inputs, *table):
+    """The output and the gradients, through autograd."""
+    inputs = with_grad(inputs)
+    value, locations, weights = inputs.tensors
+    output = ms_deform_attn(value, *(table or (inputs.sizes, None)), locations, weights)
+    return output, torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+
+
+TABLES = {
+    "host": lambda i: (i.sizes, i.starts().tolist()),
+    "int64": lambda i: (i.shapes(), i.starts()),
+    "int32": lambda i: (i.shapes(torch.int32), i.starts(torch.int32)),
+    "sizes only": lambda i: (i.shapes(), None),
+    "mixed": lambda i: (i.sizes, i.starts()),
+    "strided": lambda i: (i.shapes().T.contiguous().T, None),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("table", TABLES)
+def test_tensors_reach_the_kernels_and_results_come_back(dtypes, table, driver_device):
+    inputs = random_inputs(dtypes=dtypes)
+    check_against_reference(inputs, *results(inputs, *TABLES[table](inputs)))
+    assert driver_device.streams == {STREAM}
+
+
+def test_a_cupy_without_the_drivers_function_launches_as_well(device):
+    for d in (32, 5):
+        inputs = random_inputs(d=d)
+        check_against_reference(inputs, *results(inputs))
+    assert device.streams == {STREAM}
+
+
+@pytest.mark.parametrize("table", ["host", "int32"])
+def test_strided_tensors(table, driver_device):
+    inputs = random_inputs(d=32)
+    value, locations, weights = map(strided, inputs.tensors)
+    leaves = inputs._replace(value=value, locations=locations, weights=weights)
+    leaves = [tensor.requires_grad_() for tensor in leaves.tensors]
+    output = ms_deform_attn(leaves[0], *TABLES[table](inputs), *leaves[1:])
+    gradients = torch.autograd.grad(output, leaves, strided(inputs.grad_output))
+    check_against_reference(inputs, output, gradients)
+
+
+def test_misaligned_tensors_are_copied_for_the_kernels(driver_device):
+    inputs = random_inputs(d=32)
+    shifted = {}
+    for name in inputs._fields[1:]:
+        tensor = getattr(inputs, name)
+        shifted[name] = tensor.new_zeros(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
+    check_against_reference(inputs, *results(inputs._replace(**shifted)))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_only_needed_gradients_are_computed(needs, driver_device):
+    inputs = random_inputs(d=32)
+    positions = [i for i in range(3) if needs[0 if i == 0 else 1]]
+    leaves = with_grad(inputs, *positions)
+    output = call(leaves)
+    driver_device.launched.clear()
+    output.backward(inputs.grad_output)
+    assert [t.grad is not None for t in leaves.tensors] == [needs[0], needs[1], needs[1]]
+    fill = [inputs.value.nbytes] if needs[0] else []
+    assert driver_device.launched == [*fill, "msda_backward"]
+
+
+@pytest.mark.parametrize("empty", ["n", "lq", "m", "d", "p", "s"])
+def test_empty_problems_launch_no_kernel(empty, driver_device):
+    inputs = random_inputs(((0, 0),) if empty == "s" else ((5, 7), (3, 4)), **{empty: 0})
+    output, gradients = results(inputs)
+    assert output.shape == inputs.grad_output.shape
+    assert not any(tensor.any() for tensor in (output, *gradients))
+    assert all(isinstance(launched, int) for launched in driver_device.launched)
+
+
+@pytest.mark.parametrize(("order", "grids"), [("auto", None), (None, ()), ([(1, 2), (3, 1)],) * 2])
+def test_query_order_reaches_the_plan(order, grids, driver_device, monkeypatch):
+    asked = []
+    for name in ("plan_forward", "plan_backward"):
+        plan = getattr(plans, name)
+        monkeypatch.setattr(
+            launch,
+            name,
+            lambda *case, plan=plan, **needs: asked.append(case[3]) or plan(*case, **needs),
+        )
+    inputs = random_inputs()
+    leaves = with_grad(inputs)
+    arguments = leaves.value, inputs.sizes, None, *leaves.tensors[1:]
+    output = ms_deform_attn(*arguments, query_order=order)
+    check_against_reference(
+        inputs, output, torch.autograd.grad(output, leaves.tensors, inputs.grad_output)
+    )
+    assert asked == [tuple(grids) if grids else grids] * 2
+
+
+@pytest.fixture(params=[False, True], ids=["error", "warn"])
+def deterministic(request):
+    """torch's switch, in both its modes."""
+    torch.use_deterministic_algorithms(True, warn_only=request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("max_points_tiled", [14, 15])
+def test_deterministic_algorithms(
+    dtypes, max_points_tiled, driver_device, deterministic, monkeypatch
+):
+    """Neither an error nor a warning, and only the gradient of value is computed in another way."""
+    monkeypatch.setattr(plans, "MAX_POINTS_TILED", max_points_tiled)
+    plans.plan_backward.cache_clear()
+    inputs = random_inputs(dtypes=dtypes)
+    check_against_reference(inputs, *results(inputs))
+    kernels = [name for name in driver_device.launched if isinstance(name, str)]
+    tiled = max_points_tiled == 15 and dtypes[0] != torch.float64
+    assert ("msda_backward_value_tiled" in kernels) == tiled
+    assert ("msda_fixed_point_finish" in kernels) == (not tiled)
+    plans.plan_backward.cache_clear()
+
+
+def test_deterministic_algorithms_on_an_empty_problem(driver_device, deterministic):
+    _, gradients = results(random_inputs(lq=0))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+# --- what a backward recognises --------------------------------------------------------------------
+
+
+@pytest.fixture
+def checks(driver_device, monkeypatch):
+    """How many tensors were looked at whether the check accepts them."""
+    from cupy_msda.torch import operators
+
+    seen = []
+    checked = operators.checked
+    monkeypatch.setattr(operators, "checked", lambda o: seen.append(o) or checked(o))
+    return seen
+
+
+def test_a_backward_on_the_tensors_of_its_forward_is_not_checked_again(checks):
+    inputs = random_inputs(d=32)
+    check_against_reference(inputs, *results(inputs, inputs.shapes(), inputs.starts()))
+    assert len(checks) == 1
+
+
+def test_saved_tensors_that_hooks_replace_are_checked_again(checks):
+    inputs = random_inputs(d=32)
+    with torch.autograd.graph.save_on_cpu():
+        check_against_reference(inputs, *results(inputs))
+    assert len(checks) == 2
+
+
+def test_saved_tensors_of_another_shape_are_refused(driver_device):
+    inputs = with_grad(random_inputs(d=32))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.detach()[:, :1]):
+        output = call(inputs)
+        with pytest.raises(ValueError, match="must"):
+            output.backward(inputs.grad_output)
+
+
+def test_other_memory_behind_a_saved_tensor_is_noticed(checks):
+    inputs = with_grad(random_inputs(d=32))
+    output = call(inputs)
+    inputs.value.data = inputs.value.detach().clone()
+    gradients = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+    check_against_reference(inputs, output, gradients)
+    assert len(checks) == 2
+
+
+def test_other_memory_of_another_size_is_refused(driver_device):
+    inputs = with_grad(random_inputs(d=32))
+    output = call(inputs)
+    inputs.weights.data = inputs.weights.detach()[:, :1].clone()
+    with pytest.raises(ValueError, match="attention_weights must have shape"):
+        torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+
+
+# --- threads, nested calls and torch's own machinery -----------------------------------------------
+
+
+def test_threads_have_arguments_of_their_own(driver_device):
+    cases = [random_inputs(d=32, seed=seed) for seed in range(4)]
+    errors = []
+
+    def run(inputs):
+        try:
+            for _ in range(3):
+                check_against_reference(inputs, *results(inputs))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(inputs,)) for inputs in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_the_operators_and_transforms_reach_the_same_kernels(driver_device):
+    """What goes through torch's dispatcher launches what an eager call launches."""
+    inputs = random_inputs(d=32)
+    results(inputs)
+    eager = list(driver_device.launched)
+    driver_device.launched.clear()
+    table = operator_tables(inputs)["integers"]
+    arguments = inputs.value, *table, inputs.locations, inputs.weights
+    output = torch.ops.cupy_msda.ms_deform_attn_forward(*arguments)
+    gradients = torch.ops.cupy_msda.ms_deform_attn_backward(
+        inputs.grad_output, *arguments, True, True
+    )
+    check_against_reference(inputs, output, gradients)
+    assert driver_device.launched == eager
+    driver_device.launched.clear()
+    gradient = torch.func.grad(
+        lambda v: (call(inputs._replace(value=v)) * inputs.grad_output).sum()
+    )
+    torch.testing.assert_close(gradient(inputs.value), gradients[0])
+    fill = inputs.value.nbytes
+    assert driver_device.launched == ["msda_forward", fill, "msda_backward"]
+
+
+def test_tensors_with_a_negative_bit_are_not_read_as_they_lie(driver_device):
+    inputs = random_inputs(d=32)
+    negative = torch.complex(inputs.value, -inputs.value).conj().imag
+    assert negative.is_neg()
+    output = call(inputs._replace(value=negative.contiguous().neg().neg()))
+    torch.testing.assert_close(call(inputs._replace(value=negative)), output)
+
+
+def test_gradients_of_gradients(driver_device):
+    inputs = random_inputs(d=32)
+    leaves = with_grad(inputs)
+    (gradient,) = torch.autograd.grad(
+        call(leaves), leaves.value, inputs.grad_output, create_graph=True
+    )
+    gradient.square().sum().backward()
+    assert leaves.locations.grad.abs().sum() > 0
+
+
+def test_the_backward_function(driver_device):
+    inputs = random_inputs(d=32)
+    arguments = inputs.value, inputs.sizes, None, *inputs.tensors[1:]
+    gradients = ms_deform_attn_backward(inputs.grad_output, *arguments)
+    check_against_reference(inputs, call(inputs), gradients)
+
+
+# --- DLPack ------------------------------------------------------------------------------------------
+
+
+class NoApi:
+    """A tensor type without DLPack's C exchange API, as torch's was before 2.10."""
+
+
+@pytest.mark.parametrize("tensor_type", [torch.Tensor, NoApi], ids=["exchange-api", "capsule"])
+def test_a_dltensor_says_what_the_tensor_says(tensor_type):
+    if tensor_type is torch.Tensor and not hasattr(tensor_type, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no DLPack exchange API")
+    read = dlpack.reader(tensor_type, torch.utils.dlpack.to_dlpack)
+    arguments = launch.Arguments()
+    for tensor in (
+        torch.rand(3, 4, requires_grad=True),
+        torch.rand(5, dtype=torch.float64)[1:],
+        torch.zeros(2, dtype=torch.bfloat16),
+    ):
+        kept = read(tensor, arguments.addresses[launch.SLOT["value"]])
+        words = arguments.words[dlpack.WORDS : 2 * dlpack.WORDS]
+        assert words[dlpack.DATA] + words[dlpack.BYTE_OFFSET] == tensor.data_ptr()
+        assert words[1] == 1  # kDLCPU, device 0
+        assert words[2] & 0xFFFFFFFF == tensor.dim()
+        assert words[2] >> 40 & 0xFF == 8 * tensor.element_size()
+        del kept
+
+
+def test_calls_work_without_the_exchange_api(driver_device, monkeypatch):
+    monkeypatch.setattr(exchange, "_read", dlpack.reader(NoApi, torch.utils.dlpack.to_dlpack))
+    inputs = random_inputs(d=32)
+    check_against_reference(inputs, *results(inputs, inputs.shapes(), inputs.starts()))
+    assert dlpack.stream_reader(NoApi) is None
