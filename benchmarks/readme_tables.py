@@ -146,7 +146,7 @@ def gpu_kernels(results: Results) -> str:
 
 def bound_us(row: Row) -> float:
     """The roofline bound without its term for a launch, which kernel times do not hold."""
-    terms: dict[str, float] = row["floor_terms_ms"]
+    terms: dict[str, float] = row["roofline_terms_ms"]
     return 1e3 * max(time for term, time in terms.items() if term != "launch")
 
 

@@ -19,7 +19,9 @@ import numpy as np
 import cupy_msda
 from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
+from cupy_msda.cuda import launch
 from cupy_msda.cuda.compile import kernel_dir
+from cupy_msda.cuda.plans import plan_backward, plan_forward
 from cupy_msda.problem import LevelTable, Problem
 
 
@@ -217,9 +219,12 @@ def plan_lines(plans_by_label: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _plans(device: int) -> dict[str, Any]:
     """The plans of the typical problems, forward and backward, on the CUDA device of this index."""
-    # TO CONNECT: needs plan_forward and plan_backward with a Device, and Plan.reason.
-    del device
-    return {}
+    found = launch.describe(device)
+    return {
+        f"{name} {way}": plan(problem, PYRAMID, found)
+        for name, problem in TYPICAL.items()
+        for way, plan in (("forward", plan_forward), ("backward", plan_backward))
+    }
 
 
 class _Case(NamedTuple):

@@ -33,23 +33,20 @@ def run(script: str, *arguments: str, output: Path):
     return finished.stdout, json.loads(output.read_text())
 
 
-def test_overhead_is_split_into_its_stages(tmp_path):
+@pytest.mark.parametrize("device", ["none", "cpu"])
+def test_overhead_stands_beside_bare_calls(device, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed")
-    arguments = ("--device", "cpu", "--rounds", "2")
+    arguments = ("--device", device, "--rounds", "2")
     printed, written = run("overhead.py", *arguments, output=tmp_path / "overhead.json")
-    for way in ("forward", "forward+backward"):
-        times = written["microseconds"][way]
-        stages = [times[stage] for stage in ("contract", "exchange", "launch", "dispatch")]
-        assert sum(stages) == pytest.approx(times["whole"])
-        assert min(stages[:3]) > 0
-        assert times["grid_sample"] > 0
-        peers = [
-            time for name, time in times.items() if name in ("grid_sample", "torch-ms-deform-attn")
-        ]
-        assert times["above fastest peer"] == pytest.approx(
-            times["contract"] + times["dispatch"] - min(peers)
-        )
-        assert f"{way}, microseconds" in printed
+    times = written["microseconds"]
+    for way, bare in (("forward", "operator"), ("forward+backward", "Function")):
+        for form in ("tensors", "integers"):
+            ours, least = times[f"{way}, {form}, cupy_msda"], times[f"{way}, {form}, {bare}"]
+            assert ours > 0 < least
+            assert written["ratios"][f"{way}, {form}"] == pytest.approx(ours / least)
+        assert times[f"{way}, integers, grid_sample"] > 0
+        assert f"{way}, integers, cupy_msda" in printed
+    assert ("check" in times) == (device == "none")
 
 
 @pytest.fixture(scope="module")

@@ -168,11 +168,7 @@ def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
     """Point to a tensor or to a copy that is C-contiguous and aligned; what must be kept for that."""
     address, words, data = arguments.addresses[slot], arguments.words, dlpack.WORDS * slot
     kept = _read(tensor, address)
-    if (
-        words[data] & _UNALIGNED
-        or words[data + dlpack.BYTE_OFFSET]
-        or not tensor.is_contiguous()
-    ):
+    if words[data] & _UNALIGNED or words[data + dlpack.BYTE_OFFSET] or not tensor.is_contiguous():
         copy = torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
         kept = copy, _read(copy, address)
     return kept
