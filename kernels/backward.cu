@@ -241,18 +241,18 @@ __global__ void __launch_bounds__(BLOCK)
 // The gradients of locations and weights alone, as VALUE = false gives them, on persistent blocks like
 // msda_forward_persistent. It takes the arguments of msda_backward.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
-__global__ void __launch_bounds__(ORDERED_BLOCK, 1)
+__global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_backward_persistent(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                              const Location* __restrict__ locations, const Weight* __restrict__ weights,
                              float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
                              Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
                              const long long* __restrict__ starts, const __grid_constant__ OrderedParams<L> p) {
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
-  using T = Traits<ORDERED_BLOCK, Value, G, PIXEL, P, false, true, false>;
+  using T = Traits<PERSISTENT_BLOCK, Value, G, PIXEL, P, false, true, false>;
   static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");
 
   __shared__ Level levels[L];
-  __shared__ Slots<ORDERED_BLOCK> slots;
+  __shared__ Slots<PERSISTENT_BLOCK> slots;
   __shared__ Order order;
   load_levels(levels, sizes, starts, p);
   load_order(order, levels, p);

@@ -24,7 +24,8 @@ template <int L>
 struct Bins {
   static constexpr int WORDS = L * BINS / 2;
   unsigned words[WORDS];
-  unsigned warp_sums[BLOCK / WARP];
+  // The compiler loads four at a time: unaligned, such a load would include a counter that another thread writes.
+  alignas(16) unsigned warp_sums[BLOCK / WARP];
 
   __device__ void clear() {
     for (int i = threadIdx.x; i < WORDS; i += BLOCK) words[i] = 0;
@@ -59,6 +60,7 @@ struct Bins {
       if (i < warp) begin += warp_sums[i];
       all += warp_sums[i];
     }
+#pragma unroll 1  // unrolled, it takes the kernel above 64 registers
     for (int i = first; i < first + OWN; ++i) {
       const unsigned word = words[i], second = begin + get(word, 0);
       words[i] = begin | second << 16;
@@ -227,7 +229,8 @@ __global__ void __launch_bounds__(BLOCK, 3)
   constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value), AHEAD = G < 4 ? G : 4;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
-  static_assert(BLOCK * K <= 8192, "a counter has 16 bits, and the list its place in shared memory");
+  static_assert(L <= MAX_BINNED_LEVELS && K <= MAX_BINNED_POINTS, "plans.py sends the problem elsewhere");
+  static_assert(BLOCK * MAX_BINNED_POINTS < 1 << 16, "a counter has 16 bits");
 
   __shared__ Shared<L, K> shared;
   const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;

@@ -63,15 +63,10 @@ __device__ __forceinline__ Real times_power(Real x, int e) {
   return x * power(Real{}, first) * power(Real{}, rest);
 }
 
-// Of value.
-__device__ __forceinline__ long long elements(const Shape& p) {
-  return static_cast<long long>(p.batch) * p.spatial_size * p.num_heads * p.head_dim;
-}
-
 // The two exponent fields of one (image, head).
 template <typename Real>
 __device__ __forceinline__ int* largest_exponents(Sum* sums, const Shape& p, long long image_head) {
-  return reinterpret_cast<int*>(sums + Binary<Real>::LIMBS * elements(p) + image_head);
+  return reinterpret_cast<int*>(sums + Binary<Real>::LIMBS * value_elements(p) + image_head);
 }
 
 // How one (image, head) is counted in quanta.
@@ -95,7 +90,8 @@ __device__ inline Scale<Real> read_scale(Sum* sums, const Shape& p, long long im
       addends >> 10;  // backward_value_binned.cu adds up to 8192 of them as floats, each sum too large by 2^-11 at most
   const int bits = min(MOST_BITS, VALID_BITS - (64 - __clzll(addends)));
   const int taken = min(of_weight, -LOWEST);  // 2^-taken must be a normal number
-  return {power(Real{}, -taken), bits - of_grad - (of_weight - taken), of_grad + of_weight - bits, bits, elements(p)};
+  return {power(Real{}, -taken), bits - of_grad - (of_weight - taken), of_grad + of_weight - bits, bits,
+          value_elements(p)};
 }
 
 // share * grad to the nearest whole number, at most 2^43. Next to HIGH a float counts in steps of 2^22, next to LOW in

@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(BLOCK, 4)
 
 // The same on persistent blocks, one to a multiprocessor, each with a contiguous range of the order of tile_scheduler.cuh.
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
-__global__ void __launch_bounds__(ORDERED_BLOCK, 1)
+__global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_forward_persistent(const Value* __restrict__ value, const Location* __restrict__ locations,
                             const Weight* __restrict__ weights, Value* __restrict__ output,
                             const long long* __restrict__ sizes, const long long* __restrict__ starts,
                             const __grid_constant__ OrderedParams<L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
 
-  __shared__ Shared<L, ORDERED_BLOCK> shared;
+  __shared__ Shared<L, PERSISTENT_BLOCK> shared;
   __shared__ Order order;
   load_levels(shared.levels, sizes, starts, p);
   load_order(order, shared.levels, p);

@@ -2,10 +2,7 @@
 // The level table: by value in the launch parameters where the host knows it, from device arrays where only they do.
 #pragma once
 
-constexpr int BLOCK = 256;  // threads
-constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr int DERIVED_START = -1;
 
 struct Shape {
   int batch;         // N
@@ -17,13 +14,17 @@ struct Shape {
   int num_points;    // P
 };
 
+// Elements of value.
+__device__ __forceinline__ long long value_elements(const Shape& p) {
+  return static_cast<long long>(p.batch) * p.spatial_size * p.num_heads * p.head_dim;
+}
+
 // Every scalar of a launch in one struct, with room for LEVELS levels; plans.py builds the same layout.
 template <int LEVELS>
 struct Params : Shape {
   int levels[LEVELS][3];  // H, W, start
 };
 
-constexpr int MAX_LEVELS = 320;  // by value: a launch may pass 4 KB
 using GenericParams = Params<MAX_LEVELS>;
 
 struct alignas(16) Level {  // one load

@@ -9,8 +9,6 @@
 #include "levels.cuh"
 
 constexpr unsigned TILE = 16;
-constexpr int MAX_GRIDS = 16;
-constexpr int ORDERED_BLOCK = 1024;  // threads of a persistent block: all that have 64 registers each
 
 // plans.py builds the same layout.
 template <int LEVELS>
@@ -92,7 +90,7 @@ __device__ inline unsigned share_of_rows(const Shape& p, unsigned block) {
 // visits the last one, which then does not count.
 template <int G, typename Visit>
 __device__ __forceinline__ void visit_in_order(const Order& order, const Shape& p, Visit visit) {
-  constexpr unsigned ROWS = WARP / G, STEP = ORDERED_BLOCK / G;  // at a time, of a warp and of the block
+  constexpr unsigned ROWS = WARP / G, STEP = PERSISTENT_BLOCK / G;  // at a time, of a warp and of the block
   const unsigned lane = threadIdx.x % WARP, group = lane / G;
   const unsigned end = share_of_rows(p, blockIdx.x + 1);
   unsigned first = share_of_rows(p, blockIdx.x) + threadIdx.x / WARP * ROWS;

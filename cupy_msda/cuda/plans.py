@@ -8,15 +8,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupy_msda.cuda.compile import Kernel
+from cupy_msda.cuda.compile import (
+    BLOCK,
+    DERIVED_START,
+    MAX_BINNED_LEVELS,
+    MAX_BINNED_POINTS,
+    MAX_SPECIALISED_LEVELS,
+    PERSISTENT_BLOCK,
+    WARP,
+    Kernel,
+)
 from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
-BLOCK = 256
-ORDERED_BLOCK = 1024
-WARP = 32
 MAX_GRID_YZ = 65535
-MAX_LEVELS_SPECIALISED = 16
-DERIVED_START = -1  # as in levels.cuh
 
 _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -26,9 +30,6 @@ _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over 
 # backward_value_tiled.cu: points of one (image, head, level), which at worst one block adds alone (kernels/README.md).
 _MOST_POINTS_OWNED = 8192
 _TILE_ELEMENTS = 4096  # their sums take 16 KiB of shared memory
-# backward_value_binned.cu: counters of a block's points by level and bin, and the points of its 256 queries.
-_MOST_LEVELS_SORTED = 8
-_MOST_POINTS_SORTED = 32
 NO_TABLE = LevelTable(None, None)
 
 
@@ -117,7 +118,7 @@ def _ordered(problem: Problem, group: int, multiprocessors: int, grids: Grids) -
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
     if grids is None or (not grids and lq != s):
         return False
-    least = multiprocessors * (_WARPS_PER_MULTIPROCESSOR * WARP if grids else ORDERED_BLOCK)
+    least = multiprocessors * (_WARPS_PER_MULTIPROCESSOR * WARP if grids else PERSISTENT_BLOCK)
     return n * lq * m * group >= least and n * m * max(lq, s) < 2**31
 
 
@@ -125,8 +126,8 @@ def _sorted(problem: Problem, multiprocessors: int, grids: Grids) -> bool:
     """Whether gradients of value come from backward_value_binned.cu."""
     return (
         _specialised(problem, 4)
-        and problem.num_levels <= _MOST_LEVELS_SORTED
-        and problem.num_levels * problem.num_points <= _MOST_POINTS_SORTED
+        and problem.num_levels <= MAX_BINNED_LEVELS
+        and problem.num_levels * problem.num_points <= MAX_BINNED_POINTS
         and _ordered(problem, problem.head_dim // 4, multiprocessors, grids)
     )
 
@@ -202,7 +203,7 @@ def _specialised(problem: Problem, vector: int) -> bool:
         and problem.head_dim % 8 == 0
         and group <= WARP
         and group & (group - 1) == 0
-        and problem.num_levels <= MAX_LEVELS_SPECIALISED
+        and problem.num_levels <= MAX_SPECIALISED_LEVELS
         and problem.spatial_size < 2**22
         and problem.spatial_size * pixel_bytes < 2**31
     )
@@ -239,7 +240,7 @@ def _ordered_plan(
     template = ", ".join([_types(problem), *map(str, _shape_arguments(problem))])
     params = _params(problem, table, grids=grids)
     kernel = Kernel(file, f"{name}<{template}>")
-    return Plan(kernel, (multiprocessors, 1, 1), (ORDERED_BLOCK, 1, 1), params)
+    return Plan(kernel, (multiprocessors, 1, 1), (PERSISTENT_BLOCK, 1, 1), params)
 
 
 def _plan(

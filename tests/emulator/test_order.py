@@ -138,7 +138,7 @@ def is_ordered(inputs: Inputs, multiprocessors: int, grids: Grids = ()) -> bool:
         plans.plan_forward(*case, grids),
         plans.plan_backward(*case, False, True, grids=grids),
     )
-    ordered = {"_ordered<" in plan.kernel.name for plan in both}
+    ordered = {"_persistent<" in plan.kernel.name for plan in both}
     assert len(ordered) == 1
     return ordered.pop()
 
