@@ -1,36 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of value for encoders: points are sorted by cell, and summed in registers before they go to memory.
+// The gradient of value for encoders: a counting sort of the points by cell, then a segmented reduction in registers, so
+// that far fewer additions go to memory than there are corners.
 //
 // Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well. FIXED: it is
-//          the array of sums that fixed_point.cuh describes. backward.cu computes the other two gradients.
-// Threads  A block takes 256 queries that follow one another in the order of tile_scheduler.cuh, of one image and head. It counts
-//          their points by level, row modulo 32 and column modulo 32, and lists them in the order of those bins. Then
-//          every group of G = D / 4 lanes walks through a stretch of the list, a lane on four channels: the sums of the
-//          four corners stay in registers while one point after the other lies in the same cell. If the next cell is
-//          the neighbour to the right, its left column goes on with the sums of the right one. FIXED: the points of a bin
-//          are listed in the order of their rows, so that every sum comes out the same; a lane's channels lie G apart.
+//          the fixed-point accumulator of fixed_point.cuh. backward.cu computes the other two gradients.
+// Threads  A block takes 256 queries, consecutive in the order of the tile scheduler, of one image and head. It bins their
+//          points by level, row modulo 32 and column modulo 32, and lists them bin by bin. Then every group of G = D / 4
+//          lanes walks through a segment of the list, a lane on four channels: the sums of the four corners stay in
+//          registers while consecutive points lie in the same cell. If the next cell is the neighbour to the right, the
+//          sums of the right column become those of its left column. FIXED: the points of a bin are listed in the order
+//          of their rows, so that every sum is bitwise identical in every run; a lane's channels lie G apart.
 // Grid     x: batches of queries, y and z: (image, head).
-// Limits   as backward.cu; at most 8 levels and 32 points a row, fewer than 2^31 rows.
-#include "fixed_point.cuh"
+// Limits   as backward.cu; at most MAX_BINNED_LEVELS levels and MAX_BINNED_POINTS points a row, fewer than 2^31 rows.
 #include "tile_scheduler.cuh"
-#include "records.cuh"
+#include "descriptors.cuh"
 
 constexpr int VEC = 4, CORNERS = 4;
 constexpr int SIDE = 32, BINS = SIDE * SIDE;  // of a level
 constexpr unsigned NONE = 0xffffffffu, NO_BIN = 0xffffu;
 
-// Counters of the bins, two to a word, and what becomes of them: where each bin begins in the list.
+// Counters of the bins, two to a word; after the prefix sum, where each bin begins in the list.
 template <int L>
 struct Bins {
   static constexpr int WORDS = L * BINS / 2;
   unsigned words[WORDS];
-  unsigned warp_sums[BLOCK / WARP];
+  // The compiler loads four at a time: unaligned, such a load would include a counter that another thread writes.
+  alignas(16) unsigned warp_sums[BLOCK / WARP];
 
   __device__ void clear() {
     for (int i = threadIdx.x; i < WORDS; i += BLOCK) words[i] = 0;
   }
 
-  // Count points; how many the bin had before.
+  // Count points of a bin. Returns its count before.
   __device__ unsigned add(unsigned bin, unsigned points = 1) {
     return get(atomicAdd(&words[bin / 2], points << bin % 2 * 16), bin);
   }
@@ -39,10 +40,10 @@ struct Bins {
 
   static __device__ unsigned get(unsigned word, unsigned bin) { return word >> bin % 2 * 16 & 0xffffu; }
 
-  // Turn counters into beginnings; all points. Every thread owns a stretch of the words.
-  __device__ unsigned scan() {
+  // Exclusive prefix sum over the counters. Returns the total. Every thread takes consecutive words.
+  __device__ unsigned exclusive_prefix_sum() {
     constexpr int OWN = WORDS / BLOCK;
-    static_assert(WORDS % BLOCK == 0, "stretches must be equal");
+    static_assert(WORDS % BLOCK == 0, "every thread takes as many words");
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, first = threadIdx.x * OWN;
     unsigned sum = 0;
     for (int i = first; i < first + OWN; ++i) sum += get(words[i], 0) + get(words[i], 1);
@@ -59,6 +60,7 @@ struct Bins {
       if (i < warp) begin += warp_sums[i];
       all += warp_sums[i];
     }
+#pragma unroll 1  // unrolled, it takes the kernel above 64 registers
     for (int i = first; i < first + OWN; ++i) {
       const unsigned word = words[i], second = begin + get(word, 0);
       words[i] = begin | second << 16;
@@ -73,19 +75,29 @@ struct Bins {
 template <int L, int K>
 struct Shared {
   Level levels[L];
-  Order order;
+  TileScheduler scheduler;
   unsigned rows[BLOCK];  // of the batch, among N * Lq * M; NONE beyond the last
   Bins<L> bins;
-  // Points of the batch, row * K + point of the row, in the order of their bins. Before that, FIXED: each one's bin, then
-  // its number within the bin.
+  // Points of the batch as row * K + point of the row, bin by bin. Before that, FIXED: each point's bin, then its number
+  // within the bin.
   unsigned short list[BLOCK * K];
-  Slots<BLOCK> slots;
-  unsigned slot_rows[BLOCK];  // of the slots' records
+  Descriptors<BLOCK> descriptors;
+  unsigned descriptor_rows[BLOCK];  // the row of each descriptor
 };
 
-// Number the points of every bin by their rows. One warp takes a level, whose bins are its own.
+// Start a batch: its rows, and empty bins.
+template <int L, int K>
+__device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_head, const Shape& p) {
+  const unsigned index = blockIdx.x * BLOCK + threadIdx.x, queries = p.num_queries;
+  shared.rows[threadIdx.x] =
+      index < queries ? ScheduledRow(image_head * queries + index, shared.scheduler, p).row : NONE;
+  shared.bins.clear();
+  __syncthreads();
+}
+
+// Number the points of every bin in the order of their rows. One warp takes a level, whose bins are its own.
 template <int P, int L, int K>
-__device__ void number_in_order(Shared<L, K>& shared) {
+__device__ void number_by_rows(Shared<L, K>& shared) {
   static_assert(L <= BLOCK / WARP, "every level needs a warp");
   const unsigned level = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (level >= L) return;
@@ -100,34 +112,33 @@ __device__ void number_in_order(Shared<L, K>& shared) {
   }
 }
 
-// The points of the batch in the order of their bins, STABLE: and of their rows; how many there are.
-template <int P, bool STABLE, int L, int K, typename Location>
-__device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations) {
-  unsigned ranks[K];  // bin << 16 | number within the bin, of every point that this thread looks at
+// The counting sort: list the points of the batch bin by bin; STABLE: within a bin in the order of their rows. Returns how
+// many there are.
+template <int P, bool STABLE, int L, int K, typename Location, typename Weight>
+__device__ unsigned sort_points(Shared<L, K>& shared, const PointArrays<Location, Weight>& points) {
+  unsigned ranks[K];  // bin << 16 | number within the bin, of every point that this thread takes
 #pragma unroll
   for (int i = 0; i < K; ++i) {
-    const unsigned id = i * BLOCK + threadIdx.x, row = shared.rows[id / K], k = id % K;
+    const unsigned id = i * BLOCK + threadIdx.x, row = shared.rows[id / K], k = id % K, l = level_of<P>(k);
     ranks[i] = NONE;
     if (STABLE) shared.list[id] = NO_BIN;
     if (row == NONE) continue;
-    float location[2];
-    load(location, locations + 2 * (static_cast<size_t>(row) * K + k));
-    const Level level = shared.levels[k / P];
-    const Cell<float> cell = locate<true, false, float>({location[0], location[1], level}, level);
+    const Level level = shared.levels[l];
+    const Cell<float> cell = locate<true>(points.coordinates(static_cast<size_t>(row) * K + k, level), level);
     if (cell.corners == 0u) continue;
-    const unsigned bin = (k / P * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
+    const unsigned bin = (l * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
     if (STABLE) shared.list[id] = static_cast<unsigned short>(bin);
     ranks[i] = bin << 16 | (STABLE ? 0 : shared.bins.add(bin));
   }
   __syncthreads();
   if constexpr (STABLE) {
-    number_in_order<P>(shared);
+    number_by_rows<P>(shared);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < K; ++i)
       if (ranks[i] != NONE) ranks[i] |= shared.list[i * BLOCK + threadIdx.x];
   }
-  const unsigned count = shared.bins.scan();
+  const unsigned count = shared.bins.exclusive_prefix_sum();
 #pragma unroll
   for (int i = 0; i < K; ++i)
     if (ranks[i] != NONE)
@@ -136,27 +147,27 @@ __device__ unsigned sort_points(Shared<L, K>& shared, const Location* locations)
   return count;
 }
 
-// The sums of one cell's corners, in the lane's channels, on their way to memory.
+// The sums of one cell's corners, in the lane's channels, until they go to memory.
 template <typename Addend, int PIXEL, int WIDER, int G>
 struct CellSums {
   char* base;  // of the (image, head), at the lane's channels
-  int2 place;  // of the cell, as in its record
+  int2 place;  // of the cell, as in its descriptor
   float sum[CORNERS][VEC];
 
   __device__ void flush(int corner) const {
-    if (place.x >> corner & 1)
+    if (has_corner(place.x, corner))
       add_to(reinterpret_cast<Addend*>(corner_pointer<false, PIXEL, WIDER>(base, place, corner)), sum[corner]);
   }
 
   static __device__ void add_to(float* to, const float (&s)[VEC]) { reduce_add(to, s[0], s[1], s[2], s[3]); }
-  static __device__ void add_to(Sum* to, const float (&s)[VEC]) {
+  static __device__ void add_to(FixedPoint* to, const float (&s)[VEC]) {
 #pragma unroll
-    for (int c = 0; c < VEC; ++c) add_quanta(to + c * G, s[c]);
+    for (int c = 0; c < VEC; ++c) add_units(to + c * G, s[c]);
   }
 
-  // Go to another cell: write what it does not share with this one.
+  // Go to another cell: write the sums that it does not share.
   __device__ void move(const int2& next) {
-    // The same addresses and the same corners that count: so the right column is the left one of the next cell.
+    // The right column is the left one of the next cell if addresses and corner bits agree.
     const bool beside =
         next.x >> 4 == (place.x >> 4) + PIXEL / 16 && next.y == place.y && (place.x >> 1 & 5) == (next.x & 5);
     flush(0);
@@ -174,38 +185,35 @@ struct CellSums {
     place = next;
   }
 
-  __device__ void add(const float4& share, const float (&grad)[VEC]) {
-    const float shares[CORNERS] = {share.x, share.y, share.z, share.w};
+  __device__ void add(const float4& coefficient, const float (&grad)[VEC]) {
+    const float coefficients[CORNERS] = {coefficient.x, coefficient.y, coefficient.z, coefficient.w};
 #pragma unroll
     for (int corner = 0; corner < CORNERS; ++corner)
 #pragma unroll
-      for (int c = 0; c < VEC; ++c) sum[corner][c] += shares[corner] * grad[c];
+      for (int c = 0; c < VEC; ++c) sum[corner][c] += coefficients[corner] * grad[c];
   }
 };
 
-// The records of the points at `first` and after it in the list, one by each lane of a group, with weights multiplied by
-// `weight_factor`.
+// The descriptors of the points at `first` and after it in the list, one by each lane of a group, with weights multiplied
+// by `weight_factor`.
 template <int P, int G, int PIXEL, int L, int K, typename Location, typename Weight>
-__device__ __forceinline__ void make_records(Shared<L, K>& shared, unsigned first, unsigned end,
-                                             const Location* locations, const Weight* weights, float weight_factor) {
+__device__ __forceinline__ void make_descriptors(Shared<L, K>& shared, unsigned first, unsigned end,
+                                                 const PointArrays<Location, Weight>& points, float weight_factor) {
   const unsigned member = threadIdx.x % G;
-  const int slot = slot_of<G>(member);
+  const int own = descriptor_index<G>(member);
   if (first + member >= end) {
-    empty_record(shared.slots, slot);
-    shared.slot_rows[slot] = shared.rows[0];
+    empty_descriptor(shared.descriptors, own);
+    shared.descriptor_rows[own] = shared.rows[0];
     return;
   }
   const unsigned id = shared.list[first + member], row = shared.rows[id / K], k = id % K;
-  const size_t point = static_cast<size_t>(row) * K + k;
-  const Level level = shared.levels[k / P];
-  float location[2];
-  load(location, locations + 2 * point);
-  make_record<PIXEL, false>(shared.slots, slot, {location[0], location[1], level},
-                            widen(weights[point]) * weight_factor, level);
-  shared.slot_rows[slot] = row;
+  Point<float> point = points.load(static_cast<size_t>(row) * K + k, shared.levels[level_of<P>(k)]);
+  point.weight *= weight_factor;
+  make_descriptor<PIXEL, false>(shared.descriptors, own, point);
+  shared.descriptor_rows[own] = row;
 }
 
-// Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in quanta.
+// Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in fixed-point units.
 template <bool FIXED, int G, typename Value>
 __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, const Scale<float>& scale) {
   if constexpr (FIXED) {
@@ -216,57 +224,68 @@ __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, c
   }
 }
 
+// The segmented reduction: each group walks through its segment of the list of `count` points, and adds the sums of every
+// cell to memory. `cell` begins as one without corners; `channel` is the lane's first.
+template <int P, int G, int PIXEL, int D, bool FIXED, typename Cell, int L, int K, typename Value, typename Location,
+          typename Weight>
+__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared, unsigned count,
+                                             const PointArrays<Location, Weight>& points, const Value* grad_output,
+                                             unsigned channel, const Scale<float>& scale) {
+  constexpr int AHEAD = G < 4 ? G : 4;  // loads of gradients under way at a time
+  const unsigned segment = (count + BLOCK / G - 1) / (BLOCK / G);
+  const unsigned begin = threadIdx.x / G * segment, end = min(begin + segment, count);
+#pragma unroll 1
+  for (unsigned first = 0; first < segment; first += G) {  // as often in every group of the warp
+    make_descriptors<P, G, PIXEL>(shared, begin + first, end, points, scale.weight);
+    __syncwarp();
+#pragma unroll 1
+    for (int j = 0; j < G; j += AHEAD) {
+      float grad[AHEAD][VEC];
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const size_t row = shared.descriptor_rows[descriptor_index<G>(j + i)];
+        load_grad<FIXED, G>(grad[i], grad_output + row * D + channel, scale);
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        const int2 place = shared.descriptors.places[descriptor_index<G>(j + i)];
+        if (place.x != cell.place.x || place.y != cell.place.y) cell.move(place);
+        cell.add(shared.descriptors.coefficients[descriptor_index<G>(j + i)], grad[i]);
+      }
+    }
+    __syncwarp();
+  }
+  cell.move({0, 0});
+}
+
 template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, bool FIXED>
 __global__ void __launch_bounds__(BLOCK, 3)
     msda_backward_value_binned(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
                                const Weight* __restrict__ weights,
                                typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                                const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                               const __grid_constant__ OrderedParams<L> p) {
+                               const __grid_constant__ SchedulerParams<L> p) {
   using Addend = typename Accumulator<Value, FIXED>::type;
-  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value), AHEAD = G < 4 ? G : 4;
+  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
-  static_assert(BLOCK * K <= 8192, "a counter has 16 bits, and the list its place in shared memory");
+  static_assert(L <= MAX_BINNED_LEVELS && K <= MAX_BINNED_POINTS, "plans.py sends the problem elsewhere");
+  static_assert(BLOCK * MAX_BINNED_POINTS < 1 << 16, "a counter has 16 bits");
 
   __shared__ Shared<L, K> shared;
   const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
   if (image_head >= static_cast<unsigned>(p.batch * M)) return;
   load_levels(shared.levels, sizes, starts, p);
-  load_order(shared.order, shared.levels, p);
-  const unsigned index = blockIdx.x * BLOCK + threadIdx.x, queries = p.num_queries;
-  shared.rows[threadIdx.x] = index < queries ? OrderedRow(image_head * queries + index, shared.order, p).row : NONE;
-  shared.bins.clear();
-  __syncthreads();
-  const unsigned count = sort_points<P, FIXED>(shared, locations);
+  load_scheduler(shared.scheduler, shared.levels, p);
+  load_batch(shared, image_head, p);
+  const PointArrays<Location, Weight> points = {locations, weights};
+  const unsigned count = sort_points<P, FIXED>(shared, points);
 
-  const unsigned member = threadIdx.x % G, stretch = (count + BLOCK / G - 1) / (BLOCK / G);
-  const unsigned begin = threadIdx.x / G * stretch, end = min(begin + stretch, count);
-  const unsigned channel = FIXED ? member : member * VEC;
+  const unsigned member = threadIdx.x % G, channel = FIXED ? member : member * VEC;
   const size_t plane = static_cast<size_t>(image_head / M) * p.spatial_size * M + image_head % M;
   Scale<float> scale = {1.0f, 0, 0, 0, 0};
   if constexpr (FIXED) scale = read_scale<float>(grad_value, p, image_head);
   CellSums<Addend, PIXEL, sizeof(Addend) / sizeof(Value), G> cell = {
       reinterpret_cast<char*>(grad_value + plane * D + channel), {0, 0}, {}};
-#pragma unroll 1
-  for (unsigned first = 0; first < stretch; first += G) {  // as often in every group of the warp
-    make_records<P, G, PIXEL>(shared, begin + first, end, locations, weights, scale.weight);
-    __syncwarp();
-#pragma unroll 1
-    for (int j = 0; j < G; j += AHEAD) {
-      float grad[AHEAD][VEC];
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i)
-        load_grad<FIXED, G>(
-            grad[i], grad_output + static_cast<size_t>(shared.slot_rows[slot_of<G>(j + i)]) * D + channel, scale);
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const int2 place = shared.slots.places[slot_of<G>(j + i)];
-        if (place.x != cell.place.x || place.y != cell.place.y) cell.move(place);
-        cell.add(shared.slots.shares[slot_of<G>(j + i)], grad[i]);
-      }
-    }
-    __syncwarp();
-  }
-  cell.move({0, 0});
+  reduce_cells<P, G, PIXEL, D, FIXED>(cell, shared, count, points, grad_output, channel, scale);
 }

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of value for few queries, the same bits in every run: each block owns a tile of positions and collects what
-// falls into it. Every element is written once, without a zero fill, atomics or a pass afterwards.
+// The gradient of value for few queries, bitwise identical in every run: each block keeps one tile of positions
+// (output-stationary) and collects what its points add to it. Every element is written once, without a zero fill, atomics or
+// a pass afterwards.
 //
 // Layout   grad_output, locations and weights as in backward.cu; grad_value (N, S, M, D), written whole, in Value.
-// Threads  A block keeps the float sums of TILE positions of one (image, head) in shared memory. For each level that meets
-//          the tile the threads test one point each, STEP points a round, and list those that touch the tile, in order.
-//          Then every warp walks through the list and adds to its own columns of the level, those of its number modulo
-//          WARPS; half of its lanes to even rows, half to odd ones. The four corners of a cell so belong to four groups
-//          of lanes, and the addends of an element are added by one thread, in the order of the points: the order, and
-//          with it every bit, is the same however blocks and warps are scheduled.
+// Threads  A block keeps the float accumulators of TILE positions of one (image, head) in shared memory. For each level that
+//          meets the tile the threads test one point each, STEP points a round, and list those that touch the tile, in
+//          order. Then every warp walks through the list and adds to its own columns of the level, those of its number
+//          modulo WARPS; half of its lanes to even rows, half to odd ones. The four corners of a cell so belong to four
+//          groups of lanes, and one thread adds the addends of an element, in the order of the points: each sum is the
+//          same however blocks and warps are scheduled.
 // Grid     x: (image, head), then tiles from the last: mostly the coarsest levels, whose tiles have the most to add.
 // Limits   as backward.cu, and query * TILE below 2^31. Every block tests every point of its levels: see plans.py.
-#include "bilinear.cuh"
-#include "scalar.cuh"
+#include "point.cuh"
 
 constexpr int WARPS = BLOCK / WARP;
 constexpr int WORDS = 8;             // points that a thread tests in a round: that many loads are under way at a time
@@ -23,7 +23,7 @@ constexpr int VEC = 2;               // neighbouring channels of a lane
 // What one position of the tile receives from one point.
 struct __align__(8) Addend {
   int place;  // query * TILE + position in the tile; negative: it receives nothing
-  float share;
+  float coefficient;
 };
 
 // What the two positions of one point in one column receive: in even rows, in odd rows.
@@ -33,20 +33,20 @@ struct Pair {
 
 // The points of one (image, head, level), numbered query by query.
 template <typename Location, typename Weight, int M, int L, int P>
-struct Points {
-  const Location* locations;
-  const Weight* weights;
+struct LevelPoints {
+  PointArrays<Location, Weight> arrays;  // from the level's first point on
   Level level;
 
-  __device__ Points(const Location* locations, const Weight* weights, long long first_row, int l, const Level& level)
-      : locations(locations + 2 * (first_row * L + l) * P), weights(weights + (first_row * L + l) * P), level(level) {}
+  __device__ LevelPoints(const Location* locations, const Weight* weights, long long first_row, int l,
+                         const Level& level)
+      : arrays{locations + 2 * (first_row * L + l) * P, weights + (first_row * L + l) * P}, level(level) {}
 
   __device__ static int query(int point) { return static_cast<unsigned>(point) / P; }
 
-  // Where the point that is `times` STRIDE points after a point lies.
+  // Index in the arrays of the point that comes `times` STRIDE points after `point`.
   template <int STRIDE = 0>
-  __device__ long long offset(int point, int times = 0) const {
-    if (STRIDE % P != 0) return offset(point + times * STRIDE);
+  __device__ long long index(int point, int times = 0) const {
+    if (STRIDE % P != 0) return index(point + times * STRIDE);
     const int rest = static_cast<unsigned>(point) % P;
     return query(point) * static_cast<long long>(M * L * P) + rest +
            times * (STRIDE / P) * static_cast<long long>(M * L * P);
@@ -64,11 +64,11 @@ __device__ __forceinline__ int top_left(const Cell<float>& cell, const Level& le
 // Whether a corner of the point's cell lies in the tile, and the cell's column. Points outside the level may pass:
 // make_pair drops them.
 template <int TILE>
-__device__ __forceinline__ bool touches(int& column, const float (&at)[2], const Level& level, int tile_start) {
+__device__ __forceinline__ bool touches(int& column, const Coordinates<float>& at, const Level& level, int tile_start) {
   const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
   Cell<float> cell;
-  split<true>(fminf(fmaxf(at[0] * width - 0.5f, -1.0f), width), cell.column, cell.right);
-  split<true>(fminf(fmaxf(at[1] * height - 0.5f, -1.0f), height), cell.row, cell.down);
+  floor_and_fraction<true>(fminf(fmaxf(at.x, -1.0f), width), cell.column, cell.right);
+  floor_and_fraction<true>(fminf(fmaxf(at.y, -1.0f), height), cell.row, cell.down);
   const int upper = top_left(cell, level, tile_start), lower = upper + level.width;
   column = cell.column;
   // At -1 it is the right corner that lies in the tile.
@@ -83,11 +83,11 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const int words = (min(end - first, STEP) + BLOCK - 1) / BLOCK;  // each warp takes so many times 32 points, in a row
   const int own = warp * words * WARP + lane, room = min(words * WARP, end - first - own);
-  float at[WORDS][2];
+  Fractions<float> at[WORDS];  // converting to pixels here, not below, takes more registers
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
-    at[i][0] = at[i][1] = 0.0f;
-    if (i * WARP < room) load(at[i], points.locations + 2 * points.template offset<WARP>(first + own, i));
+    at[i] = {0.0f, 0.0f};
+    if (i * WARP < room) at[i] = points.arrays.location(points.template index<WARP>(first + own, i));
   }
   unsigned hits[WORDS];
   unsigned columns = 0u;  // four bits each
@@ -97,7 +97,7 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
     hits[i] = 0u;
     if (i >= words) continue;
     int column;
-    const bool hit = touches<TILE>(column, at[i], points.level, tile_start);
+    const bool hit = touches<TILE>(column, to_pixels(at[i], points.level), points.level, tile_start);
     columns |= static_cast<unsigned>(column & (WARPS - 1)) << 4 * i;
     hits[i] = __ballot_sync(ALL_LANES, hit & (i * WARP < room));
     count += __popc(hits[i]);
@@ -125,30 +125,27 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
 template <int TILE, typename Points>
 __device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int point, int tile_start) {
   const int query = points.query(point);
-  const long long offset = points.offset(point);
-  float at[2];
-  load(at, points.locations + 2 * offset);
-  const Cell<float> cell = locate<true, false, float>({at[0], at[1], points.level}, points.level);
+  const long long index = points.index(point);
+  const Cell<float> cell = locate<true>(points.arrays.coordinates(index, points.level), points.level);
   const int right = (static_cast<int>(threadIdx.x / WARP) - cell.column) & (WARPS - 1);
   if (right > 1) return false;
-  const Four<float> share = corner_shares(cell, widen(points.weights[offset]));
-  const unsigned corners = cell.corners >> right;
+  const Four<float> coefficient = corner_coefficients(cell, points.arrays.weight(index));
   const int upper = top_left(cell, points.level, tile_start) + right;
   bool any = false;
 #pragma unroll
   for (int down = 0; down < 2; ++down) {
     const int position = upper + down * points.level.width;
-    const bool counts = (corners >> 2 * down & 1u) && static_cast<unsigned>(position) < TILE;
+    const bool counts = has_corner(cell.corners, 2 * down + right) && static_cast<unsigned>(position) < TILE;
     pair.of_row[(cell.row + down) & 1] = {counts ? query * TILE + position : -1,
-                                          right ? share.at[2 * down + 1] : share.at[2 * down]};
+                                          right ? coefficient.at[2 * down + 1] : coefficient.at[2 * down]};
     any |= counts;
   }
   return any;
 }
 
-// Add the pairs whose bits are set, in their order, to the lane's sums.
+// Add the pairs whose bits are set, in their order, to the lane's accumulators.
 template <typename Value, int M, int D, int TILE>
-__device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsigned set, const Value* grad_output) {
+__device__ __forceinline__ void add_pairs(float2* tile, const Pair* pairs, unsigned set, const Value* grad_output) {
   constexpr int GROUP = D / VEC < WARP / 2 ? D / VEC : WARP / 2;  // lanes to a position
   constexpr int TURNS = D / (GROUP * VEC);
   constexpr int BATCH = TURNS < 4 ? 4 / TURNS : 1;  // so many pairs wait for their gradients at the same time
@@ -157,15 +154,15 @@ __device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsig
 #pragma unroll 1
   while (set != 0u) {
     bool counts[BATCH];
-    float share[BATCH], grad[BATCH][TURNS][VEC];
+    float coefficient[BATCH], grad[BATCH][TURNS][VEC];
     float2* to[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
       const Addend addend = pairs[(__ffs(static_cast<int>(set)) - 1) & (WARP - 1)].of_row[parity];
       counts[b] = set != 0u && addend.place >= 0;
       set &= set - 1u;
-      share[b] = addend.share;
-      to[b] = sums + static_cast<unsigned>(addend.place) % TILE * (D / VEC) + member;
+      coefficient[b] = addend.coefficient;
+      to[b] = tile + static_cast<unsigned>(addend.place) % TILE * (D / VEC) + member;
       const long long query = static_cast<unsigned>(addend.place) / TILE;
 #pragma unroll
       for (int turn = 0; turn < TURNS; ++turn)
@@ -177,11 +174,62 @@ __device__ __forceinline__ void add_pairs(float2* sums, const Pair* pairs, unsig
       for (int turn = 0; turn < TURNS; ++turn) {
         if (!counts[b]) continue;
         float2 sum = to[b][turn * GROUP];
-        sum.x += share[b] * grad[b][turn][0];
-        sum.y += share[b] * grad[b][turn][1];
+        sum.x += coefficient[b] * grad[b][turn][0];
+        sum.y += coefficient[b] * grad[b][turn][1];
         to[b][turn * GROUP] = sum;
       }
     }
+  }
+}
+
+// Add the listed hits of a round that touch the warp's columns: queue them, and make and add pairs 32 at a time.
+template <typename Value, int M, int D, int TILE, typename Points>
+__device__ __forceinline__ void add_hits(float4* tile, unsigned short (&queue)[QUEUE], Pair (&pairs)[WARP],
+                                         const unsigned short (&list)[STEP], int hits, const Points& points, int first,
+                                         int tile_start, const Value* grad_output) {
+  const unsigned warp = threadIdx.x / WARP;
+  const int lane = threadIdx.x % WARP;
+  int head = 0, tail = 0;  // of the queue, whose numbers wrap
+#pragma unroll 1
+  for (int hit = lane; hit - lane < hits || head < tail; hit += WARP) {
+    const unsigned number = hit < hits ? list[hit] : 0u;
+    const bool mine = hit < hits && ((warp - number / STEP) & (WARPS - 1)) <= 1u;
+    const unsigned queued = __ballot_sync(ALL_LANES, mine);
+    if (mine) queue[(tail + count_below(queued, lane)) % QUEUE] = static_cast<unsigned short>(number % STEP);
+    tail += __popc(queued);
+    __syncwarp();
+    if (tail - head < WARP && hit - lane + WARP < hits) continue;
+    const bool any =
+        lane < tail - head && make_pair<TILE>(pairs[lane], points, first + queue[(head + lane) % QUEUE], tile_start);
+    head = min(head + WARP, tail);
+    const unsigned set = __ballot_sync(ALL_LANES, any);
+    __syncwarp();
+    add_pairs<Value, M, D, TILE>(reinterpret_cast<float2*>(tile), pairs, set, grad_output);
+  }
+}
+
+// Write the tile.
+template <int M, int D, int TILE, typename Value>
+__device__ __forceinline__ void store_tile(Value* grad_value, const float4* tile, long long image, int head,
+                                           int tile_start, const Shape& p) {
+  constexpr int COUNT = 16 / sizeof(Value);  // channels that a thread writes at a time
+  constexpr int ROWS = BLOCK * COUNT / D;    // positions that the block writes at a time
+  static_assert(TILE % ROWS == 0, "all threads write");
+  const int element = threadIdx.x * COUNT, position = tile_start + element / D;
+  grad_value += ((image * p.spatial_size + position) * M + head) * D + element % D;
+#pragma unroll
+  for (int i = 0; i < TILE; i += ROWS) {
+    if (position + i >= p.spatial_size) break;
+    float whole[COUNT];
+#pragma unroll
+    for (int c = 0; c < COUNT; c += 4) {
+      const float4 sum = tile[(element + i * D + c) / 4];
+      whole[c] = sum.x;
+      whole[c + 1] = sum.y;
+      whole[c + 2] = sum.z;
+      whole[c + 3] = sum.w;
+    }
+    store(grad_value + static_cast<long long>(i) * M * D, whole);
   }
 }
 
@@ -191,20 +239,18 @@ __global__ void __launch_bounds__(BLOCK, 4)
                               const Weight* __restrict__ weights, Value* __restrict__ grad_value,
                               const long long* __restrict__ sizes, const long long* __restrict__ starts,
                               const __grid_constant__ Params<L> p) {
-  constexpr int COUNT = 16 / sizeof(Value);  // channels that a thread writes at a time
-  constexpr int ROWS = BLOCK * COUNT / D;    // positions that the block writes at a time
   static_assert(STEP * WARPS <= 1 << 16, "a listed point has 16 bits");
   static_assert(D % 8 == 0 && D <= 128 && (D & (D - 1)) == 0, "lanes share out the channels evenly");
-  static_assert((TILE & (TILE - 1)) == 0 && TILE % ROWS == 0, "shifts take places apart, and all threads write");
+  static_assert((TILE & (TILE - 1)) == 0, "shifts take places apart");
   __shared__ Level levels[L];
-  __shared__ float4 sums[TILE * D / 4];
+  __shared__ float4 tile[TILE * D / 4];
   __shared__ unsigned short list[STEP];
   __shared__ int counts[WARPS];
   __shared__ unsigned short queue[WARPS][QUEUE];
   __shared__ Pair pairs[WARPS][WARP];
 #pragma unroll
-  for (int i = 0; i < TILE * D / 4; i += BLOCK) sums[threadIdx.x + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  load_levels(levels, sizes, starts, p);  // and all threads meet, the sums being zero
+  for (int i = 0; i < TILE * D / 4; i += BLOCK) tile[threadIdx.x + i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  load_levels(levels, sizes, starts, p);  // its barrier comes after the zeros, too
 
   const unsigned image_heads = static_cast<unsigned>(p.batch) * M, image_head = blockIdx.x % image_heads;
   const long long image = image_head / M;
@@ -213,52 +259,20 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const long long first_row = image * p.num_queries * M + head;
   grad_output += first_row * D;
   const unsigned warp = threadIdx.x / WARP;
-  const int lane = threadIdx.x % WARP, end = p.num_queries * P;
+  const int end = p.num_queries * P;
 
 #pragma unroll 1
   for (int l = 0; l < L; ++l) {
     const Level level = levels[l];
     const int beyond = level.start + level.height * level.width;  // the start, where the level is empty or does not fit
     if (beyond <= max(level.start, tile_start) || level.start >= tile_start + TILE) continue;
-    const Points<Location, Weight, M, L, P> points(locations, weights, first_row, l, level);
+    const LevelPoints<Location, Weight, M, L, P> points(locations, weights, first_row, l, level);
 #pragma unroll 1
     for (int first = 0; first < end; first += STEP) {
       const int hits = list_hits<TILE>(list, counts, points, first, end, tile_start);
-      int head = 0, tail = 0;  // of the warp's queue, whose numbers wrap: hits that touch its columns
-#pragma unroll 1
-      for (int hit = lane; hit - lane < hits || head < tail; hit += WARP) {
-        const unsigned number = hit < hits ? list[hit] : 0u;
-        const bool mine = hit < hits && ((warp - number / STEP) & (WARPS - 1)) <= 1u;
-        const unsigned queued = __ballot_sync(ALL_LANES, mine);
-        if (mine) queue[warp][(tail + count_below(queued, lane)) % QUEUE] = static_cast<unsigned short>(number % STEP);
-        tail += __popc(queued);
-        __syncwarp();
-        if (tail - head < WARP && hit - lane + WARP < hits) continue;
-        const bool any = lane < tail - head && make_pair<TILE>(pairs[warp][lane], points,
-                                                               first + queue[warp][(head + lane) % QUEUE], tile_start);
-        head = min(head + WARP, tail);
-        const unsigned set = __ballot_sync(ALL_LANES, any);
-        __syncwarp();
-        add_pairs<Value, M, D, TILE>(reinterpret_cast<float2*>(sums), pairs[warp], set, grad_output);
-      }
+      add_hits<Value, M, D, TILE>(tile, queue[warp], pairs[warp], list, hits, points, first, tile_start, grad_output);
     }
   }
   __syncthreads();
-
-  const int element = threadIdx.x * COUNT, position = tile_start + element / D;
-  grad_value += ((image * p.spatial_size + position) * M + head) * D + element % D;
-#pragma unroll
-  for (int i = 0; i < TILE; i += ROWS) {
-    if (position + i >= p.spatial_size) break;
-    float whole[COUNT];
-#pragma unroll
-    for (int c = 0; c < COUNT; c += 4) {
-      const float4 sum = sums[(element + i * D + c) / 4];
-      whole[c] = sum.x;
-      whole[c + 1] = sum.y;
-      whole[c + 2] = sum.z;
-      whole[c + 3] = sum.w;
-    }
-    store(grad_value + static_cast<long long>(i) * M * D, whole);
-  }
+  store_tile<M, D, TILE>(grad_value, tile, image, head, tile_start, p);
 }

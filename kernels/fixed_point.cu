@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// What goes before and after a backward that sums gradients of value in fixed point (fixed_point.cuh): msda_fixed_point_scale finds the
-// largest exponents that decide the quantum of each (image, head), msda_fixed_point_finish turns the sums into grad_value.
+// Before and after a backward that accumulates gradients of value in fixed point (fixed_point.cuh). msda_fixed_point_scale
+// finds the largest exponents, which decide the unit of each (image, head); msda_fixed_point_finish converts the accumulator
+// into grad_value.
 //
-// Layout   grad_output, locations, weights and grad_value as in backward.cu, sums as in fixed_point.cuh.
-// Threads  One warp takes a row of one (image, head), msda_fixed_point_scale a query's and msda_fixed_point_finish a position's, with its lanes
-//          over the channels or points, then the row that lies as many rows further as the grid has warps.
+// Layout   grad_output, locations, weights and grad_value as in backward.cu, the accumulator as in fixed_point.cuh.
+// Threads  One warp takes a row of one (image, head): of a query in msda_fixed_point_scale, of a position in
+//          msda_fixed_point_finish, with its lanes over the channels or points; then the next row, as many rows on as the
+//          grid has warps.
 // Grid     x: enough blocks to fill the device, y and z: (image, head). All offsets are 64-bit.
-#include "bilinear.cuh"
 #include "fixed_point.cuh"
-#include "scalar.cuh"
+#include "point.cuh"
 
-// Which rows of which (image, head) a warp takes.
+// The rows of one (image, head) that a warp takes.
 struct Rows {
   int image, head;
   long long image_head, first, step;
@@ -28,7 +29,7 @@ __device__ inline Rows these_rows(const Shape& p) {
   return rows;
 }
 
-// Put the warp's largest number into memory. The order does not matter here either.
+// Raise a number in memory to the warp's largest one. The order does not matter.
 __device__ inline void keep_largest(int* to, int number) {
   for (int offset = WARP / 2; offset > 0; offset /= 2) number = max(number, __shfl_xor_sync(ALL_LANES, number, offset));
   if (threadIdx.x % WARP == 0) atomicMax(to, number);
@@ -37,13 +38,14 @@ __device__ inline void keep_largest(int* to, int number) {
 template <typename Value, typename Location, typename Weight>
 __global__ void __launch_bounds__(BLOCK)
     msda_fixed_point_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                           const Weight* __restrict__ weights, Sum* __restrict__ sums,
+                           const Weight* __restrict__ weights, FixedPoint* __restrict__ accumulator,
                            const long long* __restrict__ sizes, const long long* __restrict__ starts,
                            const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   const Rows rows = these_rows(p);
   if (!rows.active) return;
   const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
+  const PointArrays<Location, Weight> arrays = {locations, weights};
   int of_grad = 0, of_weights = 0;
   for (long long query = rows.first; query < p.num_queries; query += rows.step) {
     const long long row = (rows.image * static_cast<long long>(p.num_queries) + query) * p.num_heads + rows.head;
@@ -52,32 +54,32 @@ __global__ void __launch_bounds__(BLOCK)
 #pragma unroll 1
     for (int k = lane; k < points; k += WARP) {
       const long long at = row * points + k;
-      const int field = exponent_field(static_cast<Real>(widen(weights[at])));
+      const int field = exponent_field(arrays.template weight<Real>(at));
       if (field <= of_weights) continue;  // mostly so, which spares the location
-      // Whatever the weight of a point outside, it must not make the quantum coarse.
+      // The weight of a point outside may be anything, and must not make the unit coarse.
       const Level level = read_level(k / p.num_points, sizes, starts, p);
-      const Real x = static_cast<Real>(widen(locations[2 * at])), y = static_cast<Real>(widen(locations[2 * at + 1]));
-      if (is_inside<Real>({x, y, level}, level)) of_weights = field;
+      if (is_inside(arrays.template coordinates<Real>(at, level), level)) of_weights = field;
     }
   }
-  int* fields = largest_exponents<Real>(sums, p, rows.image_head);
+  int* fields = largest_exponents<Real>(accumulator, p, rows.image_head);
   keep_largest(fields, of_grad);
   keep_largest(fields + 1, of_weights);
 }
 
 template <typename Value>
 __global__ void __launch_bounds__(BLOCK)
-    msda_fixed_point_finish(Sum* __restrict__ sums, Value* __restrict__ grad_value, const __grid_constant__ Shape p) {
+    msda_fixed_point_finish(FixedPoint* __restrict__ accumulator, Value* __restrict__ grad_value,
+                            const __grid_constant__ Shape p) {
   using Real = typename Compute<Value>::type;
   const Rows rows = these_rows(p);
   if (!rows.active) return;
-  const Scale<Real> scale = read_scale<Real>(sums, p, rows.image_head);
+  const Scale<Real> scale = read_scale<Real>(accumulator, p, rows.image_head);
 #pragma unroll 4
   for (long long position = rows.first; position < p.spatial_size; position += rows.step) {
     const long long row = (rows.image * static_cast<long long>(p.spatial_size) + position) * p.num_heads + rows.head;
     for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
       const long long at = row * p.head_dim + channel;
-      grad_value[at] = narrow_to<Value>(from_fixed(sums + at, scale));
+      grad_value[at] = narrow_to<Value>(from_fixed(accumulator + at, scale));
     }
   }
 }

@@ -1,75 +1,92 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward and backward for what the specialised kernels do not cover: any D, L, P and M, float64, more than 2^31 bytes.
+// Forward and backward for everything that the specialised kernels do not cover: any D, L, P and M, float64, more than
+// 2^31 bytes.
 //
-// Layout   as in forward.cu and backward.cu; grad_value is a zeroed accumulator in Compute<Value>, or with
-//          FIXED the array of sums that fixed_point.cuh describes.
-// Threads  One warp owns a row (n, q, m). Points are taken 32 at a time: each lane locates one of them, leaves it in the
-//          warp's slots, and the warp walks through the slots with its lanes over the channels.
+// Layout   as in forward.cu and backward.cu; grad_value is a zeroed accumulator in Compute<Value> or, with FIXED, the
+//          fixed-point accumulator of fixed_point.cuh.
+// Threads  One warp owns a row (n, q, m). Points are taken 32 at a time: each lane makes the descriptor of one of them in
+//          shared memory, and the warp visits the descriptors with its lanes over the channels.
 // Grid     x: blocks of queries, y and z: (image, head). All offsets are 64-bit.
-#include "bilinear.cuh"
 #include "fixed_point.cuh"
-#include "scalar.cuh"
+#include "point.cuh"
 
 template <typename Real>
-struct Slot {
-  Four<Real> share;
+struct Descriptor {
+  Four<Real> coefficient;
   long long corner;  // element index of the top-left corner's first channel in value, -1 row or column allowed
   long long pitch;   // elements per pixel row
   unsigned corners;
 };
 
-struct Row {
+// The row of a warp.
+struct WarpRow {
   int image, head, query;
   bool active;
   long long index;  // among N * Lq * M
+
+  __device__ explicit WarpRow(const Shape& p) {
+    const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
+    image = image_head / p.num_heads;
+    head = image_head % p.num_heads;
+    const long long at = static_cast<long long>(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
+    active = at < p.num_queries && image < p.batch;
+    query = static_cast<int>(at);
+    index = (static_cast<long long>(image) * p.num_queries + at) * p.num_heads + head;
+  }
 };
 
-__device__ inline Row this_row(const Shape& p) {
-  const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
-  Row row;
-  row.image = image_head / p.num_heads;
-  row.head = image_head % p.num_heads;
-  const long long query = static_cast<long long>(blockIdx.x) * (BLOCK / WARP) + threadIdx.x / WARP;
-  row.active = query < p.num_queries && row.image < p.batch;
-  row.query = static_cast<int>(query);
-  row.index = (static_cast<long long>(row.image) * p.num_queries + query) * p.num_heads + row.head;
-  return row;
-}
+// The points of a launch, with the table of their levels.
+template <typename Location, typename Weight>
+struct LaunchPoints {
+  PointArrays<Location, Weight> arrays;
+  const long long* sizes;
+  const long long* starts;
+  const GenericParams& p;
 
-template <typename Real>
-struct Point {
-  Cell<Real> cell;
-  Level level;
-  Real weight;
+  __device__ int per_row() const { return p.num_levels * p.num_points; }
 };
 
-// Locate point k of the row and leave it in the lane's slot, its shares multiplied by `factor`.
+// Make the descriptor of point k of the row, its coefficients multiplied by `factor`.
 template <typename Real, typename Location, typename Weight>
-__device__ Point<Real> make_slot(Slot<Real>& slot, const Row& row, int k, const Location* locations,
-                                 const Weight* weights, const long long* sizes, const long long* starts,
-                                 const GenericParams& p, Real factor = 1) {
-  const long long at = row.index * (p.num_levels * p.num_points) + k;
-  Point<Real> point;
-  point.level = read_level(k / p.num_points, sizes, starts, p);
-  const Real x = static_cast<Real>(widen(locations[2 * at])), y = static_cast<Real>(widen(locations[2 * at + 1]));
-  point.cell = locate<false, false, Real>({x, y, point.level}, point.level);
-  point.weight = point.cell.corners == 0u ? 0 : static_cast<Real>(widen(weights[at]));
-  if (point.level.start < 0) point.weight = static_cast<Real>(__int_as_float(0x7fc00000));
-  const long long pixel =
-      point.level.start + static_cast<long long>(point.cell.row) * point.level.width + point.cell.column;
+__device__ LocatedPoint<Real> make_descriptor(Descriptor<Real>& descriptor, const WarpRow& row, int k,
+                                              const LaunchPoints<Location, Weight>& points, Real factor) {
+  const GenericParams& p = points.p;
+  const Level level = read_level(k / p.num_points, points.sizes, points.starts, p);
+  const long long index = row.index * points.per_row() + k;
+  const LocatedPoint<Real> point = locate_point<false>(points.arrays.template load<Real>(index, level));
+  const long long pixel = level.start + static_cast<long long>(point.cell.row) * level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
-  slot.share = corner_shares(point.cell, point.weight * factor);
-  slot.corner = (position * p.num_heads + row.head) * p.head_dim;
-  slot.pitch = static_cast<long long>(point.level.width) * p.num_heads * p.head_dim;
-  slot.corners = point.cell.corners;
+  descriptor.coefficient = corner_coefficients(point.cell, point.weight * factor);
+  descriptor.corner = (position * p.num_heads + row.head) * p.head_dim;
+  descriptor.pitch = static_cast<long long>(level.width) * p.num_heads * p.head_dim;
+  descriptor.corners = point.cell.corners;
   return point;
 }
 
-// Element index of corner i of a slot.
+// Call visit(descriptor, j) for every point of the row, WARP points at a time, j counting within them; after each of these
+// stages, in every lane that has made a descriptor, finish(k, point) with the point that it was made of.
+template <typename Real, typename Location, typename Weight, typename Visit, typename Finish>
+__device__ __forceinline__ void visit_points(Descriptor<Real> (&descriptors)[BLOCK], const WarpRow& row,
+                                             const LaunchPoints<Location, Weight>& points, Real factor, Visit visit,
+                                             Finish finish) {
+  const int lane = threadIdx.x % WARP;
+  const Descriptor<Real>* own = descriptors + (threadIdx.x - lane);
+  for (int first = 0; first < points.per_row(); first += WARP) {
+    const int count = min(WARP, points.per_row() - first);
+    LocatedPoint<Real> point = {};
+    if (lane < count) point = make_descriptor(descriptors[threadIdx.x], row, first + lane, points, factor);
+    __syncwarp();
+    for (int j = 0; j < count; ++j) visit(own[j], j);
+    __syncwarp();
+    if (lane < count) finish(first + lane, point);
+  }
+}
+
+// Element index of corner i of a descriptor.
 template <typename Real>
-__device__ __forceinline__ long long corner_index(const Slot<Real>& slot, int corner, const Shape& p) {
-  return slot.corner + (corner & 1 ? static_cast<long long>(p.num_heads) * p.head_dim : 0) +
-         (corner & 2 ? slot.pitch : 0);
+__device__ __forceinline__ long long corner_index(const Descriptor<Real>& descriptor, int corner, const Shape& p) {
+  return descriptor.corner + (corner & 1 ? static_cast<long long>(p.num_heads) * p.head_dim : 0) +
+         (corner & 2 ? descriptor.pitch : 0);
 }
 
 template <typename Value, typename Location, typename Weight>
@@ -79,52 +96,48 @@ __global__ void __launch_bounds__(BLOCK)
                          const long long* __restrict__ sizes, const long long* __restrict__ starts,
                          const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
-  __shared__ Slot<Real> slots[BLOCK];
-  const Row row = this_row(p);
+  __shared__ Descriptor<Real> descriptors[BLOCK];
+  const WarpRow row(p);
   if (!row.active) return;
-  const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
-  const Slot<Real>* own = slots + (threadIdx.x - lane);
+  const LaunchPoints<Location, Weight> points = {{locations, weights}, sizes, starts, p};
   for (int first_channel = 0; first_channel < p.head_dim; first_channel += WARP) {
-    const int channel = first_channel + lane;
+    const int channel = first_channel + threadIdx.x % WARP;
     Real sum = 0;
-    for (int first = 0; first < points; first += WARP) {
-      const int count = min(WARP, points - first);
-      if (lane < count) make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p);
-      __syncwarp();
-      for (int j = 0; j < count && channel < p.head_dim; ++j)
-        for (int corner = 0; corner < 4; ++corner) {
-          const bool counts = own[j].corners >> corner & 1u;
-          const Real pixel = counts ? static_cast<Real>(widen(value[corner_index(own[j], corner, p) + channel])) : 0;
-          sum += own[j].share.at[corner] * pixel;
-        }
-      __syncwarp();
-    }
+    const auto add_corners = [&](const Descriptor<Real>& descriptor, int) {
+      if (channel >= p.head_dim) return;
+      for (int corner = 0; corner < 4; ++corner) {
+        const bool counts = has_corner(descriptor.corners, corner);
+        const Real pixel = counts ? static_cast<Real>(widen(value[corner_index(descriptor, corner, p) + channel])) : 0;
+        sum += descriptor.coefficient.at[corner] * pixel;
+      }
+    };
+    visit_points(descriptors, row, points, static_cast<Real>(1), add_corners, [](int, const LocatedPoint<Real>&) {});
     if (channel < p.head_dim) output[row.index * p.head_dim + channel] = narrow_to<Value>(sum);
   }
 }
 
-// Add share * grad to memory; as a number of quanta, if that is a sum.
+// Add coefficient * grad to memory, in fixed-point units if the accumulator is one.
 template <typename Real>
-__device__ __forceinline__ void add(Real* to, const Scale<Real>&, Real share, Real grad) {
-  atomicAdd(to, share * grad);
+__device__ __forceinline__ void add(Real* to, const Scale<Real>&, Real coefficient, Real grad) {
+  atomicAdd(to, coefficient * grad);
 }
 template <typename Real>
-__device__ __forceinline__ void add(Sum* to, const Scale<Real>& scale, Real share, Real grad) {
-  add_fixed(to, scale, share, times_power(grad, scale.grad));
+__device__ __forceinline__ void add(FixedPoint* to, const Scale<Real>& scale, Real coefficient, Real grad) {
+  add_fixed(to, scale, coefficient, times_power(grad, scale.grad));
 }
 
 // The four dot products of one point over all channels, in every lane; its corners' gradients go to memory on the way.
 template <typename Value, typename Real, typename Addend>
-__device__ Four<Real> visit(const Slot<Real>& slot, const Value* grad_row, const Value* value, Addend* grad_value,
-                            const Scale<Real>& scale, const Shape& p) {
+__device__ Four<Real> visit(const Descriptor<Real>& descriptor, const Value* grad_row, const Value* value,
+                            Addend* grad_value, const Scale<Real>& scale, const Shape& p) {
   Four<Real> dot = {};
   for (int channel = threadIdx.x % WARP; channel < p.head_dim; channel += WARP) {
     const Real grad = static_cast<Real>(widen(grad_row[channel]));
     for (int corner = 0; corner < 4; ++corner) {
-      if (!(slot.corners >> corner & 1u)) continue;
-      const long long at = corner_index(slot, corner, p) + channel;
+      if (!has_corner(descriptor.corners, corner)) continue;
+      const long long at = corner_index(descriptor, corner, p) + channel;
       dot.at[corner] += grad * static_cast<Real>(widen(value[at]));
-      if (grad_value != nullptr) add(grad_value + at, scale, slot.share.at[corner], grad);
+      if (grad_value != nullptr) add(grad_value + at, scale, descriptor.coefficient.at[corner], grad);
     }
   }
   for (int offset = WARP / 2; offset > 0; offset /= 2)
@@ -141,33 +154,22 @@ __global__ void __launch_bounds__(BLOCK)
                           const long long* __restrict__ sizes, const long long* __restrict__ starts,
                           const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
-  __shared__ Slot<Real> slots[BLOCK];
-  const Row row = this_row(p);
+  __shared__ Descriptor<Real> descriptors[BLOCK];
+  const WarpRow row(p);
   if (!row.active) return;
-  const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
-  const Slot<Real>* own = slots + (threadIdx.x - lane);
+  const int lane = threadIdx.x % WARP;
+  const LaunchPoints<Location, Weight> points = {{locations, weights}, sizes, starts, p};
+  const PointGradientArrays<Location, Weight> gradients = {grad_locations, grad_weights};
   const Value* grad_row = grad_output + row.index * p.head_dim;
   Scale<Real> scale = {1, 0, 0, 0, 0};
   if constexpr (FIXED)
     scale = read_scale<Real>(grad_value, p, static_cast<long long>(row.image) * p.num_heads + row.head);
-  for (int first = 0; first < points; first += WARP) {
-    const int count = min(WARP, points - first);
-    Point<Real> point = {};
-    if (lane < count)
-      point = make_slot(slots[threadIdx.x], row, first + lane, locations, weights, sizes, starts, p, scale.weight);
-    __syncwarp();
-    Four<Real> dot = {};
-    for (int j = 0; j < count; ++j) {
-      const Four<Real> all = visit(own[j], grad_row, value, grad_value, scale, p);
-      if (j == lane) dot = all;
-    }
-    __syncwarp();
-    if (lane >= count || grad_locations == nullptr) continue;
-    PointGradient<Real> gradient = point_gradient(point.cell, point.weight, point.level, dot);
-    if (point.level.start < 0) gradient = {point.weight, point.weight, point.weight};  // NaN
-    const long long at = row.index * points + first + lane;
-    grad_locations[2 * at] = narrow_to<Location>(static_cast<typename Compute<Location>::type>(gradient.x));
-    grad_locations[2 * at + 1] = narrow_to<Location>(static_cast<typename Compute<Location>::type>(gradient.y));
-    grad_weights[at] = narrow_to<Weight>(static_cast<typename Compute<Weight>::type>(gradient.weight));
-  }
+  Four<Real> dot = {};  // of the lane's own point
+  const auto visit_one = [&](const Descriptor<Real>& descriptor, int j) {
+    const Four<Real> all = visit(descriptor, grad_row, value, grad_value, scale, p);
+    if (j == lane) dot = all;
+  };
+  visit_points(descriptors, row, points, scale.weight, visit_one, [&](int k, const LocatedPoint<Real>& point) {
+    if (grad_locations != nullptr) gradients.store(row.index * points.per_row() + k, point, dot);
+  });
 }

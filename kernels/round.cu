@@ -25,5 +25,5 @@ __global__ void __launch_bounds__(BLOCK)
     load(wide, accumulator + i);
     store(grad_value + i, wide);
   }
-  if (thread < tail) grad_value[count - tail + thread] = narrow_to<Value>(load(accumulator + count - tail + thread));
+  if (thread < tail) grad_value[count - tail + thread] = narrow_to<Value>(accumulator[count - tail + thread]);
 }

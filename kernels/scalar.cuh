@@ -16,7 +16,7 @@ struct bfloat16_t {
   unsigned short bits;
 };
 
-// The type that a value is computed in, and that its gradient is accumulated in.
+// The type that computes with a value and accumulates its gradient.
 template <typename T>
 struct Compute {
   using type = float;
@@ -87,7 +87,7 @@ __device__ __forceinline__ T narrow_to(typename Compute<T>::type x) {
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 __device__ __forceinline__ bool is_finite(double x) { return fabs(x) < __longlong_as_double(0x7ff0000000000000ll); }
 
-// What one memory instruction of BYTES bytes moves.
+// The type that one memory instruction of BYTES bytes moves.
 template <int BYTES>
 struct Word;
 template <>
@@ -104,8 +104,8 @@ struct Word<16> {
 };
 
 // COUNT elements by one memory instruction, from data that no thread of the launch writes.
-template <typename T, int COUNT>
-__device__ __forceinline__ void load(float (&to)[COUNT], const T* from) {
+template <typename Real, typename T, int COUNT>
+__device__ __forceinline__ void load(Real (&to)[COUNT], const T* from) {
   using Bits = typename Word<sizeof(T) * COUNT>::type;
   union {
     Bits bits;
@@ -116,12 +116,7 @@ __device__ __forceinline__ void load(float (&to)[COUNT], const T* from) {
   for (int i = 0; i < COUNT; ++i) to[i] = widen(word.at[i]);
 }
 
-// One element of such data.
-__device__ __forceinline__ float load(const float* from) { return __ldg(from); }
-__device__ __forceinline__ float load(const half_t* from) { return widen(half_t{__ldg(&from->bits)}); }
-__device__ __forceinline__ float load(const bfloat16_t* from) { return widen(bfloat16_t{__ldg(&from->bits)}); }
-
-// Two to a word: half the instructions of one by one.
+// bfloat16 in pairs, one word each: half the instructions of one by one.
 template <int COUNT>
 __device__ __forceinline__ void load(float (&to)[COUNT], const bfloat16_t* from) {
   using Bits = typename Word<sizeof(bfloat16_t) * COUNT>::type;
@@ -147,7 +142,7 @@ __device__ __forceinline__ void store_words(void* to, const unsigned (&words)[4]
   __stwb(static_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
 }
 
-// COUNT elements, rounded, by one memory instruction: a plain assignment through a pointer to uint4 is split in four.
+// COUNT elements, rounded, by one memory instruction: the compiler splits an assignment through a pointer to uint4 in four.
 template <typename T, int COUNT>
 __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
   constexpr int PER_WORD = 4 / sizeof(T);
@@ -162,7 +157,11 @@ __device__ __forceinline__ void store(T* to, const float (&from)[COUNT]) {
   store_words(to, words);
 }
 
-// sum += a * x, fused. From sm_100 on by one instruction for two, with the same roundings; ftz as CuPy compiles all else.
+__device__ __forceinline__ void store(double* to, const double (&from)[2]) {
+  __stwb(reinterpret_cast<double2*>(to), make_double2(from[0], from[1]));
+}
+
+// sum += a * x, fused. From sm_100 on one instruction does two, with the same rounding; ftz as in all code that CuPy compiles.
 template <int COUNT>
 __device__ __forceinline__ void add_product(float (&sum)[COUNT], float a, const float (&x)[COUNT]) {
 #if MSDA_PTX && __CUDA_ARCH__ >= 1000
@@ -185,8 +184,8 @@ __device__ __forceinline__ void add_product(float (&sum)[COUNT], float a, const 
 #endif
 }
 
-// Add four neighbouring floats to memory, 16-byte aligned. No kernel reads what it adds, hence no memory clobber:
-// loads may move across.
+// Add four neighbouring floats to memory, 16-byte aligned. No memory clobber: no kernel reads what it adds, so loads may
+// move across.
 __device__ __forceinline__ void reduce_add(float* to, float a, float b, float c, float d) {
 #if MSDA_PTX && __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b), "f"(c), "f"(d));

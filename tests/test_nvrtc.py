@@ -130,6 +130,14 @@ def sorted_kernel(shape: str, dtypes: str) -> Kernel:
     return plans.plan_sorted(*problem(DTYPES[dtypes], d, levels, points, heads), (), True).kernel
 
 
+ROUNDED = {"f16": "half_t", "bf16": "bfloat16_t"}
+
+
+def round_kernel(dtype: str) -> Kernel:
+    """The launch that rounds the float32 accumulator of a 16-bit gradient of value."""
+    return Kernel("round.cu", f"msda_round<{ROUNDED[dtype]}>")
+
+
 def owner_kernel(shape: str, dtypes: str) -> Kernel:
     """The launch whose blocks own tiles of the gradient of value."""
     d, levels, points, heads = SHAPES[shape]
@@ -150,6 +158,7 @@ BUDGETS = {
     "backward.cu": Budget(80, 40),
     "generic.cu": Budget(80, 16),
     "fixed_point.cu": Budget(64, 0),
+    "round.cu": Budget(40, 0),
     "backward_value_tiled.cu": Budget(64, 8),
     "backward_value_binned.cu": Budget(80, 0),
 }
@@ -214,6 +223,11 @@ def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
         *(sorted_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
     ]
     check_budgets(others, architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding(architecture: int) -> None:
+    check_budgets(map(round_kernel, ("f16", "bf16")), architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

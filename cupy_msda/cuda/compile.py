@@ -9,7 +9,31 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS
+
 OPTIONS = ("-std=c++17",)
+
+BLOCK = 256  # threads of a block
+PERSISTENT_BLOCK = 1024  # threads of a persistent block: the most that have 64 registers each
+WARP = 32
+DERIVED_START = -1  # in the level table: the level starts where the one before it ends
+MAX_SPECIALISED_LEVELS = 16
+# backward_value_binned.cu: bounds of its counters and of its list in shared memory.
+MAX_BINNED_LEVELS = 8
+MAX_BINNED_POINTS = 32  # of a row, over all levels
+
+# What the kernels share with the host: `assemble` emits each as a constexpr int.
+CONSTANTS = {
+    "BLOCK": BLOCK,
+    "PERSISTENT_BLOCK": PERSISTENT_BLOCK,
+    "WARP": WARP,
+    "MAX_LEVELS": MAX_HOST_LEVELS,
+    "MAX_GRIDS": MAX_GRIDS,
+    "DERIVED_START": DERIVED_START,
+    "MAX_SPECIALISED_LEVELS": MAX_SPECIALISED_LEVELS,
+    "MAX_BINNED_LEVELS": MAX_BINNED_LEVELS,
+    "MAX_BINNED_POINTS": MAX_BINNED_POINTS,
+}
 
 _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 
@@ -43,11 +67,12 @@ def kernel_dir() -> Path:
 
 @cache
 def assemble(file: str) -> str:
-    """`file` with its includes written out, each part under its own name for the compiler's messages.
+    """`file` after the shared constants, its includes expanded, each part under its own name for error messages.
 
     One string, because CuPy's disk cache is keyed by the source it is given and does not look into headers.
     """
-    return _expand(file, set())
+    constants = "".join(f"constexpr int {name} = {value};\n" for name, value in CONSTANTS.items())
+    return f'#line 1 "kernels/constants (generated)"\n{constants}{_expand(file, set())}'
 
 
 def _expand(file: str, seen: set[str]) -> str:

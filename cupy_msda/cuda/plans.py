@@ -12,15 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupy_msda.cuda.compile import Kernel
+from cupy_msda.cuda.compile import (
+    BLOCK,
+    DERIVED_START,
+    MAX_BINNED_LEVELS,
+    MAX_BINNED_POINTS,
+    MAX_SPECIALISED_LEVELS,
+    PERSISTENT_BLOCK,
+    WARP,
+    Kernel,
+)
 from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, NO_TABLE, Grids, LevelTable, Problem
 
-BLOCK = 256
-PERSISTENT_BLOCK = 1024
-WARP = 32
 MAX_GRID_YZ = 65535
-MAX_LEVELS_SPECIALISED = 16
-DERIVED_START = -1  # as in levels.cuh
 
 _CPP = {"float16": "half_t", "bfloat16": "bfloat16_t", "float32": "float", "float64": "double"}
 _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -30,11 +34,9 @@ _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over 
 # backward_value_tiled.cu: points of one (image, head, level), which at worst one block adds alone.
 MAX_POINTS_TILED = 8192
 _TILE_ELEMENTS = 4096  # their accumulators take 16 KiB of shared memory
-# backward_value_binned.cu: counters of a block's points by level and bin, and the points of its 256 queries.
-_MAX_LEVELS_BINNED = 8
-_MAX_POINTS_BINNED = 32
+_ROUNDED_AT_ONCE = 8  # round.cu: elements of a thread, in one pass of the grid
 
-NO_GRIDS: Grids = ()
+_PERSISTENT = "persistent: enough queries, on known grids, for every multiprocessor"
 
 # Every array that a launch may name. `accumulator` is workspace: the others are the caller's.
 ARRAYS = (
@@ -78,13 +80,22 @@ class Plan(NamedTuple):
     reason: str
 
 
+class _Case(NamedTuple):
+    """What every decision may look at."""
+
+    problem: Problem
+    table: LevelTable
+    device: Device
+    grids: Grids
+
+
 @lru_cache(maxsize=1024)
 def plan_forward(problem: Problem, table: LevelTable, device: Device, grids: Grids = None) -> Plan:
     """Plan a forward, which writes `output`."""
     if problem.is_empty:
-        return _empty(problem, "forward", {"output": problem.value_dtype})
-    launch, reason = _forward(problem, table, device, grids)
-    return _explained(problem, "forward", (launch,), 0, reason)
+        return _zeros(problem, "forward", {"output": problem.value_dtype})
+    launch, reason = _forward(_Case(problem, table, device, grids))
+    return _logged("forward", problem, Plan((launch,), 0, reason))
 
 
 @lru_cache(maxsize=1024)
@@ -98,7 +109,7 @@ def plan_backward(
     needs_points: bool = True,
     deterministic: bool = False,
 ) -> Plan:
-    """Plan a backward, which writes `grad_value` or `grad_locations` and `grad_weights`, or all of them."""
+    """Plan a backward, which writes `grad_value`, or `grad_locations` and `grad_weights`, or all of them."""
     written: dict[str, str] = {}
     if needs_value:
         written["grad_value"] = problem.value_dtype
@@ -106,15 +117,18 @@ def plan_backward(
         written["grad_locations"] = problem.location_dtype
         written["grad_weights"] = problem.weight_dtype
     if problem.is_empty or not written:
-        return _empty(problem, "backward", written)
-    if not needs_value:
-        launch, reason = _backward(problem, table, device, grids)
-        return _explained(problem, "backward", (launch,), 0, reason)
-    return _backward_of_value(problem, table, device, grids, needs_points, deterministic)
+        return _zeros(problem, "backward", written)
+    case = _Case(problem, table, device, grids)
+    if needs_value:
+        plan = _backward_of_value(case, needs_points, deterministic)
+    else:
+        launch, reason = _backward(case)
+        plan = Plan((launch,), 0, reason)
+    return _logged("backward", problem, plan)
 
 
-def _empty(problem: Problem, way: str, written: dict[str, str]) -> Plan:
-    """No point contributes anything: zeros, where there are elements."""
+def _zeros(problem: Problem, way: str, written: dict[str, str]) -> Plan:
+    """The plan of a problem without points: zeros, where there are elements."""
     elements = {
         "output": problem.output_elements,
         "grad_value": problem.value_elements,
@@ -126,90 +140,71 @@ def _empty(problem: Problem, way: str, written: dict[str, str]) -> Plan:
         for name, dtype in written.items()
         if elements[name]
     )
-    return _explained(problem, way, fills, 0, "no point contributes: zeros")
+    return _logged(way, problem, Plan(fills, 0, "no point contributes: zeros"))
 
 
-def _explained(
-    problem: Problem, way: str, launches: tuple[Launch | Fill, ...], workspace: int, reason: str
-) -> Plan:
-    """The plan; the log tells it once, since plans are cached."""
+def _logged(way: str, problem: Problem, plan: Plan) -> Plan:
+    """The plan, after the log has told it: once, since plans are cached."""
     names = [
-        step.kernel.name if isinstance(step, Launch) else f"fill {step.array}" for step in launches
+        step.kernel.name if isinstance(step, Launch) else f"fill {step.array}"
+        for step in plan.launches
     ]
-    logger.debug("%s of %s: %s (%s)", way, problem, "; ".join(names) or "nothing", reason)
-    return Plan(launches, workspace, reason)
+    logger.debug("%s of %s: %s (%s)", way, problem, "; ".join(names) or "nothing", plan.reason)
+    return plan
 
 
 # --- the forward ---------------------------------------------------------------------------------
 
 
-def _forward(
-    problem: Problem, table: LevelTable, device: Device, grids: Grids
-) -> tuple[Launch, str]:
+def _forward(case: _Case) -> tuple[Launch, str]:
     """The forward kernel."""
+    problem = case.problem
     arguments = ("value", "locations", "weights", "output")
     vector = 16 // _SIZE[problem.value_dtype]
-    if not _is_specialised(problem, vector):
-        launch = _generic(problem, table, "msda_forward_generic", arguments)
-        return launch, "generic: " + _limits(problem, vector)
+    limit = _limit(problem, vector)
+    if limit:
+        return _generic(case, "msda_forward_generic", arguments), f"generic: {limit}"
     group = problem.head_dim // vector
-    if _is_persistent(problem, group, device, grids):
-        launch = _persistent(
-            problem, table, device, grids, "forward.cu", "msda_forward_persistent", arguments
-        )
-        return launch, "persistent: enough queries, on known grids, for every multiprocessor"
-    split_k = _split_k(problem, group, WARP // group, device)
+    if _is_persistent(case, group):
+        return _persistent(case, "forward.cu", "msda_forward_persistent", arguments), _PERSISTENT
+    split_k = _split_k(case, group, WARP // group)
     template = (*_shape_arguments(problem), split_k)
-    launch = _rows(
-        problem, table, "forward.cu", "msda_forward", template, group * split_k, arguments
-    )
+    launch = _rows(case, "forward.cu", "msda_forward", template, group * split_k, arguments)
     return launch, f"plain: split-K {split_k}"
 
 
 # --- the backward --------------------------------------------------------------------------------
 
 
-def _backward_of_value(
-    problem: Problem,
-    table: LevelTable,
-    device: Device,
-    grids: Grids,
-    needs_points: bool,
-    deterministic: bool,
-) -> Plan:
+def _backward_of_value(case: _Case, needs_points: bool, deterministic: bool) -> Plan:
     """A backward that writes `grad_value`, by a kernel of its own or by that of all three gradients."""
+    problem = case.problem
     if deterministic and is_tiled(problem):
-        steps: list[Launch | Fill] = [_tiled(problem, table)]
-        reasons, workspace = ["tiled: deterministic, few points"], 0
-        if needs_points:
-            launch, reason = _backward(problem, table, device, grids)
-            steps.append(launch)
-            reasons.append(reason)
-        return _explained(problem, "backward", tuple(steps), workspace, "; ".join(reasons))
+        return _separately(case, _tiled(case), "tiled: deterministic, few points", needs_points)
     target, workspace = _accumulator(problem, deterministic)
-    num_bytes = workspace or problem.value_elements * _SIZE[problem.value_dtype]
-    steps = [Fill(target, num_bytes)]
-    if deterministic:
-        steps.append(_fixed_point_scale(problem, table, device))
-    if _is_binned(problem, device, grids):
-        steps.append(_binned(problem, table, grids, deterministic, target))
-        reasons = ["binned: enough queries on known grids"]
-        if needs_points:
-            launch, reason = _backward(problem, table, device, grids)
-            steps.append(launch)
-            reasons.append(reason)
+    if _is_binned(case):
+        binned = _binned(case, deterministic, target)
+        reason = "binned: enough queries on known grids"
+        launches, _, reason = _separately(case, binned, reason, needs_points)
     else:
-        launch, reason = _backward(
-            problem, table, device, grids, target, needs_points, deterministic
-        )
-        steps.append(launch)
-        reasons = [reason]
+        launch, reason = _backward(case, target, needs_points, deterministic)
+        launches = (launch,)
+    fill = Fill(target, workspace or problem.value_elements * _SIZE[problem.value_dtype])
     if deterministic:
-        steps.append(_fixed_point_finish(problem, device))
-        reasons.append("fixed point: deterministic")
-    elif workspace:
-        steps.append(_round(problem, device))
-    return _explained(problem, "backward", tuple(steps), workspace, "; ".join(reasons))
+        before, after = _fixed_point_scale(case), _fixed_point_finish(case)
+        reason += "; fixed point: deterministic"
+        return Plan((fill, before, *launches, after), workspace, reason)
+    if workspace:
+        launches = (*launches, _round(case))
+    return Plan((fill, *launches), workspace, reason)
+
+
+def _separately(case: _Case, of_value: Launch, reason: str, needs_points: bool) -> Plan:
+    """The gradient of value by this launch, those of the points by another."""
+    if not needs_points:
+        return Plan((of_value,), 0, reason)
+    of_points, other_reason = _backward(case)
+    return Plan((of_value, of_points), 0, f"{reason}; points {other_reason}")
 
 
 def _accumulator(problem: Problem, deterministic: bool) -> tuple[str, int]:
@@ -222,10 +217,7 @@ def _accumulator(problem: Problem, deterministic: bool) -> tuple[str, int]:
 
 
 def _backward(
-    problem: Problem,
-    table: LevelTable,
-    device: Device,
-    grids: Grids,
+    case: _Case,
     target: str | None = None,
     needs_points: bool = True,
     deterministic: bool = False,
@@ -234,74 +226,71 @@ def _backward(
 
     `deterministic`: gradients of value are added in fixed point, before `_fixed_point_finish`.
     """
+    problem = case.problem
     of_points = ("grad_locations", "grad_weights") if needs_points else (None, None)
     arguments = ("grad_output", "value", "locations", "weights", target, *of_points)
-    if not _is_specialised(problem, 4):
+    limit = _limit(problem, 4)
+    if limit:
         fixed = (_cpp_bool(deterministic),)
-        launch = _generic(problem, table, "msda_backward_generic", arguments, fixed)
-        return launch, "generic: " + _limits(problem, 4)
+        return _generic(case, "msda_backward_generic", arguments, fixed), f"generic: {limit}"
     group = problem.head_dim // 4
     # One row per warp exceeds the persistent kernel's 64-register limit.
-    if target is None and group < WARP and _is_persistent(problem, group, device, grids):
-        launch = _persistent(
-            problem, table, device, grids, "backward.cu", "msda_backward_persistent", arguments
-        )
-        return launch, "persistent: enough queries, on known grids, for every multiprocessor"
+    if target is None and group < WARP and _is_persistent(case, group):
+        return _persistent(case, "backward.cu", "msda_backward_persistent", arguments), _PERSISTENT
     points = problem.num_levels * problem.num_points
     # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle.
-    split_k = _split_k(problem, group, min(WARP // group, max(1, points // group)), device)
+    split_k = _split_k(case, group, min(WARP // group, max(1, points // group)))
     flags = map(_cpp_bool, (target is not None, needs_points, deterministic))
     template = (*_shape_arguments(problem), split_k, *flags)
-    launch = _rows(
-        problem, table, "backward.cu", "msda_backward", template, group * split_k, arguments
-    )
+    launch = _rows(case, "backward.cu", "msda_backward", template, group * split_k, arguments)
     return launch, f"plain: split-K {split_k}"
 
 
-def _binned(
-    problem: Problem, table: LevelTable, grids: Grids, deterministic: bool, target: str
-) -> Launch:
+def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
     """The gradient of value by counting sort and segmented reduction."""
+    problem = case.problem
     template = (*_shape_arguments(problem), _cpp_bool(deterministic))
     kernel = _kernel(problem, "backward_value_binned.cu", "msda_backward_value_binned", template)
     grid = _grid(problem, -(-problem.num_queries // BLOCK))
-    arguments = ("grad_output", "locations", "weights", target, "sizes", "starts")
-    params = _params(problem, table, grids=grids, has_grids=True)
-    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, table), params)
+    arguments = _with_table(("grad_output", "locations", "weights", target), case.table)
+    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params_with_grids(case))
 
 
-def _tiled(problem: Problem, table: LevelTable) -> Launch:
+def _tiled(case: _Case) -> Launch:
     """The deterministic gradient of value by output-stationary tiles."""
+    problem = case.problem
     template = (*_shape_arguments(problem), _TILE_ELEMENTS // problem.head_dim)
     kernel = _kernel(problem, "backward_value_tiled.cu", "msda_backward_value_tiled", template)
-    arguments = ("grad_output", "locations", "weights", "grad_value", "sizes", "starts")
-    params = _params(problem, table)
+    arguments = _with_table(("grad_output", "locations", "weights", "grad_value"), case.table)
     grid = (_num_tiles(problem), 1, 1)
-    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, table), params)
+    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params(problem, case.table))
 
 
-def _fixed_point_scale(problem: Problem, table: LevelTable, device: Device) -> Launch:
+def _fixed_point_scale(case: _Case) -> Launch:
     """Find the fixed-point unit of each (image, head)."""
+    problem = case.problem
     kernel = Kernel("fixed_point.cu", f"msda_fixed_point_scale<{_types(problem)}>")
-    grid = _filling_grid(problem, problem.num_queries, device)
-    arguments = ("grad_output", "locations", "weights", "accumulator", "sizes", "starts")
-    params = _params(problem, table, MAX_HOST_LEVELS)
-    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, table), params)
+    grid = _filling_grid(case, problem.num_queries)
+    arguments = _with_table(("grad_output", "locations", "weights", "accumulator"), case.table)
+    params = _params(problem, case.table, MAX_HOST_LEVELS)
+    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, params)
 
 
-def _fixed_point_finish(problem: Problem, device: Device) -> Launch:
+def _fixed_point_finish(case: _Case) -> Launch:
     """Turn the fixed-point accumulators into the gradient of value."""
+    problem = case.problem
     kernel = Kernel("fixed_point.cu", f"msda_fixed_point_finish<{_CPP[problem.value_dtype]}>")
-    grid = _filling_grid(problem, problem.spatial_size, device)
+    grid = _filling_grid(case, problem.spatial_size)
     params = _params(problem, NO_TABLE, 0)
     return Launch(kernel, grid, (BLOCK, 1, 1), ("accumulator", "grad_value"), params)
 
 
-def _round(problem: Problem, device: Device) -> Launch:
+def _round(case: _Case) -> Launch:
     """Round the float32 accumulators to a 16-bit gradient of value."""
+    problem = case.problem
     kernel = Kernel("round.cu", f"msda_round<{_CPP[problem.value_dtype]}>")
-    most = -(-problem.value_elements // (8 * BLOCK))
-    blocks = max(1, min(most, device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR))
+    blocks = -(-problem.value_elements // (_ROUNDED_AT_ONCE * BLOCK))
+    blocks = max(1, min(blocks, case.device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR))
     params = _params(problem, NO_TABLE, 0)
     return Launch(kernel, (blocks, 1, 1), (BLOCK, 1, 1), ("accumulator", "grad_value"), params)
 
@@ -315,12 +304,7 @@ def num_fixed_point(problem: Problem) -> int:
 # --- what a kernel takes -------------------------------------------------------------------------
 
 
-def _is_specialised(problem: Problem, vector: int) -> bool:
-    """Whether the specialised kernels cover the problem (their headers say what they need)."""
-    return not _limits(problem, vector)
-
-
-def _limits(problem: Problem, vector: int) -> str:
+def _limit(problem: Problem, vector: int) -> str:
     """Why the specialised kernels, with `vector` channels to a lane, do not cover the problem; empty if they do."""
     group, rest = divmod(problem.head_dim, vector)
     pixel_bytes = problem.num_heads * problem.head_dim * _SIZE[problem.value_dtype]
@@ -328,40 +312,42 @@ def _limits(problem: Problem, vector: int) -> str:
         return "float64"
     if rest or problem.head_dim % 8 or group > WARP or group & (group - 1):
         return f"D = {problem.head_dim}"
-    if problem.num_levels > MAX_LEVELS_SPECIALISED:
+    if problem.num_levels > MAX_SPECIALISED_LEVELS:
         return f"L = {problem.num_levels}"
     if problem.spatial_size >= 2**22 or problem.spatial_size * pixel_bytes >= 2**31:
         return f"S = {problem.spatial_size}"
     return ""
 
 
-def _is_persistent(problem: Problem, group: int, device: Device, grids: Grids) -> bool:
+def _is_persistent(case: _Case, group: int) -> bool:
     """True if the persistent, tiled kernel should run, with `group` lanes to a row.
 
     With the levels as grids: if a block on every multiprocessor is full. On given grids: unless the rows are so few
     that split-K would run instead, which adds the points of a row up in another order.
     """
+    problem, grids = case.problem, case.grids
     n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
-    if grids == NO_GRIDS or (grids is None and lq != s):
+    if grids == () or (grids is None and lq != s):
         return False
     lanes = PERSISTENT_BLOCK if grids is None else _WARPS_PER_MULTIPROCESSOR * WARP
-    return n * lq * m * group >= device.multiprocessors * lanes and n * m * max(lq, s) < 2**31
+    return n * lq * m * group >= case.device.multiprocessors * lanes and n * m * max(lq, s) < 2**31
 
 
-def _is_binned(problem: Problem, device: Device, grids: Grids) -> bool:
+def _is_binned(case: _Case) -> bool:
     """Whether gradients of value come from backward_value_binned.cu."""
+    problem = case.problem
     return (
-        _is_specialised(problem, 4)
-        and problem.num_levels <= _MAX_LEVELS_BINNED
-        and problem.num_levels * problem.num_points <= _MAX_POINTS_BINNED
-        and _is_persistent(problem, problem.head_dim // 4, device, grids)
+        not _limit(problem, 4)
+        and problem.num_levels <= MAX_BINNED_LEVELS
+        and problem.num_levels * problem.num_points <= MAX_BINNED_POINTS
+        and _is_persistent(case, problem.head_dim // 4)
     )
 
 
 def is_tiled(problem: Problem) -> bool:
     """Whether deterministic gradients of value come from backward_value_tiled.cu."""
     few = problem.num_queries * problem.num_points <= MAX_POINTS_TILED
-    return few and _is_specialised(problem, 4) and _num_tiles(problem) < 2**31
+    return few and not _limit(problem, 4) and _num_tiles(problem) < 2**31
 
 
 def _num_tiles(problem: Problem) -> int:
@@ -370,11 +356,12 @@ def _num_tiles(problem: Problem) -> int:
     return problem.batch * problem.num_heads * -(-problem.spatial_size // positions)
 
 
-def _split_k(problem: Problem, group: int, most: int, device: Device) -> int:
+def _split_k(case: _Case, group: int, most: int) -> int:
     """Into how many equal parts to split the points of a row so that the launch fills the device."""
+    problem = case.problem
     rows = problem.batch * problem.num_queries * problem.num_heads
     points = problem.num_levels * problem.num_points
-    lanes = device.multiprocessors * _WARPS_PER_MULTIPROCESSOR * WARP
+    lanes = case.device.multiprocessors * _WARPS_PER_MULTIPROCESSOR * WARP
     split_k = 1
     while rows * split_k * group < lanes and split_k * 2 <= most and points % (split_k * 2) == 0:
         split_k *= 2
@@ -385,23 +372,21 @@ def _split_k(problem: Problem, group: int, most: int, device: Device) -> int:
 
 
 def _generic(
-    problem: Problem,
-    table: LevelTable,
+    case: _Case,
     name: str,
     arguments: tuple[str | None, ...],
     template: tuple[object, ...] = (),
 ) -> Launch:
     """One warp for each row, with everything about the shape at run time."""
+    problem = case.problem
     kernel = _kernel(problem, "generic.cu", name, template)
     grid = _grid(problem, -(-problem.num_queries // (BLOCK // WARP)))
-    params = _params(problem, table, MAX_HOST_LEVELS)
-    arguments = _with_table((*arguments, "sizes", "starts"), table)
-    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, params)
+    params = _params(problem, case.table, MAX_HOST_LEVELS)
+    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
 
 
 def _rows(
-    problem: Problem,
-    table: LevelTable,
+    case: _Case,
     file: str,
     name: str,
     template: tuple[object, ...],
@@ -409,34 +394,26 @@ def _rows(
     arguments: tuple[str | None, ...],
 ) -> Launch:
     """So many lanes for each row; x covers the queries."""
-    grid = _grid(problem, -(-problem.num_queries // (BLOCK // lanes)))
-    arguments = _with_table((*arguments, "sizes", "starts"), table)
+    problem = case.problem
     kernel = _kernel(problem, file, name, template)
-    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params(problem, table))
+    grid = _grid(problem, -(-problem.num_queries // (BLOCK // lanes)))
+    params = _params(problem, case.table)
+    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
 
 
-def _persistent(
-    problem: Problem,
-    table: LevelTable,
-    device: Device,
-    grids: Grids,
-    file: str,
-    name: str,
-    arguments: tuple[str | None, ...],
-) -> Launch:
+def _persistent(case: _Case, file: str, name: str, arguments: tuple[str | None, ...]) -> Launch:
     """One persistent block for each multiprocessor."""
-    kernel = _kernel(problem, file, name, _shape_arguments(problem))
-    params = _params(problem, table, grids=grids, has_grids=True)
-    arguments = _with_table((*arguments, "sizes", "starts"), table)
-    return Launch(
-        kernel, (device.multiprocessors, 1, 1), (PERSISTENT_BLOCK, 1, 1), arguments, params
-    )
+    kernel = _kernel(case.problem, file, name, _shape_arguments(case.problem))
+    grid = (case.device.multiprocessors, 1, 1)
+    arguments = _with_table(arguments, case.table)
+    return Launch(kernel, grid, (PERSISTENT_BLOCK, 1, 1), arguments, _params_with_grids(case))
 
 
 def _with_table(arguments: tuple[str | None, ...], table: LevelTable) -> tuple[str | None, ...]:
-    """The arguments with a null pointer for what the host knows of the level table."""
-    known = {"sizes": table.sizes is not None, "starts": table.starts is not None}
-    return tuple(None if name is None or known.get(name) else name for name in arguments)
+    """The arguments, then the level table: null pointers for what the host knows of it."""
+    sizes = "sizes" if table.sizes is None else None
+    starts = "starts" if table.starts is None else None
+    return (*arguments, sizes, starts)
 
 
 def _kernel(problem: Problem, file: str, name: str, template: tuple[object, ...]) -> Kernel:
@@ -467,30 +444,25 @@ def _grid(problem: Problem, x: int) -> tuple[int, int, int]:
     return x, -(-image_heads // z), z
 
 
-def _filling_grid(problem: Problem, rows: int, device: Device) -> tuple[int, int, int]:
+def _filling_grid(case: _Case, rows: int) -> tuple[int, int, int]:
     """A grid of as many warps as the device holds, or as there are rows of every (image, head)."""
-    wanted = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
+    problem = case.problem
+    wanted = case.device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
     blocks = max(1, -(-wanted // (problem.batch * problem.num_heads)))
     return _grid(problem, min(blocks, -(-rows // (BLOCK // WARP))))
 
 
-def _params(
-    problem: Problem,
-    table: LevelTable,
-    room: int | None = None,
-    *,
-    grids: Grids = None,
-    has_grids: bool = False,
-) -> np.ndarray:
-    """The by-value argument; levels that only a device knows stay zero, with their starts derived."""
+_SCALARS = [(name, "i4") for name in Problem._fields[:7]]
+
+
+def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.ndarray:
+    """The by-value argument, as levels.cuh declares it: sizes, then room for levels, by default for those there are.
+
+    Levels that only a device knows stay zero, with their starts derived.
+    """
     room = problem.num_levels if room is None else room
-    scalars = [(name, "i4") for name in Problem._fields[:7]]
-    of_grids = [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))] if has_grids else []
-    params = np.zeros((), [*scalars, ("levels", "i4", (room, 3)), *of_grids])
-    if has_grids and grids is not None:  # no grids: the kernel takes the levels
-        params["num_grids"] = len(grids)
-        params["grids"][: len(grids)] = grids
-    for name, _ in scalars:
+    params = np.zeros((), [*_SCALARS, ("levels", "i4", (room, 3))])
+    for name, _ in _SCALARS:
         params[name] = getattr(problem, name)
     levels = params["levels"]
     levels[:, 2] = DERIVED_START
@@ -498,4 +470,17 @@ def _params(
         levels[: problem.num_levels, :2] = table.sizes
     if table.starts is not None:
         levels[: problem.num_levels, 2] = table.starts
+    return params
+
+
+def _params_with_grids(case: _Case) -> np.ndarray:
+    """The same and, as tile_scheduler.cuh declares it, the grids of the queries: if there are none, the levels."""
+    plain = _params(case.problem, case.table)
+    grids = [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))]
+    params = np.zeros((), [*_SCALARS, ("levels", "i4", plain["levels"].shape), *grids])
+    for name in (*Problem._fields[:7], "levels"):
+        params[name] = plain[name]
+    if case.grids:
+        params["num_grids"] = len(case.grids)
+        params["grids"][: len(case.grids)] = case.grids
     return params

@@ -44,12 +44,12 @@ def tiled(sizes: Sizes) -> list[int]:
 
 
 ORDERS = """
-__global__ void orders(int* order, const long long* sizes, const OrderedParams<4> p) {
+__global__ void orders(int* order, const long long* sizes, const SchedulerParams<4> p) {
   __shared__ Level levels[4];
-  __shared__ Order shared;
+  __shared__ TileScheduler shared;
   load_levels(levels, sizes, static_cast<const long long*>(nullptr), p);
-  load_order(shared, levels, p);
-  for (int i = threadIdx.x; i < p.num_queries; i += BLOCK) order[i] = ordered_query(i, shared);
+  load_scheduler(shared, levels, p);
+  for (int i = threadIdx.x; i < p.num_queries; i += BLOCK) order[i] = scheduled_query(i, shared);
 }
 """
 
@@ -138,7 +138,7 @@ def is_ordered(inputs: Inputs, multiprocessors: int, grids: Grids = ()) -> bool:
         plans.plan_forward(*case, grids),
         plans.plan_backward(*case, False, True, grids=grids),
     )
-    ordered = {"_ordered<" in plan.kernel.name for plan in both}
+    ordered = {"_persistent<" in plan.kernel.name for plan in both}
     assert len(ordered) == 1
     return ordered.pop()
 

@@ -13,7 +13,7 @@ from cupy_msda.cuda.compile import assemble
 from cupy_msda.problem import LevelTable
 from tests.emulator.emulator import EmulatorError
 from tests.emulator.launches import backward_fixed, backward_sorted, backward_sorted_fixed
-from tests.emulator.test_order import ENCODERS, WALKS, assert_value, placed
+from tests.emulator.test_tile_scheduler import ENCODERS, WALKS, assert_value, placed
 from tests.problems import Inputs
 
 SEEDS = range(1, 4)
