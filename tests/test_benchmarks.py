@@ -92,7 +92,7 @@ def result_row(implementation, time, verdict="right", **more):
 
 def test_kernels_of_a_call_are_added_and_wrong_results_not_compared(readme_tables):
     terms = {"memory": 0.002, "gather": 0.004, "launch": 0.5}
-    rows = [result_row("cupy_msda", 1.0, floor_terms_ms=terms)]
+    rows = [result_row("cupy_msda", 1.0, roofline_terms_ms=terms)]
     rows += [result_row("deformops", 1.0, "wrong"), result_row("torch-ms-deform-attn", 1.0)]
     profile = {
         "shape, uniform, float32 | ours | forward": [["fill", 5, 2.0], ["kernel", 5, 6.0]],

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
+import cupy_msda
 from cupy_msda import ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.cuda import dlpack, launch, plans
 from cupy_msda.torch import exchange
@@ -205,6 +209,35 @@ def test_other_memory_of_another_size_is_refused(driver_device):
     inputs.weights.data = inputs.weights.detach()[:, :1].clone()
     with pytest.raises(ValueError, match="attention_weights must have shape"):
         torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+
+
+# --- the way of a call -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_few_functions_lie_between_the_public_one_and_the_driver(
+    needs_gradients, driver_device, monkeypatch
+):
+    stacks = []
+    launch_kernel = driver_device.cupy.cuda.driver.launchKernel
+
+    def spy(*arguments):
+        stacks.append(inspect.stack(context=0))
+        launch_kernel(*arguments)
+
+    monkeypatch.setattr(driver_device.cupy.cuda.driver, "launchKernel", spy)
+    inputs = random_inputs(d=32)
+    inputs = with_grad(inputs) if needs_gradients else inputs
+    output = call(inputs)
+    if needs_gradients:
+        output.backward(inputs.grad_output)
+    assert len(stacks) == 1 + needs_gradients
+    package = Path(cupy_msda.__file__).parent
+    for stack in stacks:
+        files = [frame.filename for frame in stack if package in Path(frame.filename).parents]
+        assert len(files) <= 8
+        in_order = [file for file, _ in itertools.groupby(files)]
+        assert len(in_order) == len(set(in_order))
 
 
 # --- threads, nested calls and torch's own machinery -----------------------------------------------
