@@ -123,7 +123,7 @@ def compared(inputs: Inputs, with_baselines: bool) -> Calls:
             functions |= baselines(table if form == "tensors" else None)
         packed = operands.pack(inputs.tensors[0], *table, *inputs.tensors[1:], operands.AUTO)
         forward = {name: f for name, f in functions.items() if name != "Function"}
-        forward["operator"] = lambda v, x, a, p=packed: operator(*p.with_inputs(v, x, a))
+        forward["operator"] = lambda v, x, a, p=packed: operator(*operands.with_inputs(p, v, x, a))
         for name, function in forward.items():
             calls[f"forward, {form}, {name}"] = without_gradients(function, inputs)
         for name, function in functions.items():

@@ -43,14 +43,16 @@ class Figures(NamedTuple):
 
 
 class Interior(NamedTuple):
-    """What tells the way of a warp whose points all lie inside their levels, with all their corners."""
+    """How to recognise the path of a warp whose points are all interior."""
 
-    passes: dict[str, int]  # how many times it meets which instructions
-    per_corner: int = 1  # of the first of them
-    whole_points: bool = True  # no block of it holds fewer of the first than one point has
+    passes: dict[str, int]  # patterns of instructions, and how often the path meets each
+    per_corner: int = 1  # matches of the first pattern for one corner
+    whole_points: bool = (
+        True  # no block holds fewer matches of the first pattern than one point has
+    )
     rows: float | None = None  # (query, head) of a warp
-    turns: int | None = 1  # how often it meets all that; None: what each turn after the first adds
-    once: tuple[tuple[str, int], ...] = ()  # what it meets besides, whatever the turns
+    turns: int | None = 1  # how often the path meets all that; None: count what one more turn adds
+    once: tuple[tuple[str, int], ...] = ()  # what it meets once, whatever the turns
 
 
 def _forward(size: int, split: int) -> Interior:
@@ -71,14 +73,14 @@ def _backward(
     stages = -(-part // _GROUP)
     additions = 1 if architecture >= 90 and not fixed else 4
     passes = {r"^REDG?\.": 4 * part * additions} if value else {}
-    if points:  # the one gather more is that of grad_output
+    if points:  # one gather more, of grad_output
         passes |= {rf"^LDG\.E\.{32 * size}": 4 * part + 1, "STG": 2 * stages}
     passes[r"STS\.128"] = stages
     return Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
 
 
-def _sorted(architecture: int) -> Interior:
-    """Every point in a cell of its own. A turn takes a record of every lane, all turns the points of 32 rows."""
+def _binned(architecture: int) -> Interior:
+    """Every point in a cell of its own. A turn takes one descriptor of every lane, all turns the points of 32 rows."""
     additions = 1 if architecture >= 90 else 4
     passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": _GROUP + 2}  # gradients, location, weight
     turns = _K * 32 // (4 * _GROUP)  # by the 4 groups of a warp
@@ -86,39 +88,44 @@ def _sorted(architecture: int) -> Interior:
     return Interior(passes, additions, False, 32, turns, once)
 
 
-def _sorted_fixed() -> Interior:
-    """One turn of that, by its additions alone."""
+def _binned_fixed_point() -> Interior:
+    """One turn of _binned, by its additions alone."""
     return Interior({r"^REDG?\.": 16 * _GROUP}, 4, whole_points=False)
 
 
-def _owner() -> Interior:
-    """One turn of the loop over pairs: it reads four pairs, and a sum for each."""
+def _tiled() -> Interior:
+    """One turn of the loop over pairs: it reads four pairs, and an accumulator for each."""
     return Interior({r"LDS\.(U\.)?64": 8}, whole_points=False)
 
 
 def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior | None]]:
-    """The kernels of the table, by the names that it gives them; None: without an inner loop over corners."""
+    """The kernels of the table by name. None: no inner loop over corners."""
     size, on = DTYPES[dtype], architecture
     plain = test_nvrtc.kernels("detr", dtype)
-    scale, fixed, finish = test_nvrtc.fixed_kernels("detr", dtype)
+    scale, fixed, finish = test_nvrtc.fixed_point_kernels("detr", dtype)
+    binned = test_nvrtc.binned_fixed_point_kernel("detr", dtype)
+    rounding: dict[str, tuple[Kernel, Interior | None]] = {}
+    if dtype in test_nvrtc.ROUNDED:
+        rounding["round"] = test_nvrtc.round_kernel(dtype), None
     interiors = {
         "forward": _forward(size, 1),
-        "forward-ordered": _forward(size, 1)._replace(turns=None),
-        "forward-split": _forward(size, 32 // (2 * size)),
+        "forward-persistent": _forward(size, 1)._replace(turns=None),
+        "forward-split-k": _forward(size, 32 // (2 * size)),
         "backward": _backward(size, on),
-        "backward-split": _backward(size, on, split=2),
+        "backward-split-k": _backward(size, on, split=2),
         "backward-value": _backward(size, on, points=False),
         "backward-points": _backward(size, on, value=False),
-        "backward-points-ordered": _backward(size, on, value=False)._replace(turns=None),
+        "backward-points-persistent": _backward(size, on, value=False)._replace(turns=None),
     }
     return {
         **{name: (plain[name], interior) for name, interior in interiors.items()},
-        "fixed-scale": (scale, None),
-        "fixed": (fixed, _backward(size, on, fixed=True)),
-        "fixed-finish": (finish, None),
-        "sorted": (plain["sorted"], _sorted(on)),
-        "sorted-fixed": (test_nvrtc.sorted_kernel("detr", dtype), _sorted_fixed()),
-        "owner": (test_nvrtc.owner_kernel("detr", dtype), _owner()),
+        "fixed-point-scale": (scale, None),
+        "backward-fixed-point": (fixed, _backward(size, on, fixed=True)),
+        "fixed-point-finish": (finish, None),
+        "backward-value-binned": (plain["backward-value-binned"], _binned(on)),
+        "backward-value-binned-fixed-point": (binned, _binned_fixed_point()),
+        "backward-value-tiled": (test_nvrtc.tiled_kernel("detr", dtype), _tiled()),
+        **rounding,
     }
 
 
@@ -190,19 +197,19 @@ def compiler_version() -> str:
 _HEAD = """\
 # What the specialised kernels cost
 
-By the machine code that NVRTC {version} makes of them, for M=8, D=32, L=4, P=4 and one dtype for all inputs. CI fails
-where a figure gets worse (`tests/test_kernel_budget.py`); `python -m tests.kernel_budget` writes this file. "-split" is
-with as many groups to a row as there can be; the launches of sums in fixed point are "fixed" and the two with its name.
+Figures of the machine code that NVRTC {version} generates for M=8, D=32, L=4, P=4 and one dtype for all inputs. CI
+fails if a figure gets worse (`tests/test_kernel_budget.py`); `python -m tests.kernel_budget` writes this file.
+"-split-k": as many groups to a row as there can be. "-fixed-point": the accumulator is in fixed point.
 
-* Registers of a thread, and bytes that it stores for want of registers.
-* Instructions that a warp issues whose points all lie inside their levels, on the cheapest way from entry to exit that
-  takes every corner without a predicate, makes every record and stores every result. NOP is not counted, nor what loads
-  the level table: one warp of a block does that.
-* Per corner: of those, the instructions of the inner loop, or of the block that it is unrolled to, by the corners that
-  it takes; for "owner", the loop that adds to the tile, of whose points each has two corners in a column; for "sorted",
-  where every point lies in a cell of its own, which is the dearest case.
-* Per row: all of them, by the rows (n, q, m) that the warp holds. A warp of a kernel "-ordered" goes on to other rows:
-  what each of those adds, without the placing of rows, which every lane does for one row at a time.
+* Registers per thread, and bytes that a thread spills.
+* Instructions that a warp issues if all its points are interior: on the cheapest path from entry to exit that takes
+  every corner without a predicate, makes every descriptor and stores every result. NOP is not counted, nor the load of
+  the level table, which one warp of a block does.
+* Per corner: the instructions of the inner loop, or of its unrolled body, divided by the corners that it takes.
+  "backward-value-tiled": the loop that adds to the tile; each of its points has two corners in a column.
+  "backward-value-binned": every point lies in a cell of its own, which is the worst case.
+* Per row: all instructions divided by the rows (n, q, m) of the warp. "-persistent": what one more row adds, without
+  the tile scheduler, which places one row per lane at a time.
 
 | kernel | dtype | sm | registers | spill bytes | instructions per corner | per row |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import OPTIONS, Kernel, assemble
-from cupy_msda.problem import LevelTable, Problem
+from cupy_msda.cuda.plans import Device, Launch, Plan, plan_backward, plan_forward
+from cupy_msda.problem import Grids, LevelTable, Problem
 
 nvrtc = pytest.importorskip(
     "cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC"
@@ -23,7 +23,7 @@ nvrtc = pytest.importorskip(
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21), (7, 11))
 F16, BF16, F32, F64 = "float16", "bfloat16", "float32", "float64"
-MANY = 10**6  # multiprocessors: rows are split as far as they go
+MANY = 10**6  # multiprocessors: split-K as far as it goes
 
 
 class Resources(NamedTuple):
@@ -37,7 +37,7 @@ class Resources(NamedTuple):
 def compile_for(
     kernel: Kernel, architecture: int, source: str | None = None
 ) -> tuple[Resources, bytes]:
-    """Compile as CuPy would: what the log says, and the machine code."""
+    """Compile as CuPy would. Returns what the log says, and the machine code."""
     program = nvrtc.createProgram(source or assemble(kernel.file), kernel.file, (), ())
     try:
         nvrtc.addNameExpression(program, kernel.name)
@@ -94,54 +94,85 @@ SHAPES = {
 }
 
 
-def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
-    """Every launch that the shape may lead to; at d128 the last of the backward is the one before."""
+QUERIES = 900  # of a decoder: deterministic gradients of value come from tiles
+MANY_QUERIES = 20_000  # they come from fixed point
+
+
+def planned(plan: Plan) -> list[Kernel]:
+    """The kernels that a plan launches, in order."""
+    return [step.kernel for step in plan.launches if isinstance(step, Launch)]
+
+
+def forward(shape: str, dtypes: str, multiprocessors: int = 1, grids: Grids = ()) -> Kernel:
+    """The forward of a shape."""
+    case = of_shape(shape, dtypes)
+    (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids))
+    return kernel
+
+
+def backward(
+    shape: str,
+    dtypes: str,
+    multiprocessors: int = 1,
+    grids: Grids = (),
+    queries: int = QUERIES,
+    **needs: bool,
+) -> list[Kernel]:
+    """The launches of a backward of a shape."""
+    case = of_shape(shape, dtypes, queries)
+    return planned(plan_backward(*case, Device(multiprocessors, "90"), grids, **needs))
+
+
+def of_shape(shape: str, dtypes: str, queries: int = QUERIES) -> tuple[Problem, LevelTable]:
+    """The problem of a shape."""
     d, levels, points, heads = SHAPES[shape]
-    case = problem(DTYPES[dtypes], d, levels, points, heads)
+    found, table = problem(DTYPES[dtypes], d, levels, points, heads)
+    return found._replace(num_queries=queries), table
+
+
+def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
+    """Every launch that the shape may lead to. At d128 no backward is persistent: its key holds the plain kernel."""
+    case = shape, dtypes
+    points = {"needs_value": False}
     return {
-        "forward": plans.plan_forward(*case).kernel,
-        "forward-ordered": plans.plan_forward(*case, 1, LEVELS).kernel,
-        "forward-split": plans.plan_forward(*case, MANY).kernel,
-        "backward": plans.plan_backward(*case).kernel,
-        "backward-split": plans.plan_backward(*case, MANY).kernel,
-        "backward-value": plans.plan_backward(*case, 1, True, False).kernel,
-        "backward-points": plans.plan_backward(*case, 1, False, True).kernel,
-        "backward-points-ordered": plans.plan_backward(*case, 1, False, True, grids=LEVELS).kernel,
-        "sorted": plans.plan_sorted(*case).kernel,
+        "forward": forward(*case),
+        "forward-persistent": forward(*case, grids=LEVELS),
+        "forward-split-k": forward(*case, MANY),
+        "backward": backward(*case)[0],
+        "backward-split-k": backward(*case, MANY)[0],
+        "backward-value": backward(*case, needs_points=False)[0],
+        "backward-points": backward(*case, **points)[0],
+        "backward-points-persistent": backward(*case, grids=LEVELS, **points)[0],
+        "backward-value-binned": backward(*case, grids=LEVELS, needs_points=False)[0],
     }
 
 
-def fixed_kernels(
+def fixed_point_kernels(
     shape: str, dtypes: str, multiprocessors: int = 1, needs_points: bool = True
-) -> tuple[Kernel, Kernel, Kernel]:
-    """The three launches that sum gradients of value in fixed point."""
-    d, levels, points, heads = SHAPES[shape]
-    case = problem(DTYPES[dtypes], d, levels, points, heads)
-    return (
-        plans.plan_scale(*case).kernel,
-        plans.plan_backward(*case, multiprocessors, True, needs_points, True).kernel,
-        plans.plan_finish(case[0]).kernel,
-    )
+) -> list[Kernel]:
+    """The three launches that accumulate gradients of value in fixed point."""
+    needs = {"deterministic": True, "needs_points": needs_points}
+    return backward(shape, dtypes, multiprocessors, queries=MANY_QUERIES, **needs)
 
 
-def sorted_kernel(shape: str, dtypes: str) -> Kernel:
-    """The launch that sums sorted points in fixed point."""
-    d, levels, points, heads = SHAPES[shape]
-    return plans.plan_sorted(*problem(DTYPES[dtypes], d, levels, points, heads), (), True).kernel
+def binned_fixed_point_kernel(shape: str, dtypes: str) -> Kernel:
+    """The binned gradient of value, accumulated in fixed point."""
+    needs = {"deterministic": True, "needs_points": False}
+    return backward(shape, dtypes, grids=LEVELS, queries=MANY_QUERIES, **needs)[1]
 
 
-ROUNDED = {"f16": "half_t", "bf16": "bfloat16_t"}
+ROUNDED = ("f16", "bf16")
 
 
 def round_kernel(dtype: str) -> Kernel:
     """The launch that rounds the float32 accumulator of a 16-bit gradient of value."""
-    return Kernel("round.cu", f"msda_round<{ROUNDED[dtype]}>")
+    return backward("detr", dtype)[-1]
 
 
-def owner_kernel(shape: str, dtypes: str) -> Kernel:
-    """The launch whose blocks own tiles of the gradient of value."""
-    d, levels, points, heads = SHAPES[shape]
-    return plans.plan_owner(*problem(DTYPES[dtypes], d, levels, points, heads)).kernel
+def tiled_kernel(shape: str, dtypes: str) -> Kernel:
+    """The gradient of value by output-stationary tiles."""
+    (kernel,) = backward(shape, dtypes, deterministic=True, needs_points=False)
+    return kernel
 
 
 class Budget(NamedTuple):
@@ -207,20 +238,23 @@ def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtypes", MIXED)
-def test_sums_in_fixed_point(dtypes: str, architecture: int) -> None:
-    check_budgets(fixed_kernels("detr", dtypes), architecture)
+def test_fixed_point(dtypes: str, architecture: int) -> None:
+    check_budgets(fixed_point_kernels("detr", dtypes), architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sums_in_fixed_point_of_other_shapes(architecture: int) -> None:
+def test_fixed_point_of_other_shapes(architecture: int) -> None:
     others = [
-        *(fixed_kernels(shape, "f32")[1] for shape in ("dino5", "rfdetr", "d64")),
-        fixed_kernels("detr", "f32", MANY)[1],
-        fixed_kernels("dfine", "bf16", MANY)[1],
-        fixed_kernels("detr", "f32", needs_points=False)[1],
-        *(sorted_kernel("detr", dtypes) for dtypes in MIXED),
-        *(sorted_kernel(shape, "f32") for shape in ("dino5", "bevformer-sca", "rfdetr", "d64")),
-        *(sorted_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
+        *(fixed_point_kernels(shape, "f32")[1] for shape in ("dino5", "rfdetr", "d64")),
+        fixed_point_kernels("detr", "f32", MANY)[1],
+        fixed_point_kernels("dfine", "bf16", MANY)[1],
+        fixed_point_kernels("detr", "f32", needs_points=False)[1],
+        *(binned_fixed_point_kernel("detr", dtypes) for dtypes in MIXED),
+        *(
+            binned_fixed_point_kernel(shape, "f32")
+            for shape in ("dino5", "bevformer-sca", "rfdetr", "d64")
+        ),
+        *(binned_fixed_point_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
     ]
     check_budgets(others, architecture)
 
@@ -231,13 +265,13 @@ def test_rounding(architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_owners_of_tiles(architecture: int) -> None:
-    owners = [
-        *(owner_kernel("detr", dtypes) for dtypes in MIXED),
-        *(owner_kernel(shape, "f32") for shape in ("dino5", "rfdetr", "d8", "d64", "d128")),
-        *(owner_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
+def test_output_stationary_tiles(architecture: int) -> None:
+    tiled = [
+        *(tiled_kernel("detr", dtypes) for dtypes in MIXED),
+        *(tiled_kernel(shape, "f32") for shape in ("dino5", "rfdetr", "d8", "d64", "d128")),
+        *(tiled_kernel(shape, "bf16") for shape in ("dfine", "d8", "d128")),
     ]
-    check_budgets(owners, architecture)
+    check_budgets(tiled, architecture)
 
 
 GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
@@ -247,14 +281,16 @@ GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
 @pytest.mark.parametrize("dtypes", GENERIC, ids="-".join)
 def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     case = problem(dtypes, 30, 4, 4)
-    generic = [
-        plans.plan_forward(*case).kernel,
-        plans.plan_backward(*case).kernel,
-        plans.plan_backward(*case, 1, True, True, True).kernel,
-    ]
-    assert [kernel.file for kernel in generic] == ["generic.cu"] * 3
-    before_and_after = plans.plan_scale(*case).kernel, plans.plan_finish(case[0]).kernel
-    check_budgets((*generic, *before_and_after), architecture)
+    device = Device(1, "90")
+    generic = {
+        *planned(plan_forward(*case, device)),
+        *planned(plan_backward(*case, device)),
+        *planned(plan_backward(*case, device, deterministic=True)),
+    }
+    names = {kernel.name.partition("<")[0] for kernel in generic}
+    assert {"msda_forward_generic", "msda_backward_generic"} < names
+    assert len([kernel for kernel in generic if kernel.file == "generic.cu"]) == 3
+    check_budgets(generic, architecture)
 
 
 def test_compiler_errors_name_the_file() -> None:

@@ -20,7 +20,7 @@ from cupy_msda import (  # noqa: E402
     reference,
 )
 from cupy_msda.torch import derivatives  # noqa: E402
-from cupy_msda.torch.operands import BackwardOperands, Operands  # noqa: E402
+from cupy_msda.torch.operands import Operands, backward_operands, inputs_of  # noqa: E402
 from tests.problems import Inputs, away_from_edges, random_inputs  # noqa: E402
 
 # torch scripts its own forward-mode decompositions on first use, and its linearize warns of its own graph.
@@ -232,7 +232,7 @@ def test_vmap_over_a_shared_value_runs_it_once(smooth, monkeypatch) -> None:
     shapes = []
 
     def spy(*arguments):
-        value, locations, _ = Operands(*arguments).inputs
+        value, locations, _ = inputs_of(Operands(*arguments))
         shapes.append((value.shape, locations.shape[:2]))
         return forward(*arguments)
 
@@ -279,7 +279,7 @@ def test_samples_that_become_queries_lie_on_grids_of_their_own(
 
     for name, forward_of in (
         ("FORWARD", lambda arguments: Operands(*arguments)),
-        ("BACKWARD", lambda arguments: BackwardOperands.of(arguments).forward),
+        ("BACKWARD", lambda arguments: backward_operands(arguments).forward),
     ):
         operator = getattr(derivatives, name)
         monkeypatch.setattr(derivatives, name, partial(spy, operator, forward_of))

@@ -15,7 +15,20 @@ from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
 from cupy_msda.problem import MAX_GRIDS
-from cupy_msda.torch.operands import NO_OPERANDS, BackwardOperands, Operands, levels_of
+from cupy_msda.torch.operands import (
+    NO_OPERANDS,
+    BackwardOperands,
+    Operands,
+    backward_operands,
+    constants_of,
+    flat,
+    inputs_of,
+    joined,
+    levels_of,
+    needs_of,
+    tensors_of,
+    with_inputs,
+)
 from cupy_msda.torch.operators import BACKWARD, FORWARD
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
@@ -46,15 +59,15 @@ def attention(operands: Operands) -> Tensor:
 def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
-        return Gradients.apply(*operands.flat)  # type: ignore[no-any-return,no-untyped-call]
+        return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     if not active():
-        return _CompiledGradients.apply(*operands.flat)  # type: ignore[no-any-return,no-untyped-call]
+        return _CompiledGradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     levels = levels_of(operands.forward)
 
     def forward(value: Tensor, *points: Tensor) -> Any:
         return reference.forward(value, levels, *points)
 
-    return torch.func.vjp(forward, *operands.forward.inputs)[1](operands.grad_output)  # type: ignore[no-any-return]
+    return torch.func.vjp(forward, *inputs_of(operands.forward))[1](operands.grad_output)  # type: ignore[no-any-return]
 
 
 class Attention(Function):
@@ -70,29 +83,30 @@ class Attention(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
         operands = Operands(*inputs)
-        ctx.constants = operands.constants
-        ctx.save_for_backward(*operands.tensors)
-        ctx.save_for_forward(*operands.tensors)
+        ctx.constants = constants_of(operands)
+        ctx.save_for_backward(*tensors_of(operands))
+        ctx.save_for_forward(*tensors_of(operands))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         """Run the backward operator."""
         needed = Operands(*ctx.needs_input_grad)
         needs_points = needed.sampling_locations or needed.attention_weights
-        given = Operands.join(ctx.saved_tensors, ctx.constants)
+        given = joined(ctx.saved_tensors, ctx.constants)
         results = gradients(BackwardOperands(grad_outputs[0], given, needed.value, needs_points))
         wanted = [
-            result if need else None for result, need in zip(results, needed.inputs, strict=True)
+            result if need else None
+            for result, need in zip(results, inputs_of(needed), strict=True)
         ]
-        return tuple(NO_OPERANDS.with_inputs(*wanted))
+        return tuple(with_inputs(NO_OPERANDS, *wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         """Move the inputs along the tangents."""
         with forward_ad._set_fwd_grad_enabled(True):
-            operands = Operands.join(_primal(*ctx.saved_tensors), ctx.constants)
-            value, locations, weights = operands.inputs
-            directions = Operands(*tangents).inputs
+            operands = joined(_primal(*ctx.saved_tensors), ctx.constants)
+            value, locations, weights = inputs_of(operands)
+            directions = inputs_of(Operands(*tangents))
             return reference.tangent(value, levels_of(operands), locations, weights, directions)
 
     @staticmethod
@@ -101,20 +115,20 @@ class Attention(Function):
         operands, dims = Operands(*arguments), Operands(*in_dims)
         _refuse_batched_table(dims)
         size = info.batch_size
-        value_dim, *point_dims = dims.inputs
+        value_dim, *point_dims = inputs_of(dims)
         points = [
             _batched(tensor, dim, size)
-            for tensor, dim in zip(operands.inputs[1:], point_dims, strict=True)
+            for tensor, dim in zip(inputs_of(operands)[1:], point_dims, strict=True)
         ]
         if value_dim is None:
             points = [tensor.movedim(0, 1).flatten(1, 2) for tensor in points]
-            operands = operands.with_inputs(operands.value, *points)
+            operands = with_inputs(operands, operands.value, *points)
             order = _repeated(operands.query_order, size)
             output = Attention.apply(*operands._replace(query_order=order))  # type: ignore[no-untyped-call]
             return output.unflatten(1, (size, output.shape[1] // size)), 1
         tensors = (_batched(operands.value, value_dim, size), *points)
         images = [tensor.flatten(0, 1) for tensor in tensors]
-        output = Attention.apply(*operands.with_inputs(*images))  # type: ignore[no-untyped-call]
+        output = Attention.apply(*with_inputs(operands, *images))  # type: ignore[no-untyped-call]
         return output.unflatten(0, (size, output.shape[0] // size)), 0
 
 
@@ -124,9 +138,9 @@ class _CompiledGradients(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Run the backward operator with the arguments of its schema."""
-        operands = BackwardOperands.of(arguments)
-        ctx.constants, ctx.computed = operands.forward.constants, operands.needs
-        ctx.save_for_backward(*operands.forward.tensors, operands.grad_output)
+        operands = backward_operands(arguments)
+        ctx.constants, ctx.computed = constants_of(operands.forward), needs_of(operands)
+        ctx.save_for_backward(*tensors_of(operands.forward), operands.grad_output)
         results: tuple[Tensor, Tensor, Tensor] = BACKWARD(*arguments)
         return results
 
@@ -136,16 +150,16 @@ class _CompiledGradients(Function):
         if type(ctx.saved_tensors[0]).__name__ == "DTensor":
             raise NotImplementedError("value must not be a DTensor for gradients of gradients")
         *tensors, grad_output = ctx.saved_tensors
-        operands = Operands.join(tensors, ctx.constants)
+        operands = joined(tensors, ctx.constants)
         levels = levels_of(operands)
-        along: Any = _where(ctx.computed, directions, operands.inputs, torch.zeros_like)
+        along: Any = _where(ctx.computed, directions, inputs_of(operands), torch.zeros_like)
 
         def moved(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
             return reference.tangent(value, levels, locations, weights, along)
 
-        by_grad, pull, *_ = torch.func.vjp(moved, *operands.inputs)
-        by_inputs = NO_OPERANDS.with_inputs(*pull(grad_output))
-        return BackwardOperands(by_grad, by_inputs, None, None).flat
+        by_grad, pull, *_ = torch.func.vjp(moved, *inputs_of(operands))
+        by_inputs = with_inputs(NO_OPERANDS, *pull(grad_output))
+        return flat(BackwardOperands(by_grad, by_inputs, None, None))
 
 
 class Gradients(Function):
@@ -160,9 +174,9 @@ class Gradients(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keep the inputs."""
-        operands = BackwardOperands.of(inputs)
-        ctx.constants, ctx.computed = operands.forward.constants, operands.needs
-        tensors = (*operands.forward.tensors, operands.grad_output)
+        operands = backward_operands(inputs)
+        ctx.constants, ctx.computed = constants_of(operands.forward), needs_of(operands)
+        tensors = (*tensors_of(operands.forward), operands.grad_output)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -173,30 +187,30 @@ class Gradients(Function):
         info: Any, in_dims: Sequence[Any], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         """Samples become images."""
-        operands, dims = BackwardOperands.of(arguments), BackwardOperands.of(in_dims)
+        operands, dims = backward_operands(arguments), backward_operands(in_dims)
         _refuse_batched_table(dims.forward)
         size = info.batch_size
         grad_output, *images = (
             _batched(tensor, dim, size).flatten(0, 1)
             for tensor, dim in zip(
-                (operands.grad_output, *operands.forward.inputs),
-                (dims.grad_output, *dims.forward.inputs),
+                (operands.grad_output, *inputs_of(operands.forward)),
+                (dims.grad_output, *inputs_of(dims.forward)),
                 strict=True,
             )
         )
-        given = operands.forward.with_inputs(*images)
+        given = with_inputs(operands.forward, *images)
         results = gradients(operands._replace(grad_output=grad_output, forward=given))
         samples = tuple(
             result.reshape(size, result.shape[0] // size, *result.shape[1:]) if need else result
-            for result, need in zip(results, operands.needs, strict=True)
+            for result, need in zip(results, needs_of(operands), strict=True)
         )
-        return samples, tuple(0 if need else None for need in operands.needs)
+        return samples, tuple(0 if need else None for need in needs_of(operands))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         """Differentiate <output, tangent of grad_output> + <tangent of output, grad_output> by the inputs."""
-        directions = BackwardOperands.of(tangents)
-        along = directions.forward.inputs
+        directions = backward_operands(tangents)
+        along = inputs_of(directions.forward)
 
         def both(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
             output = reference.forward(value, levels, locations, weights)
@@ -204,11 +218,11 @@ class Gradients(Function):
 
         with forward_ad._set_fwd_grad_enabled(True):
             *tensors, grad_output = _primal(*ctx.saved_tensors)
-            operands = Operands.join(tensors, ctx.constants)
+            operands = joined(tensors, ctx.constants)
             levels = levels_of(operands)
-            _, pull, *_ = torch.func.vjp(both, *operands.inputs)
+            _, pull, *_ = torch.func.vjp(both, *inputs_of(operands))
             results = pull((directions.grad_output, grad_output))
-            return _where(ctx.computed, results, operands.inputs, _no_elements)
+            return _where(ctx.computed, results, inputs_of(operands), _no_elements)
 
 
 def _repeated(query_order: Any, size: int) -> Any:

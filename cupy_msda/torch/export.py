@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from cupy_msda import reference
-from cupy_msda.torch.operands import BackwardOperands, Operands, check_traced, levels_of
+from cupy_msda.torch.operands import (
+    BackwardOperands,
+    Operands,
+    backward_operands,
+    check_traced,
+    inputs_of,
+    levels_of,
+    needs_of,
+)
 from cupy_msda.torch.operators import BACKWARD, FORWARD
 
 
@@ -49,14 +57,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
     return {
         FORWARD: lambda *arguments: forward(Operands(*arguments)),
-        BACKWARD: lambda *arguments: backward(BackwardOperands.of(arguments)),
+        BACKWARD: lambda *arguments: backward(backward_operands(arguments)),
     }
 
 
 def forward(operands: Operands) -> Tensor:
     """The forward operator by standard ones."""
     check_traced(operands)
-    value, locations, weights = operands.inputs
+    value, locations, weights = inputs_of(operands)
     return reference.forward(value, levels_of(operands), locations, weights)  # type: ignore[no-any-return]
 
 
@@ -64,11 +72,13 @@ def backward(operands: BackwardOperands) -> tuple[Tensor, ...]:
     """The backward operator by standard ones."""
     given = operands.forward
     check_traced(given)
-    value, locations, weights = given.inputs
+    value, locations, weights = inputs_of(given)
     gradients = reference.backward(
         operands.grad_output, value, levels_of(given), locations, weights
     )
     return tuple(
         gradient if need else tensor.new_empty(0)
-        for gradient, tensor, need in zip(gradients, given.inputs, operands.needs, strict=True)
+        for gradient, tensor, need in zip(
+            gradients, inputs_of(given), needs_of(operands), strict=True
+        )
     )

@@ -11,7 +11,19 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import contract
 from cupy_msda.torch import derivatives, export, operators
-from cupy_msda.torch.operands import AUTO, Arguments, BackwardOperands, Operands, pack
+from cupy_msda.torch.operands import (
+    AUTO,
+    Arguments,
+    BackwardOperands,
+    Operands,
+    argument_gradients,
+    constants_of,
+    flat,
+    given_of,
+    joined,
+    pack,
+    tensors_of,
+)
 
 
 def ms_deform_attn(
@@ -114,7 +126,7 @@ def ms_deform_attn_backward(
     )
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:
-        problem, _ = contract.check(*operands.given)
+        problem, _ = contract.check(*given_of(operands))
         contract.check_grad_output(problem, grad_output, value)
     return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
 
@@ -226,8 +238,8 @@ class MSDeformAttnFunction(torch.autograd.Function):
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         operands = pack(*inputs, query_order)
-        ctx.constants = operands.constants
-        ctx.save_for_backward(*operands.tensors)
+        ctx.constants = constants_of(operands)
+        ctx.save_for_backward(*tensors_of(operands))
         if torch.compiler.is_compiling():
             return _traced(operands)
         output, ctx.recorded = operators.recorded_forward(operands)
@@ -243,17 +255,17 @@ class MSDeformAttnFunction(torch.autograd.Function):
         """Gradients of the arguments of `apply`; None where there is none or none is needed."""
         needed = Arguments(*ctx.needs_input_grad)
         needs_points = needed.sampling_locations or needed.attention_weights
-        given = Operands.join(ctx.saved_tensors, ctx.constants)
+        given = joined(ctx.saved_tensors, ctx.constants)
         operands = BackwardOperands(grad_outputs[0], given, needed.value, needs_points)
         # Grad mode is on only under create_graph, which a compiled backward refuses by itself.
         if torch.compiler.is_compiling():
-            gradients = operators.BACKWARD(*operands.flat)
+            gradients = operators.BACKWARD(*flat(operands))
         elif torch.is_grad_enabled():
             gradients = derivatives.gradients(operands)
         else:
             gradients = operators.backward(operands, ctx.recorded)
         by_value, by_locations, by_weights = gradients
-        results = Arguments.gradients(
+        results = argument_gradients(
             by_value if needed.value else None,
             by_locations if needed.sampling_locations else None,
             by_weights if needed.attention_weights else None,

@@ -37,57 +37,6 @@ class Operands(NamedTuple):
     attention_weights: Any
     query_order: Any = None
 
-    @property
-    def tensors(self) -> tuple[Any, Any, Any, Any, Any]:
-        """What autograd saves."""
-        return (
-            self.value,
-            self.spatial_shapes,
-            self.level_start_index,
-            self.sampling_locations,
-            self.attention_weights,
-        )
-
-    @property
-    def constants(self) -> tuple[Any, Any, Any]:
-        """The rest."""
-        return self.sizes, self.starts, self.query_order
-
-    @classmethod
-    def join(cls, tensors: Sequence[Any], constants: Sequence[Any]) -> Operands:
-        """From `tensors` and `constants`."""
-        value, shapes, start_index, locations, weights = tensors
-        sizes, starts, order = constants
-        return cls(value, shapes, start_index, sizes, starts, locations, weights, order)
-
-    @property
-    def inputs(self) -> tuple[Any, Any, Any]:
-        """What has a gradient."""
-        return self.value, self.sampling_locations, self.attention_weights
-
-    def with_inputs(self, value: Any, locations: Any, weights: Any) -> Operands:
-        """The same with other `inputs`."""
-        return self._replace(value=value, sampling_locations=locations, attention_weights=weights)
-
-    @property
-    def table(self) -> tuple[Any, Any]:
-        """spatial_shapes and level_start_index as the public functions take them."""
-        sizes, starts = _pairs(self.sizes), self.starts
-        return (
-            sizes if self.spatial_shapes is None else self.spatial_shapes,
-            starts if self.level_start_index is None else self.level_start_index,
-        )
-
-    @property
-    def given(self) -> tuple[Any, Any, Any, Any, Any]:
-        """The arguments that `contract.check` takes."""
-        return (self.value, *self.table, self.sampling_locations, self.attention_weights)
-
-    @property
-    def given_order(self) -> Any:
-        """query_order as the public functions take it."""
-        return AUTO if self.query_order is None else _pairs(self.query_order) or None
-
 
 _TYPES = Operands(
     value="Tensor",
@@ -113,23 +62,85 @@ class BackwardOperands(NamedTuple):
     needs_value: Any
     needs_points: Any
 
-    @classmethod
-    def of(cls, flat: Sequence[Any]) -> BackwardOperands:
-        """From arguments, or what belongs to each of them, in the order of the schema."""
-        grad_output, *rest = flat
-        required, flags = rest[:_NUM_REQUIRED], rest[_NUM_REQUIRED : _NUM_REQUIRED + 2]
-        return cls(grad_output, Operands(*required, *rest[_NUM_REQUIRED + 2 :]), *flags)
 
-    @property
-    def flat(self) -> tuple[Any, ...]:
-        """In the order of the schema."""
-        required, optional = self.forward[:_NUM_REQUIRED], self.forward[_NUM_REQUIRED:]
-        return (self.grad_output, *required, self.needs_value, self.needs_points, *optional)
+# --- parts of the operands: functions, since older versions of Dynamo know only the fields of a NamedTuple --------
 
-    @property
-    def needs(self) -> tuple[Any, Any, Any]:
-        """Whether the gradients of value, locations and weights are needed."""
-        return self.needs_value, self.needs_points, self.needs_points
+
+def tensors_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
+    """What autograd saves."""
+    return (
+        operands.value,
+        operands.spatial_shapes,
+        operands.level_start_index,
+        operands.sampling_locations,
+        operands.attention_weights,
+    )
+
+
+def constants_of(operands: Operands) -> tuple[Any, Any, Any]:
+    """The rest."""
+    return operands.sizes, operands.starts, operands.query_order
+
+
+def joined(tensors: Sequence[Any], constants: Sequence[Any]) -> Operands:
+    """The operands of these `tensors_of` and `constants_of`."""
+    value, shapes, start_index, locations, weights = tensors
+    sizes, starts, order = constants
+    return Operands(value, shapes, start_index, sizes, starts, locations, weights, order)
+
+
+def inputs_of(operands: Operands) -> tuple[Any, Any, Any]:
+    """What has a gradient."""
+    return operands.value, operands.sampling_locations, operands.attention_weights
+
+
+def with_inputs(operands: Operands, value: Any, locations: Any, weights: Any) -> Operands:
+    """The same with other `inputs_of`."""
+    _, shapes, start_index, _, _ = tensors_of(operands)
+    return joined((value, shapes, start_index, locations, weights), constants_of(operands))
+
+
+def backward_operands(flat: Sequence[Any]) -> BackwardOperands:
+    """From arguments, or what belongs to each of them, in the order of the schema."""
+    grad_output, *rest = flat
+    required, flags = rest[:_NUM_REQUIRED], rest[_NUM_REQUIRED : _NUM_REQUIRED + 2]
+    forward = Operands(*required, *rest[_NUM_REQUIRED + 2 :])
+    return BackwardOperands(grad_output, forward, *flags)
+
+
+def flat(operands: BackwardOperands) -> tuple[Any, ...]:
+    """In the order of the schema."""
+    given = tuple(operands.forward)
+    needs = operands.needs_value, operands.needs_points
+    return (operands.grad_output, *given[:_NUM_REQUIRED], *needs, *given[_NUM_REQUIRED:])
+
+
+def needs_of(operands: BackwardOperands) -> tuple[Any, Any, Any]:
+    """Whether the gradients of value, locations and weights are needed."""
+    return operands.needs_value, operands.needs_points, operands.needs_points
+
+
+def given_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
+    """The arguments that `contract.check` takes."""
+    value, locations, weights = inputs_of(operands)
+    return (value, *_table_of(operands), locations, weights)
+
+
+def _table_of(operands: Operands) -> tuple[Any, Any]:
+    """spatial_shapes and level_start_index as the public functions take them."""
+    shapes, start_index = operands.spatial_shapes, operands.level_start_index
+    return (
+        _pairs(operands.sizes) if shapes is None else shapes,
+        operands.starts if start_index is None else start_index,
+    )
+
+
+def _order_of(operands: Operands) -> Any:
+    """query_order as the public functions take it."""
+    return AUTO if operands.query_order is None else _pairs(operands.query_order) or None
+
+
+# --- schemas ---------------------------------------------------------------------------------------
 
 
 def _declared(types: Operands, names: Iterable[str]) -> list[str]:
@@ -146,7 +157,7 @@ _BACKWARD_FIELDS = BackwardOperands(
     "bool needs_value",
     "bool needs_points",
 )
-BACKWARD_SCHEMA = f"({', '.join(_BACKWARD_FIELDS.flat)}) -> (Tensor, Tensor, Tensor)"
+BACKWARD_SCHEMA = f"({', '.join(flat(_BACKWARD_FIELDS))}) -> (Tensor, Tensor, Tensor)"
 
 
 class Arguments(NamedTuple):
@@ -160,11 +171,11 @@ class Arguments(NamedTuple):
     im2col_step: Any = None
     query_order: Any = AUTO
 
-    @staticmethod
-    def gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
-        """What `backward` returns: None where there is no gradient."""
-        # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
-        return value, None, None, locations, weights, None, None
+
+def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
+    """What the backward of `apply` returns: None where there is no gradient."""
+    # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
+    return value, None, None, locations, weights, None, None
 
 
 NO_OPERANDS = Operands(*(None,) * len(Operands._fields))
@@ -240,8 +251,8 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
-    problem, table = contract.check(*operands.given)
-    grids = contract.check_query_order(operands.given_order, problem.num_queries)
+    problem, table = contract.check(*given_of(operands))
+    grids = contract.check_query_order(_order_of(operands), problem.num_queries)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
     return problem, table, grids
@@ -249,16 +260,18 @@ def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTa
 
 def check_traced(operands: Operands) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
-    contract.check(*operands.given, traced=True)
+    contract.check(*given_of(operands), traced=True)
     num_queries = operands.sampling_locations.shape[1]
     if all(isinstance(number, int) for number in (num_queries, *(operands.query_order or ()))):
-        contract.check_query_order(operands.given_order, num_queries)
+        contract.check_query_order(_order_of(operands), num_queries)
 
 
 def levels_of(operands: Operands) -> list[Level]:
     """The levels for the reference, unread: ints where all are ints, else 0-dim tensors."""
     known = operands.spatial_shapes is None and operands.level_start_index is None
-    shapes, starts = (half.long() if isinstance(half, Tensor) else half for half in operands.table)
+    shapes, starts = (
+        half.long() if isinstance(half, Tensor) else half for half in _table_of(operands)
+    )
     if starts is None:
         starts = list(accumulate((h * w for h, w in shapes), initial=0))[:-1]
     table = [Level(h, w, start) for (h, w), start in zip(shapes, starts, strict=True)]

@@ -30,7 +30,11 @@ from cupy_msda.torch.operands import (
     FORWARD_SCHEMA,
     BackwardOperands,
     Operands,
+    backward_operands,
     check,
+    flat,
+    inputs_of,
+    needs_of,
 )
 
 for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
@@ -83,7 +87,7 @@ def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gr
             return gradients
     if _is_plain(operands.forward) and type(grad_output) is Tensor and not grad_output.is_neg():
         return _backward(operands)
-    return BACKWARD(*operands.flat)  # type: ignore[no-any-return]
+    return BACKWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
 # The exporter by torch.jit.trace, which knows no operator of ours.
@@ -128,7 +132,7 @@ def refuse_undispatchable(operands: Operands) -> None:
         raise RuntimeError(NO_OLD_EXPORTER)
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
-    value, locations, weights = operands.inputs
+    value, locations, weights = inputs_of(operands)
     if not (is_dense(value) and is_dense(locations) and is_dense(weights)):
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
@@ -250,7 +254,7 @@ def _forward(operands: Operands) -> Tensor:
 
 def _cpu_forward(operands: Operands, call: Call) -> Tensor:
     """The output, by the CPU's kernels."""
-    arrays = map(_numpy, operands.inputs)
+    arrays = map(_numpy, inputs_of(operands))
     output = backend.forward(call.problem, call.table, *arrays, threads=torch.get_num_threads())
     return _tensor(output, operands.value.dtype)
 
@@ -266,13 +270,13 @@ def _backward(operands: BackwardOperands) -> Gradients:
         return gradients
     results: tuple[Any, ...] = (None, None, None)
     if operands.needs_value or operands.needs_points:
-        arrays = map(_numpy, (operands.grad_output, *given.inputs))
+        arrays = map(_numpy, (operands.grad_output, *inputs_of(given)))
         results = backend.backward(
             call.problem, call.table, *arrays, threads=torch.get_num_threads()
         )
     by_value, by_locations, by_weights = (
         _tensor(result, tensor.dtype) if need else tensor.new_empty(0)
-        for result, tensor, need in zip(results, given.inputs, operands.needs, strict=True)
+        for result, tensor, need in zip(results, inputs_of(given), needs_of(operands), strict=True)
     )
     return by_value, by_locations, by_weights
 
@@ -318,7 +322,7 @@ def _dispatched_forward(*arguments: Any) -> Tensor:
 
 def _dispatched_backward(*arguments: Any) -> Gradients:
     """The backward operator as the dispatcher calls it."""
-    operands = BackwardOperands.of(arguments)
+    operands = backward_operands(arguments)
     return _backward(operands._replace(forward=_hashable(operands.forward)))
 
 
@@ -331,10 +335,10 @@ def _fake_forward(*arguments: Any) -> Tensor:
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and devices of the gradients."""
-    operands = BackwardOperands.of(arguments)
+    operands = backward_operands(arguments)
     return tuple(
         tensor.new_empty(tensor.shape if need else 0)
-        for tensor, need in zip(operands.forward.inputs, operands.needs, strict=True)
+        for tensor, need in zip(inputs_of(operands.forward), needs_of(operands), strict=True)
     )
 
 

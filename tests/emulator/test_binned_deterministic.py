@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of value by sorted points that are the same in every run: listed in order, summed in fixed point."""
+"""Deterministic gradients of value by binned points: listed in order, accumulated in fixed point."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ import pytest
 import torch
 
 from cupy_msda.cuda.compile import assemble
-from cupy_msda.problem import LevelTable
-from tests.emulator.emulator import EmulatorError
-from tests.emulator.launches import backward_fixed, backward_sorted, backward_sorted_fixed
-from tests.emulator.test_tile_scheduler import ENCODERS, WALKS, assert_value, placed
+from tests.emulator.cases import (
+    SEEDS,
+    UNKNOWN,
+    assert_fence_is_needed,
+    check_value,
+    deterministic,
+    same_bits,
+)
+from tests.emulator.encoders import ENCODERS, WALKS, placed
+from tests.emulator.launches import backward_binned, backward_fixed_point
 from tests.problems import Inputs
 
-SEEDS = range(1, 4)
 CASES = ("f32", "f16", "bf16", "several-images", "eight-points", "d8", "one-pixel-wide")
 
 
-def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether they agree bit for bit, NaN with itself too."""
-    whole = torch.int16 if actual.element_size() == 2 else torch.int32
-    return torch.equal(actual.view(whole), expected.view(whole))
+def binned(inputs: Inputs, **options: Any) -> torch.Tensor:
+    """The gradient of value by binned points in fixed point."""
+    return backward_binned(inputs, deterministic=True, **options)
 
 
-def reproduced(inputs: Inputs, **options: Any) -> torch.Tensor:
-    """The gradient of value, which must be the same in every order of blocks and lanes."""
-    result = backward_sorted_fixed(inputs, **options)
-    for seed in SEEDS:
-        assert same_bits(backward_sorted_fixed(inputs, seed=seed, **options), result)
-    return result
+def repeated(inputs: Inputs, **options: Any) -> torch.Tensor:
+    """The gradient of value, which must be bitwise identical in every order of blocks and lanes."""
+    return deterministic(binned, inputs, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_bits_in_any_order(case: str) -> None:
-    assert_value(ENCODERS[case], reproduced(ENCODERS[case]))
+def test_any_order_of_blocks_and_lanes(case: str) -> None:
+    check_value(ENCODERS[case], repeated(ENCODERS[case]))
 
 
 @pytest.mark.parametrize("case", ["f32", "several-images"])
-def test_without_the_numbers_bits_depend_on_the_order(case: str) -> None:
-    """Else the test above would show nothing: neither of the list nor of the sums in memory."""
+def test_without_the_numbering_bits_depend_on_the_order(case: str) -> None:
+    """Otherwise the test above would show nothing, neither of the list nor of the additions to memory."""
     stable = "sort_points<P, FIXED>"
     source = assemble("backward_value_binned.cu")
     assert source.count(stable) == 1
     unstable = source.replace(stable, "sort_points<P, false>")
-    for run, options in ((backward_sorted_fixed, {"source": unstable}), (backward_sorted, {})):
+    for run, options in ((binned, {"source": unstable}), (backward_binned, {})):
         results = [run(ENCODERS[case], seed=seed, **options) for seed in (0, *SEEDS)]
         assert not all(torch.equal(other, results[0]) for other in results[1:])
 
 
 @pytest.mark.parametrize("cells", WALKS.values(), ids=WALKS.keys())
-def test_walks_in_quanta(cells: Sequence[tuple[float, float]]) -> None:
+def test_walks_in_fixed_point(cells: Sequence[tuple[float, float]]) -> None:
     inputs = placed(cells, [(8, 8)])
-    assert_value(inputs, reproduced(inputs))
+    check_value(inputs, repeated(inputs))
 
 
 def test_a_crowd_of_one_sign_reaches_no_limit() -> None:
@@ -64,7 +65,7 @@ def test_a_crowd_of_one_sign_reaches_no_limit() -> None:
     inputs.grad_output.fill_(largest)
     inputs.weights.fill_(largest)
     exact = 1023 * 4 * largest**2
-    grad_value = reproduced(inputs)
+    grad_value = repeated(inputs)
     torch.testing.assert_close(
         grad_value[0, 4 * 8 + 3], torch.full((1, 32), exact), rtol=2**-11, atol=0
     )
@@ -78,20 +79,20 @@ def test_magnitudes_out_of_the_ordinary(exponents: tuple[int, int]) -> None:
     scaled = inputs._replace(
         grad_output=inputs.grad_output * grad, weights=inputs.weights.mul(weight)
     )
-    expected = backward_sorted_fixed(inputs).double() * grad * weight
-    assert same_bits(backward_sorted_fixed(scaled), expected.float())
+    expected = binned(inputs).double() * grad * weight
+    assert same_bits(binned(scaled), expected.float())
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("where", ["grad_output", "weights"])
-def test_what_is_not_finite_is_nan_at_its_own_pixels(where: str, bad: float) -> None:
-    """As the sums of single points in fixed point."""
+def test_non_finite_inputs_give_nan_at_their_own_pixels(where: str, bad: float) -> None:
+    """As the direct backward in fixed point."""
     inputs = ENCODERS["several-images"]
     changed = getattr(inputs, where).clone()
     changed[1, 5, 1] = bad
-    broken = inputs._replace(**{where: changed})
-    expected = backward_fixed(broken)[0]
-    actual = reproduced(broken)
+    non_finite = inputs._replace(**{where: changed})
+    expected = backward_fixed_point(non_finite)[0]
+    actual = repeated(non_finite)
     assert not expected.isfinite().all()
     assert torch.equal(actual.isnan(), expected.isnan())
     assert actual[~actual.isnan()].isfinite().all()
@@ -99,14 +100,14 @@ def test_what_is_not_finite_is_nan_at_its_own_pixels(where: str, bad: float) -> 
 
 def test_a_table_on_the_device() -> None:
     inputs = ENCODERS["several-images"]
-    unknown: dict[str, Any] = {"table": LevelTable(None, None), "tables": (inputs.shapes(), None)}
-    assert same_bits(backward_sorted_fixed(inputs, **unknown), backward_sorted_fixed(inputs))
+    unknown: dict[str, Any] = {"table": UNKNOWN, "tables": (inputs.shapes(), None)}
+    assert same_bits(binned(inputs, **unknown), binned(inputs))
 
 
 @pytest.mark.parametrize("case", ["several-images", "d16-two-points"])
 def test_under_the_sanitizers(case: str) -> None:
     inputs = ENCODERS[case]
-    assert_value(inputs, backward_sorted_fixed(inputs, sanitize=True))
+    check_value(inputs, binned(inputs, sanitize=True))
 
 
 # The second __syncwarp of the numbering is not among them: the lanes meet at the match before anything is read.
@@ -122,12 +123,8 @@ def test_a_missing_fence_shows(fence: str, none: str) -> None:
     source = assemble("backward_value_binned.cu")
     assert source.count(fence) == 1
     inputs = placed(WALKS["a-row-of-cells"], [(8, 8)])
-    good = backward_sorted_fixed(inputs)
-    options: dict[str, Any] = {"source": source.replace(fence, none), "sanitize": True}
-    for seed in range(8):
-        try:
-            if not same_bits(backward_sorted_fixed(inputs, seed=seed, **options), good):
-                return
-        except EmulatorError:
-            return
-    pytest.fail("the fence is not needed")
+    damaged = source.replace(fence, none)
+    assert_fence_is_needed(
+        lambda seed: binned(inputs, source=damaged, seed=seed, sanitize=True),
+        binned(inputs),
+    )
