@@ -17,17 +17,8 @@ import pytest
 import torch
 
 from cupy_msda import __main__, ms_deform_attn_core_pytorch
-from cupy_msda.bench import (
-    cases,
-    constants,
-    correctness,
-    implementations,
-    machine,
-    roofline,
-    runner,
-    tables,
-    timing,
-)
+from cupy_msda.bench import cases, constants, correctness, machine, roofline, runner, tables, timing
+from cupy_msda.bench import implementations as implementation_file
 from cupy_msda.bench.cases import Case, Inputs, Shape
 from cupy_msda.bench.constants import Constants
 from cupy_msda.bench.implementations import OURS
@@ -51,7 +42,7 @@ def tiny(monkeypatch):
 
 def plant(monkeypatch, name, function):
     """Put an implementation beside the others, or in the place of one."""
-    monkeypatch.setitem(implementations._MAKERS, name, lambda inputs: function(inputs.sizes))
+    monkeypatch.setitem(implementation_file._MAKERS, name, lambda inputs: function(inputs.sizes))
 
 
 def scaled_output(sizes):
@@ -83,7 +74,7 @@ def check_results(results, device):
     keys = {(row["case"], row["distribution"], row["dtype"], row["way"]) for row in rows}
     assert keys == {(*case, way) for case in CASES for way in timing.WAYS}
     for row in rows:
-        if row["implementation"] in implementations._MODULES and row["verdict"] != "right":
+        if row["implementation"] in implementation_file._MODULES and row["verdict"] != "right":
             continue  # another project's kernels, which the benchmark need not find right
         assert row["verdict"] == "right"
         low, high = row["quartiles_ms"]
@@ -102,7 +93,7 @@ def test_run_measures_all_that_is_installed(tiny, tmp_path, capsys):
     check_results(results, "cpu")
     names = {row["implementation"] for row in results["rows"]}
     assert {OURS, "grid_sample"} <= names
-    assert names | results["absent"].keys() == set(implementations._MAKERS)
+    assert names | results["absent"].keys() == set(implementation_file._MAKERS)
     said = capsys.readouterr().out
     assert "[2/2, " in said
     assert tables.table(results) in said
@@ -192,7 +183,7 @@ def test_correctness_check_takes_a_part_of_many_queries(monkeypatch):
     inputs = cases.build(CASES[0], "cpu")  # 47 queries
     expected = correctness.expect(inputs)
     assert expected.queries.tolist() == [0, 15, 23, 24, 25, 26, 30, 46]
-    right = correctness.errors(implementations._ours(inputs), inputs, expected)
+    right = correctness.errors(implementation_file._ours(inputs), inputs, expected)
     assert max(right.values()) <= 1
 
 
@@ -330,11 +321,13 @@ def test_every_shape_is_measured_on_both_kinds_of_device():
 
 def test_what_samples_first_is_left_out_of_large_cases_on_a_cpu():
     large, small = (cases.Case(name, "uniform", "float32") for name in ("bevformer-sca", "rfdetr"))
-    for name in implementations._MAKERS:
-        assert implementations.applies(name, large, "cuda")
-        assert implementations.applies(name, small, "cpu")
+    for name in implementation_file._MAKERS:
+        assert implementation_file.applies(name, large, "cuda")
+        assert implementation_file.applies(name, small, "cpu")
     on_cpu = [
-        name for name in implementations._MAKERS if implementations.applies(name, large, "cpu")
+        name
+        for name in implementation_file._MAKERS
+        if implementation_file.applies(name, large, "cpu")
     ]
     assert on_cpu == [OURS, "torch-ms-deform-attn"]
 

@@ -78,14 +78,7 @@ def ms_deform_attn_forward(
     -------
     Tensor, shape (N, Lq, M*D)
 
-    Raises
-    ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
-        As `cupy_msda.ms_deform_attn`.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    Errors and source: as `cupy_msda.ms_deform_attn`.
     """
     del im2col_step
     return _torch.ms_deform_attn(
@@ -115,14 +108,7 @@ def ms_deform_attn_backward(
     list of three Tensors
         Gradients of value, sampling_loc and attn_weight, with their shapes and dtypes.
 
-    Raises
-    ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
-        As `cupy_msda.ms_deform_attn`.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    Errors and source: as `cupy_msda.ms_deform_attn`.
     """
     del im2col_step
     return list(

@@ -29,15 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cupy_msda.torch.operands import (
-    Operands,
-    backward_operands,
-    check,
-    flat,
-    inputs_of,
-    needs_of,
-    with_inputs,
-)
+from cupy_msda.torch import operands as form
+from cupy_msda.torch.operands import Operands, check
 
 try:
     from torch.distributed.device_mesh import DeviceMesh
@@ -71,13 +64,13 @@ class _Split(NamedTuple):
 
     def parts(self, operands: Operands) -> Operands:
         """The operands of this process."""
-        value, *points = inputs_of(operands)
+        value, *points = form.inputs_of(operands)
         parts = [_local(value, self.placements(by_query=Replicate()))]
         parts += [_local(tensor, self.placements()) for tensor in points]
         # Grids do not describe some of the queries.
         keeps_grids = not operands.query_order or _QUERY not in self.axes
         order = operands.query_order if keeps_grids else ()
-        return with_inputs(operands, *parts)._replace(query_order=order)
+        return form.with_inputs(operands, *parts)._replace(query_order=order)
 
     def joined(self, part: Tensor, shape: Sequence[int], placements: list[Placement]) -> DTensor:
         """The DTensor of this shape whose part on this process is given."""
@@ -166,17 +159,17 @@ def _backward(
     _: type, run: Any, __: Any, arguments: Sequence[Any], ___: Any
 ) -> tuple[DTensor, ...]:
     """The backward operator on DTensors."""
-    operands = backward_operands(arguments)
+    operands = form.backward_operands(arguments)
     split = _split(_named(operands.forward) | {"grad_output": operands.grad_output})
     given = _with_whole_table(operands.forward)
     if not torch.compiler.is_compiling():
         check(given, operands.grad_output)
     points = split.placements()
     parts = split.parts(given)
-    gradients = inputs_of(parts)
+    gradients = form.inputs_of(parts)
     if _takes_part(split.mesh):
         grad_output = _local(operands.grad_output, points)
-        gradients = run(*flat(operands._replace(grad_output=grad_output, forward=parts)))
+        gradients = run(*form.flat(operands._replace(grad_output=grad_output, forward=parts)))
     everywhere: list[Placement] = [Replicate()] * split.mesh.ndim
     placements = (split.placements(by_query=Partial()), points, points)
     joined = (
@@ -185,7 +178,7 @@ def _backward(
         if need
         else split.joined(gradient.new_empty(0), (0,), everywhere)
         for gradient, tensor, placed, need in zip(
-            gradients, inputs_of(given), placements, needs_of(operands), strict=True
+            gradients, form.inputs_of(given), placements, form.needs_of(operands), strict=True
         )
     )
     return tuple(joined)
@@ -194,7 +187,7 @@ def _backward(
 def _named(operands: Operands) -> dict[str, Any]:
     """The arguments that a mesh may split."""
     names = ("value", "sampling_locations", "attention_weights")
-    return dict(zip(names, inputs_of(operands), strict=True))
+    return dict(zip(names, form.inputs_of(operands), strict=True))
 
 
 def _takes_part(mesh: DeviceMesh) -> bool:

@@ -107,23 +107,10 @@ def ms_deform_attn_backward(
     tuple of three Tensors
         Gradients of value, sampling_locations and attention_weights, with their shapes and dtypes.
 
-    Raises
-    ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
-        As `cupy_msda.ms_deform_attn`.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    Errors and source: as `ms_deform_attn`.
     """
-    operands = pack(
-        value,
-        spatial_shapes,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        query_order,
-    )
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    operands = pack(*inputs, query_order)
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:
         problem, _ = contract.check(*given_of(operands))
@@ -198,18 +185,9 @@ class MSDeformAttnFunction(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(
-        cls,
-        value: Tensor,
-        spatial_shapes: Any,
-        level_start_index: Any,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: Any = None,
-        query_order: Any = AUTO,
-    ) -> Tensor:
+    def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        *inputs, _, query_order = Arguments(*arguments)
         return ms_deform_attn(*inputs, query_order=query_order)
 
     @classmethod

@@ -35,6 +35,7 @@ from cupy_msda.torch.operands import (
     flat,
     inputs_of,
     needs_of,
+    tensors_of,
 )
 
 for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
@@ -97,12 +98,7 @@ _TENSORS = {Tensor, torch.nn.Parameter}
 
 def _is_plain(operands: Operands) -> bool:
     """Whether torch's dispatcher has nothing to add: tensors in memory, and nothing that wants to see the call."""
-    value, shapes, start_index = (
-        operands.value,
-        operands.spatial_shapes,
-        operands.level_start_index,
-    )
-    locations, weights = operands.sampling_locations, operands.attention_weights
+    value, shapes, start_index, locations, weights = tensors_of(operands)
     return (
         not _is_watched()
         and type(value) in _TENSORS
@@ -214,12 +210,7 @@ def checked(operands: Operands) -> Call:
 
 def _kinds(operands: Operands) -> tuple[Any, ...]:
     """What a check sees of the tensors, but for the contents of the level table. Spelled out for speed."""
-    value, shapes, start_index = (
-        operands.value,
-        operands.spatial_shapes,
-        operands.level_start_index,
-    )
-    locations, weights = operands.sampling_locations, operands.attention_weights
+    value, shapes, start_index, locations, weights = tensors_of(operands)
     return (
         *(value.shape, value.dtype, value.device, value.layout),
         *(locations.shape, locations.dtype, locations.device, locations.layout),

@@ -263,25 +263,22 @@ inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)(a)*b >> 32); }
 
 // Of a number and a NaN, the number: the rule of fmin and fmax in C and of min and max in CUDA.
+template <bool LARGER, class T>
+inline T one_of(T a, T b) {
+  if constexpr (std::is_same_v<T, float>)
+    return LARGER ? fmaxf(a, b) : fminf(a, b);
+  else if constexpr (std::is_floating_point_v<T>)
+    return LARGER ? fmax(a, b) : fmin(a, b);
+  else
+    return (a < b) == LARGER ? b : a;
+}
 template <class A, class B>
 inline std::common_type_t<A, B> min(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_same_v<T, float>)
-    return fminf(a, b);
-  else if constexpr (std::is_floating_point_v<T>)
-    return fmin(a, b);
-  else
-    return T(a) < T(b) ? T(a) : T(b);
+  return one_of<false, std::common_type_t<A, B>>(a, b);
 }
 template <class A, class B>
 inline std::common_type_t<A, B> max(A a, B b) {
-  using T = std::common_type_t<A, B>;
-  if constexpr (std::is_same_v<T, float>)
-    return fmaxf(a, b);
-  else if constexpr (std::is_floating_point_v<T>)
-    return fmax(a, b);
-  else
-    return T(a) < T(b) ? T(b) : T(a);
+  return one_of<true, std::common_type_t<A, B>>(a, b);
 }
 
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from .emulator import Emulated, EmulatorError, build
-
-if TYPE_CHECKING:
-    pass
-
 
 ONE = (1, 1, 1)
 
@@ -162,25 +158,11 @@ __global__ void registers(double* out) {
 
 
 GOOD = [
-    "where",
-    "shuffles<int>",
-    "shuffles<unsigned>",
-    "shuffles<float>",
-    "shuffles<double>",
-    "shuffles<long long>",
-    "votes",
-    "block_votes",
-    "ragged",
-    "sum_of_block<float, 256>",
-    "sum_of_block<long long, 64>",
-    "poison<4>",
-    "shared_in_function",
-    "atomics",
-    "add_down",
-    "arithmetic",
-    "kinds",
-    "views",
-    "registers",
+    *("where", "shuffles<int>", "shuffles<unsigned>", "shuffles<float>"),
+    *("shuffles<double>", "shuffles<long long>", "votes", "block_votes", "ragged"),
+    *("sum_of_block<float, 256>", "sum_of_block<long long, 64>", "poison<4>"),
+    *("shared_in_function", "atomics", "add_down", "arithmetic", "kinds", "views"),
+    *("registers",),
 ]
 
 

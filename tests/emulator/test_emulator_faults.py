@@ -4,25 +4,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from .emulator import Emulated, EmulatorError, build
-
-if TYPE_CHECKING:
-    pass
-
-
-ONE = (1, 1, 1)
-
-
-WARP = (32, 1, 1)
-
-
-SEEDS = range(8)
-
+from .test_emulator import ONE, SEEDS, WARP
 
 FAULTS = r"""
 #line 1 "kernels/faults.cu"
@@ -125,28 +112,12 @@ __global__ void rotate_in_groups(int* out) {
 
 
 BAD = [
-    "rotate_in_warp<true>",
-    "rotate_in_warp<false>",
-    "rotate_in_block<true>",
-    "rotate_in_block<false>",
-    "rotate_in_groups<true>",
-    "rotate_in_groups<false>",
-    "unfinished_barrier",
-    "two_barriers",
-    "barrier_against_warp",
-    "circle",
-    "chain",
-    "not_in_mask",
-    "from_outside_mask",
-    "exited_lane",
-    "missing_lanes",
-    "mixed_kinds",
-    "mixed_types",
-    "bad_width",
-    "much_shared",
-    "overflow_stack",
-    "wild_pointer",
-    "divide",
+    *("rotate_in_warp<true>", "rotate_in_warp<false>", "rotate_in_block<true>"),
+    *("rotate_in_block<false>", "rotate_in_groups<true>", "rotate_in_groups<false>"),
+    *("unfinished_barrier", "two_barriers", "barrier_against_warp", "circle", "chain"),
+    *("not_in_mask", "from_outside_mask", "exited_lane", "missing_lanes"),
+    *("mixed_kinds", "mixed_types", "bad_width", "much_shared", "overflow_stack"),
+    *("wild_pointer", "divide"),
 ]
 
 

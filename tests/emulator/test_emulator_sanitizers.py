@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from .emulator import Emulated, EmulatorError, build
+from .test_emulator import ONE, WARP
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-ONE = (1, 1, 1)
-
-
-WARP = (32, 1, 1)
 
 
 SANITIZED = r"""
@@ -67,17 +62,8 @@ __global__ void diverge() { if (threadIdx.x) __syncthreads(); }
 
 
 CHECKED = [
-    "write",
-    "read",
-    "overflow_shared<32>",
-    "vector",
-    "vector_ldg",
-    "vector_shared",
-    "vector_shared_aligned",
-    "out_of_bounds_index",
-    "convert",
-    "scale",
-    "diverge",
+    *("write", "read", "overflow_shared<32>", "vector", "vector_ldg", "vector_shared"),
+    *("vector_shared_aligned", "out_of_bounds_index", "convert", "scale", "diverge"),
 ]
 
 
