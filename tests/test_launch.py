@@ -286,6 +286,15 @@ def test_fills_and_launches_go_to_cupys_current_stream(device):
     assert device.streams == {5, STREAM}
 
 
+@pytest.mark.parametrize("has_driver", [True, False], ids=["driver", "raw-kernel"])
+def test_a_plan_runs_on_the_stream_that_it_is_given(has_driver, monkeypatch):
+    """torch's current stream, say, while CuPy's is another."""
+    with emulated_device(monkeypatch, has_driver=has_driver, runs=False) as device:
+        bound = launch.bind_forward(*forward_case(CASES["specialised"]))
+        launch.run(bound, launch.thread_arguments(), 5)
+        assert device.streams == {5}
+
+
 # --- devices and threads -----------------------------------------------------------------------------
 
 
@@ -425,7 +434,7 @@ def test_cupys_raw_kernel_takes_the_arguments_as_we_make_them(without_gpu, monke
 
 @pytest.fixture
 def modules(monkeypatch):
-    """What CuPy's RawModule was given, with the current device, each time."""
+    """What CuPy's RawModule was given, each time."""
     made = []
 
     class Module:
@@ -438,12 +447,16 @@ def modules(monkeypatch):
 
     cuda = SimpleNamespace(Device=lambda: SimpleNamespace(compute_capability="90"))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=Module, cuda=cuda))
-    monkeypatch.setattr(compiler, "_functions", {})
     return made
 
 
-def test_compiled_once_per_device(modules):
-    kernel = compiler.Kernel("forward.cu", "some<1>")
+@pytest.fixture
+def kernel():
+    """One that no other test compiles."""
+    return compiler.Kernel("forward.cu", f"some<{time.monotonic_ns()}>")
+
+
+def test_compiled_once_per_device(modules, kernel):
     first = compiler.load(kernel, 0)
     assert compiler.load(kernel, 0) is first
     assert compiler.load(kernel, 1) is not first
@@ -452,12 +465,11 @@ def test_compiled_once_per_device(modules):
         assert arguments == {
             "code": compiler.assemble("forward.cu"),
             "options": compiler.OPTIONS,
-            "name_expressions": ("some<1>",),
+            "name_expressions": (kernel.name,),
         }
 
 
-def test_compiled_once_by_threads_that_need_it_at_once(modules):
-    kernel = compiler.Kernel("forward.cu", "some<1>")
+def test_compiled_once_by_threads_that_need_it_at_once(modules, kernel):
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(compiler.load(kernel, 0))) for _ in range(4)

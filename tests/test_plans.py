@@ -211,7 +211,7 @@ def test_an_empty_problem_fills_no_gradient_that_is_not_needed():
 # --- which kernels take a problem -------------------------------------------------------------------
 
 LARGE = {
-    "positions": {"spatial_size": 2**22},
+    "positions": {"spatial_size": 2**22, "num_heads": 1},
     "bytes": {"spatial_size": 2**21, "num_heads": 8, "head_dim": 32},
     "levels": {"num_levels": 17},
     "head-dim": {"head_dim": 256},
@@ -236,6 +236,15 @@ def test_generic_kernels_take_what_the_specialised_cannot(change, deterministic)
         assert "generic.cu" not in files(DECODER, grids)
         assert files(changed, grids) == {"generic.cu"}
     assert plan_forward(changed, NO_TABLE, H100).reason.startswith("generic: ")
+
+
+@pytest.mark.parametrize("name", ["positions", "bytes", "levels"])
+def test_specialised_kernels_take_all_below_their_limits(name):
+    change = dict(LARGE[name])
+    first = next(iter(change))
+    assert forward_of(DECODER._replace(**change)).kernel.file == "generic.cu"
+    change[first] -= 1
+    assert forward_of(DECODER._replace(**change)).kernel.file == "forward.cu"
 
 
 def test_the_forward_of_16_bits_has_twice_the_channels_to_a_lane():
