@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
 from cupy_msda.modules import MSDeformAttn
+from cupy_msda.torch import dtensor  # noqa: F401 - its import registers the rule
 
 try:
     from torch.distributed.device_mesh import DeviceMesh

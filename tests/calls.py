@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+import cupy_msda.torch  # noqa: F401 - registers the operators
 from cupy_msda import ms_deform_attn
 
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default

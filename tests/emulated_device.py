@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cupy_msda.arrays import Described, place
 from cupy_msda.cuda import launch
 from cupy_msda.cuda.compile import Kernel, assemble
 from cupy_msda.cuda.plans import Device
@@ -153,12 +154,17 @@ def emulated_device(
         patch.setattr(launch, "describe", lambda _: device.description)
         patch.setattr(launch, "load", device.load)
         patch.setattr("cupy_msda.api.on_host", lambda _: False)
-        patch.setattr("cupy_msda.contract.place", lambda _: "cuda:0")
+        patch.setattr("cupy_msda.contract.place", _place)
         patch.setattr("cupy_msda.torch.operators.is_on_device", lambda _: True)
         patch.setattr("cupy_msda.torch.exchange.current_stream", lambda *_: STREAM)
         forget()
         yield device
         forget()
+
+
+def _place(array: Any) -> str:
+    """The device of everything but what is only described, by `warmup`."""
+    return place(array) if isinstance(array, Described) else "cuda:0"
 
 
 def forget() -> None:

@@ -5,6 +5,8 @@ import ast
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -47,20 +49,32 @@ def output(code: str, *absent: str) -> str:
     return finished.stdout.strip()
 
 
-def imported_modules(file: Path):
-    """Top-level names of all that a file imports, wherever in the file."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def nodes(tree: ast.AST, typing: bool) -> Iterator[ast.AST]:
+    """All nodes of a file; without `typing`, but those that only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if not typing and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from nodes(node, typing)
+
+
+def imported_names(file: Path, typing: bool = True) -> Iterator[str]:
+    """Dotted names of all that a file imports, wherever in the file, and of attributes of the package."""
+    for node in nodes(ast.parse(file.read_text(encoding="utf-8")), typing):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.partition(".")[0]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "cupy_msda":
+            yield f"cupy_msda.{node.attr}"
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "id", getattr(node.func, "attr", ""))
             in ("import_module", "__import__")
             and isinstance(node.args[0], ast.Constant)
         ):
-            yield node.args[0].value.partition(".")[0]
+            yield node.args[0].value
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
@@ -68,13 +82,125 @@ def test_only_its_own_files_import_a_library(module):
     importers = {
         file.relative_to(PACKAGE).parts[0]
         for file in PACKAGE.rglob("*.py")
-        if module in imported_modules(file)
+        if module in {name.partition(".")[0] for name in imported_names(file)}
     }
     assert importers <= MAY_IMPORT[module]
 
 
+# --- layers ------------------------------------------------------------------------------------------
+
+# What each part may import of the others; all but commands, which nothing else imports.
+LAYERS = {
+    "problem": set(),
+    "arrays": set(),
+    "budget": set(),
+    "contract": {"problem", "arrays"},
+    "reference": {"problem"},
+    "cuda": {"problem"},
+    "cpu": {"reference", "contract", "problem", "arrays"},
+    "torch": {"cuda", "cpu", "reference", "contract", "problem", "arrays"},
+    "modules": {"torch", "contract"},
+    "distributed": {"modules", "torch"},
+    "api": {"torch", "cuda", "cpu", "contract", "problem", "arrays"},
+}
+COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
+# The same inside torch.
+TORCH_LAYERS = {
+    "operands": set(),
+    "exchange": {"operands"},
+    "dtensor": {"operands"},
+    "operators": {"exchange", "dtensor", "operands"},
+    "derivatives": {"operators", "operands"},
+    "export": {"operators", "operands"},
+    "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
+    "": {"functions"},
+}
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package by dotted name, without its own, which imports nothing until it is asked."""
+    files = (file.relative_to(PACKAGE.parent) for file in PACKAGE.rglob("*.py"))
+    named = {".".join(file.with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    del named["cupy_msda"]
+    return named
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Which modules of the package each imports, in functions as well."""
+    known = modules()
+
+    def module_of(name: str) -> str:
+        """The module that a dotted name lies in."""
+        first = name.removeprefix("cupy_msda.").partition(".")[0]
+        name = cupy_msda._HOMES.get(first, name)
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name
+
+    return {
+        module: {module_of(name) for name in imported_names(PACKAGE.parent / file, typing=False)}
+        - {""}
+        for module, file in known.items()
+    }
+
+
+def part(module: str) -> str:
+    """The part of the package that a module belongs to."""
+    return module.split(".")[1]
+
+
+def test_the_import_graph_is_whole():
+    graph = import_graph()
+    for importer, imported in (
+        ("api", "torch"),  # by an attribute of the package
+        ("cuda.launch", "cuda.compile"),
+        ("torch.operators", "torch.dtensor"),  # in a function
+        ("demo", "torch"),  # by a name that the package loads when it is asked
+        ("modules", "torch"),
+    ):
+        assert f"cupy_msda.{imported}" in graph[f"cupy_msda.{importer}"]
+    assert "cupy_msda.torch.operators" not in graph["cupy_msda.torch.exchange"]  # a type
+
+
+def test_no_module_imports_itself_through_others():
+    order = list(TopologicalSorter(import_graph()).static_order())
+    assert set(order) == set(modules())
+
+
+def test_every_module_is_in_a_layer():
+    assert {part(module) for module in modules()} == set(LAYERS) | COMMANDS
+    inside = {
+        module.removeprefix("cupy_msda.torch").removeprefix(".")
+        for module in modules()
+        if part(module) == "torch"
+    }
+    assert inside == set(TORCH_LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_follow_the_layers(layer):
+    graph = import_graph()
+    imported = {part(other) for module in graph if part(module) == layer for other in graph[module]}
+    assert imported - {layer} <= LAYERS[layer]
+
+
+@pytest.mark.parametrize("layer", TORCH_LAYERS)
+def test_imports_follow_the_layers_inside_torch(layer):
+    module = f"cupy_msda.torch.{layer}".rstrip(".")
+    inside = {name for name in import_graph()[module] if part(name) == "torch"}
+    assert {name.removeprefix("cupy_msda.torch.") for name in inside} <= TORCH_LAYERS[layer]
+
+
+# --- what an import loads ------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "name", ["cupy_msda", "cupy_msda.api", "cupy_msda.cuda.compile", "cupy_msda.cuda.launch"]
+    "name",
+    [
+        *("cupy_msda", "cupy_msda.api", "cupy_msda.contract", "cupy_msda.cpu.backend"),
+        *("cupy_msda.cuda.compile", "cupy_msda.cuda.dlpack"),
+        *("cupy_msda.cuda.launch", "cupy_msda.cuda.plans"),
+    ],
 )
 def test_import_loads_nothing_heavy(name):
     loaded = output(f"import {name}, sys; print(*sorted(sys.modules.keys() & set({HEAVY})))")
@@ -105,6 +231,23 @@ def test_every_public_name_resolves():
 
 def test_lazy_names_are_the_public_ones():
     assert sorted(cupy_msda._HOMES) == sorted(cupy_msda.__all__)
+
+
+def test_the_part_for_torch_is_loaded_when_it_is_asked():
+    code = """
+        import sys
+        import cupy_msda
+        assert "torch" not in sys.modules
+        print(cupy_msda.torch.ms_deform_attn.__module__)
+    """
+    assert output(code) == "cupy_msda.torch.functions"
+    finished = run("import cupy_msda; cupy_msda.torch", "torch")
+    assert finished.stderr.splitlines()[-1].startswith("ModuleNotFoundError: ")
+
+
+def test_the_rule_for_dtensors_comes_with_the_module_for_them():
+    code = "import sys, cupy_msda.distributed; print('cupy_msda.torch.dtensor' in sys.modules)"
+    assert output(code) == "True"
 
 
 def test_unknown_name():

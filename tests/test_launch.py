@@ -1,98 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What launch.py and compile.py do with CuPy, with NumPy standing in for its arrays and the emulator for the device."""
+"""What launch.py and compile.py do with CuPy: NumPy arrays are CUDA arrays, an emulated device runs the kernels."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
+import time
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from cupy_msda import api
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.contract import check
 from cupy_msda.cuda import compile as compiler
-from cupy_msda.cuda import launch, plans
-from cupy_msda.problem import Grids, LevelTable, Problem
-from tests.emulator.emulator import Emulated
-from tests.problems import Inputs, check_against_reference, random_inputs
+from cupy_msda.cuda import launch
+from tests.calls import strided
+from tests.emulated_device import STREAM, emulated_device
+from tests.problems import check_against_reference, random_inputs
 
 
-class FakeDevice:
-    """cupy.cuda.Device of a machine with one small device."""
-
-    compute_capability = "90"
-
-    def __init__(self, device: int = 0) -> None:
-        assert device == 0
-        self.attributes = {"MultiProcessorCount": 2}
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
+@pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])
+def device(request, monkeypatch):
+    """An emulated device, of a CuPy with the driver's launchKernel and of one without."""
+    with emulated_device(monkeypatch, has_driver=request.param) as device:
+        yield device
 
 
 @pytest.fixture
-def emulated_device(monkeypatch):
-    """CuPy arrays are NumPy arrays, and a compiled kernel is an emulated one."""
-    runtime = SimpleNamespace(getDevice=lambda: 0)
-    names = ("ndarray", "zeros", "zeros_like", "float32", "float64")
-    cupy = SimpleNamespace(
-        **{name: getattr(np, name) for name in names},
-        empty=lambda shape, dtype: np.full(shape, np.nan, dtype),  # as poisonous as it may be
-        empty_like=lambda array: np.full_like(array, np.nan),
-        from_dlpack=np.from_dlpack,
-        ascontiguousarray=_ascontiguousarray,
-        cuda=SimpleNamespace(
-            runtime=runtime,
-            Device=FakeDevice,
-        ),
-    )
-    monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
-    launch._multiprocessors.cache_clear()
-
-    def load(kernel, device):
-        assert device == 0
-        emulated = Emulated(compiler.assemble(kernel.file), kernel.name)
-
-        def function(grid, block, arguments):
-            emulated(grid, block, [None if type(a) is np.intp else a for a in arguments])
-
-        return function
-
-    monkeypatch.setattr(launch, "load", load)
-    yield
-    launch._multiprocessors.cache_clear()
+def driver_device(monkeypatch):
+    """An emulated device."""
+    with emulated_device(monkeypatch) as device:
+        yield device
 
 
-class Array(np.ndarray):
-    """A NumPy array with CuPy's `data.ptr`."""
-
-    @property
-    def data(self):
-        """The memory, on a boundary that needs no copy."""
-        return SimpleNamespace(ptr=0)
+@pytest.fixture
+def idle_device(monkeypatch):
+    """One on which launches compute nothing."""
+    with emulated_device(monkeypatch, runs=False) as device:
+        yield device
 
 
-def _ascontiguousarray(array, dtype=None):
-    return np.ascontiguousarray(array, dtype).view(Array)
-
-
-def in_numpy(inputs: Inputs) -> list[np.ndarray]:
+def in_numpy(inputs):
     """grad_output, value, locations and weights."""
-    return [t.numpy() for t in (inputs.grad_output, *inputs.tensors)]
+    return [tensor.numpy() for tensor in (inputs.grad_output, *inputs.tensors)]
 
 
-def results(inputs: Inputs, table: LevelTable | None = None) -> None:
-    """Forward and backward through launch.py must stay within the error budget."""
-    problem, known = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    grad_output, *arrays = in_numpy(inputs)
-    output = launch.forward_arrays(problem, table or known, *arrays)
-    gradients = launch.backward_arrays(problem, table or known, grad_output, *arrays)
-    tensors = [torch.from_numpy(np.asarray(array)) for array in (output, *gradients)]
-    check_against_reference(inputs, tensors[0], tensors[1:])
+def results(inputs, table=None, arrays=None, **options):
+    """The output and the gradients by value, locations and weights, through the array functions."""
+    grad_output, value, *points = in_numpy(inputs) if arrays is None else arrays
+    arguments = value, *(table or (inputs.sizes, None)), *points
+    output = ms_deform_attn(*arguments, **options)
+    return output, *ms_deform_attn_backward(grad_output, *arguments, **options)
+
+
+def check_results(inputs, *case, **options):
+    """Both directions must stay within the error budget."""
+    output, *gradients = (
+        torch.from_numpy(np.asarray(array)) for array in results(inputs, *case, **options)
+    )
+    check_against_reference(inputs, output, gradients)
 
 
 CASES = {
@@ -103,196 +73,61 @@ CASES = {
     "many-levels": random_inputs(((2, 3),) * 18, d=8, p=1),
     "encoder": random_inputs(((13, 17), (5, 6)), d=16, lq=13 * 17 + 5 * 6),
 }
-
-
-@pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
-def test_arguments_reach_the_kernels_in_order(emulated_device, inputs: Inputs) -> None:
-    results(inputs)
-
-
-class Once:
-    """An exporter as torch.py makes them: its memory is handed out one time."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._arrays = [array]
-
-    def __dlpack__(self, **options):
-        return self._arrays.pop().__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return 1, 0
-
-
-@pytest.mark.parametrize(("case", "launches"), [("specialised", 1), ("encoder", 2)])
-def test_each_array_is_exchanged_once_and_all_scalars_are_one_argument(
-    emulated_device, monkeypatch, case: str, launches: int
-) -> None:
-    """Four arrays in the forward and seven in the backward, whatever it launches; the table goes with the scalars."""
-    exchanged, launched = [], []
-    from_dlpack = launch.require_cupy().from_dlpack
-
-    def exchange(exporter):
-        exchanged.append(exporter)
-        return from_dlpack(exporter)
-
-    monkeypatch.setattr(launch.require_cupy(), "from_dlpack", exchange)
-    monkeypatch.setattr(launch, "load", lambda *_: lambda *call: launched.append(call[2]))
-    inputs = CASES[case]
-    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    arrays = in_numpy(inputs)
-    output, *gradients = map(np.zeros_like, arrays)
-    launch.forward(problem, table, *map(Once, (*arrays[1:], output)))
-    assert len(exchanged) == 4
-    launch.backward(problem, table, tuple(map(Once, arrays)), tuple(map(Once, gradients)))
-    assert len(exchanged) == 4 + 7
-    assert len(launched) == 1 + launches
-    for *pointers, params in launched:
-        assert all(type(pointer) in (np.ndarray, np.intp) for pointer in pointers)
-        assert params.dtype.names[:7] == Problem._fields[:7]
-        assert params["levels"][: problem.num_levels, :2].tolist() == [
-            list(s) for s in inputs.sizes
-        ]
-
-
-@pytest.mark.parametrize("inputs", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("needs_points", [True, False])
-@pytest.mark.parametrize("most_points_owned", [0, 1000], ids=["fixed", "owner"])
-def test_reproducible_gradients_of_value(
-    emulated_device, monkeypatch, inputs: Inputs, needs_points: bool, most_points_owned: int
-) -> None:
-    """By tiles with owners where the specialised kernels may take them, else by sums in fixed point."""
-    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
-    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    arrays = in_numpy(inputs)
-    gradients = [np.full_like(array, np.nan) for array in arrays[1:]]
-    sums = np.zeros(plans.num_sums(problem), np.int64)
-    given = [Once(array) for array in gradients]
-    of_points = given[1:] if needs_points else (None, None)
-    launch.backward(problem, table, tuple(map(Once, arrays)), (given[0], *of_points), Once(sums))
-    owned = most_points_owned and problem.value_dtype != "float64" and problem.head_dim >= 8
-    assert sums.any() == (not owned or problem.num_levels > 16)
-    output = torch.from_numpy(np.asarray(launch.forward_arrays(problem, table, *arrays[1:])))
-    if needs_points:
-        check_against_reference(inputs, output, list(map(torch.from_numpy, gradients)))
-    else:
-        assert np.isfinite(gradients[0]).all()
-        assert all(np.isnan(gradient).all() for gradient in gradients[1:])
-
-
-def test_who_owns_tiles() -> None:
-    """Few points of one (image, head, level), and what the specialised kernels take; the rest needs sums."""
-    few = Problem(2, 22223, 8, 32, 2048, 4, 4, *["float32"] * 3)
-    assert plans.num_sums(few) == 0
-    assert plans.plan_owner(few, LevelTable(None, None)).grid == (2 * 8 * 174, 1, 1)
-    changes = (
-        {"num_queries": 2049},
-        {"num_points": 5},
-        *LARGE.values(),
-        {"batch": 2**31 // 1392 + 1},
-    )
-    for change in changes:
-        assert plans.num_sums(few._replace(**change)) > 0
-
-
-def test_grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows() -> None:
-    inputs = random_inputs(((40, 40),), n=2, m=4, d=8, lq=900)
-    problem, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    for multiprocessors, of_queries, of_positions in ((0, 1, 1), (50, 50, 50), (10**6, 113, 200)):
-        assert plans.plan_scale(problem, table, multiprocessors).grid == (of_queries, 8, 1)
-        assert plans.plan_finish(problem, multiprocessors).grid == (of_positions, 8, 1)
-
-
-def test_level_table_of_another_integer_type_on_the_device(emulated_device) -> None:
-    inputs = CASES["specialised"]
-    table = LevelTable(
-        None, None, inputs.shapes(torch.int32).numpy(), inputs.starts(torch.uint8).numpy()
-    )
-    results(inputs, table)
-
-
-@pytest.mark.parametrize("empty", ["n", "lq", "m", "d", "p", "s"])
-def test_nothing_is_launched_for_an_empty_problem(emulated_device, monkeypatch, empty) -> None:
-    monkeypatch.setattr(launch, "load", lambda *_: pytest.fail("launched"))
-    inputs = random_inputs(((0, 0),) if empty == "s" else ((5, 7), (3, 4)), **{empty: 0})
-    results(inputs)
-
-
-def test_grid_covers_more_images_and_heads_than_one_dimension_holds(monkeypatch) -> None:
-    inputs = random_inputs(n=5, m=3, d=8)
-    case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    monkeypatch.setattr(plans, "MAX_GRID_YZ", 4)
-    plan = plans.plan_forward.__wrapped__(*case)
-    _, y, z = plan.grid
-    assert (y, z) == (4, 4)
-    output = np.full(case[0].output_shape, np.nan, np.float32)
-    kernel = Emulated(compiler.assemble(plan.kernel.file), plan.kernel.name)
-    arguments = [*in_numpy(inputs)[1:], output, None, None, plan.params]
-    kernel(plan.grid, plan.block, arguments)
-    plain = plans.plan_forward(*case)
-    expected = np.empty_like(output)
-    kernel(plain.grid, plain.block, [*arguments[:3], expected, None, None, plain.params])
-    np.testing.assert_array_equal(output, expected)
-
-
-LARGE = {
-    "positions": {"spatial_size": 2**22},
-    "bytes": {"spatial_size": 2**21, "num_heads": 8, "head_dim": 32},
-    "levels": {"num_levels": 17},
-    "head-dim": {"head_dim": 256},
-    "odd-head-dim": {"head_dim": 30},
-    "narrow-head-dim": {"head_dim": 4},
-    "double": {"value_dtype": "float64"},
+KERNELS = {
+    "specialised": ["msda_forward", "msda_backward"],
+    "half": ["msda_forward", "msda_backward", "msda_round"],
+    "generic": ["msda_forward_generic", "msda_backward_generic"],
+    "float64": ["msda_forward_generic", "msda_backward_generic"],
+    "many-levels": ["msda_forward_generic", "msda_backward_generic"],
+    "encoder": [
+        *("msda_forward_persistent", "msda_backward_value_binned", "msda_backward_persistent"),
+    ],
 }
 
 
-@pytest.mark.parametrize("change", LARGE.values(), ids=LARGE.keys())
-def test_generic_kernels_take_what_the_specialised_cannot(change) -> None:
-    inputs = random_inputs(d=32)
-    problem, _ = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    table = LevelTable(None, None)
-    assert plans.plan_forward(problem, table).kernel.file == "forward.cu"
-    assert plans.plan_backward(problem, table).kernel.file == "backward.cu"
-    problem = problem._replace(**change)
-    assert plans.plan_forward(problem, table).kernel.file == "generic.cu"
-    assert plans.plan_backward(problem, table).kernel.file == "generic.cu"
+# --- arrays ------------------------------------------------------------------------------------------
 
 
-def test_rows_are_split_only_while_the_device_is_not_full() -> None:
-    inputs = random_inputs(((4, 4),) * 4, m=8, d=32, lq=300, p=4)
-    case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    splits = [
-        int(plans.plan_forward(*case, multiprocessors).kernel.name.split(", ")[-1][:-1])
-        for multiprocessors in (1, 132, 10**6)
+@pytest.mark.parametrize("case", CASES)
+def test_arrays_reach_the_kernels_and_results_come_back(case, device):
+    check_results(CASES[case])
+    kernels = [launched for launched in device.launched if isinstance(launched, str)]
+    assert kernels == KERNELS[case]
+
+
+@pytest.mark.parametrize("dtypes", [("int32", "uint8"), ("int64", "int64"), ("int64", None)])
+def test_level_tables_on_the_device(dtypes, device):
+    inputs = CASES["specialised"]
+    of_shapes, of_starts = dtypes
+    starts = None if of_starts is None else inputs.starts().numpy().astype(of_starts)
+    check_results(inputs, (inputs.shapes().numpy().astype(of_shapes), starts))
+
+
+def test_half_of_the_level_table_on_the_device(driver_device):
+    inputs = CASES["specialised"]
+    check_results(inputs, (inputs.sizes, inputs.starts().numpy()))
+    # The next call's kernels get null pointers again.
+    check_results(inputs)
+
+
+def test_arrays_that_are_not_contiguous_or_not_aligned(driver_device):
+    inputs = CASES["specialised"]
+    arrays = [strided(tensor).numpy() for tensor in (inputs.grad_output, *inputs.tensors)]
+    check_results(inputs, None, arrays)
+    shifted = [
+        tensor.new_zeros(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor).numpy()
+        for tensor in (inputs.grad_output, *inputs.tensors)
     ]
-    assert splits[0] == 1
-    assert splits == sorted(splits)
-    assert splits[-1] == 4  # the most that four groups of eight lanes allow
+    assert any(array.ctypes.data % launch.ALIGNMENT for array in shifted)
+    check_results(inputs, None, shifted)
 
 
-def test_given_grids_are_an_order_for_half_as_many_queries() -> None:
-    """With fewer the plain forward shares out the points of a row, so that the bits would differ."""
-    inputs = random_inputs(((4, 4),), m=8, d=32, lq=16, p=4)
-    small, table = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-    most = 2 * 16 * 8 * 8 // plans.ORDERED_BLOCK  # multiprocessors whose blocks are full
-
-    def ordered(multiprocessors: int, grids: Grids, **changed: int) -> bool:
-        problem = small._replace(**changed)
-        plan = plans.plan_forward(problem, table, multiprocessors, grids)
-        sums_by_cell = plans._sorted(problem, multiprocessors, grids)
-        assert sums_by_cell == plan.kernel.name.startswith("msda_forward_persistent<")
-        return sums_by_cell
-
-    assert [ordered(n, ()) for n in (most, most + 1)] == [True, False]
-    given = [ordered(n, ((2, 8),)) for n in (1, most, 2 * most, 2 * most + 1, 10**6)]
-    assert given == [True, True, True, False, False]
-    plain = [plans.plan_forward(small, table, n).kernel.name for n in (2 * most, 2 * most + 1)]
-    assert [name.endswith(", 1>") for name in plain] == [True, False]
-    assert not ordered(1, None)
-    assert not ordered(1, (), num_queries=15)
-    assert ordered(1, ((3, 5),), num_queries=15)
-    # What the kernels cannot take: rows beyond 32 bits, and what is for the generic ones.
-    assert not ordered(1, ((2**15, 2**12),), num_queries=2**27)
-    assert not ordered(1, ((2, 8),), head_dim=30)
+@pytest.mark.parametrize("empty", ["n", "lq", "m", "d", "p", "s"])
+def test_empty_problems_launch_no_kernel(empty, device):
+    inputs = random_inputs(((0, 0),) if empty == "s" else ((5, 7), (3, 4)), **{empty: 0})
+    check_results(inputs)
+    assert not device.compiled
+    assert all(isinstance(launched, int) for launched in device.launched)
 
 
 ORDERS = {
@@ -303,101 +138,368 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize(("order", "ordered"), ORDERS.values(), ids=ORDERS.keys())
-def test_the_order_reaches_the_kernels_from_the_array_functions(
-    emulated_device, monkeypatch, order: object, ordered: bool
-) -> None:
-    inputs = random_inputs(m=4, d=32, lq=47)  # enough for the order by itself
-    names = []
-    load = launch.load
+@pytest.mark.parametrize(("order", "persistent"), ORDERS.values(), ids=ORDERS.keys())
+def test_query_order_reaches_the_kernels(order, persistent, driver_device):
+    inputs = random_inputs(m=4, d=32, lq=47)  # enough queries for the levels as grids
+    check_results(inputs, query_order=order)
+    launched = driver_device.launched
+    assert ("msda_forward_persistent" in launched) == persistent
+    assert ("msda_backward_value_binned" in launched) == persistent
 
-    def spy(kernel: compiler.Kernel, device: int) -> object:
-        names.append(kernel.name.partition("<")[0])
-        return load(kernel, device)
 
-    monkeypatch.setattr(launch, "load", spy)
-    monkeypatch.setattr(api, "on_host", lambda _: False)
-    grad_output, value, *points = in_numpy(inputs)
-    arguments = value, inputs.sizes, None, *points
-    output = api.ms_deform_attn(*arguments, query_order=order)
-    gradients = api.ms_deform_attn_backward(grad_output, *arguments, query_order=order)
-    tensors = [torch.from_numpy(np.asarray(array)) for array in (output, *gradients)]
-    check_against_reference(inputs, tensors[0], tensors[1:])
-    assert ("msda_forward_persistent" in names, "msda_backward_value_binned" in names) == (
-        ordered,
-        ordered,
+@pytest.mark.parametrize("table", ["host", "device"])
+def test_each_array_is_exchanged_once(table, idle_device, monkeypatch):
+    """Whatever a call launches; and CuPy's own arrays are not."""
+    exchanged = []
+    from_dlpack = idle_device.cupy.from_dlpack
+    monkeypatch.setattr(
+        idle_device.cupy, "from_dlpack", lambda array: exchanged.append(array) or from_dlpack(array)
     )
+    inputs = CASES["encoder"]
+    known = inputs.sizes, inputs.starts().tolist()
+    level_table = known if table == "host" else (inputs.shapes().numpy(), inputs.starts().numpy())
+    grad_output, value, *points = in_numpy(inputs)
+    of_table = [] if table == "host" else list(level_table)
+    for function, gradients in ((ms_deform_attn, []), (ms_deform_attn_backward, [grad_output])):
+        function(*gradients, value, *level_table, *points)
+        given = [*gradients, value, *points, *of_table]
+        assert list(map(id, exchanged)) == list(map(id, given))
+        exchanged.clear()
+    from_cupy = [array.view(idle_device.cupy.ndarray) for array in in_numpy(inputs)]
+    results(inputs, known, from_cupy)
+    assert not exchanged
 
 
-def test_gradients_of_points_alone_are_computed_in_order_where_grids_are_known() -> None:
-    encoder = Problem(2, 22223, 8, 32, 22223, 4, 4, *["float32"] * 3)
-    table = LevelTable(None, None)
-
-    def plan(
-        problem: Problem,
-        grids: Grids = (),
-        multiprocessors: int = 132,
-        needs: tuple[bool, bool] = (False, True),
-    ) -> plans.Plan:
-        return plans.plan_backward(problem, table, multiprocessors, *needs, grids=grids)
-
-    decoder = encoder._replace(num_queries=900)
-    for ordered in (plan(encoder), plan(decoder, ((30, 30),), 100)):
-        assert ordered.kernel.name.startswith(
-            "msda_backward_persistent<float, float, float, 8, 32, "
-        )
-        assert (ordered.grid[1:], ordered.block) == ((1, 1), (1024, 1, 1))
-    assert plan(encoder).grid == (132, 1, 1)
-    assert list(plan(decoder, ((30, 30),), 100).params["grids"][0]) == [30, 30]
-    for plain in (
-        plan(encoder, None),
-        plan(encoder, (), 10**6),
-        plan(encoder, needs=(True, True)),
-        plan(encoder, needs=(True, False)),
-        plan(decoder),
-        plan(encoder._replace(head_dim=128, num_heads=2)),
-    ):
-        assert plain.kernel.name.startswith("msda_backward<")
-    assert plan(encoder._replace(head_dim=30)).kernel.file == "generic.cu"
+# --- launches ----------------------------------------------------------------------------------------
 
 
-def test_a_null_pointer_stands_for_none() -> None:
-    """CuPy would pass None as a null pointer to the argument, which the driver reads."""
-    assert launch._as_cupy(None) == 0
-    assert launch._as_cupy(None).itemsize == 8
+class Call(NamedTuple):
+    """cuLaunchKernel's arguments, with the pointers that the argument table had."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    table: int
+    extra: int
+    pointers: list[int]
 
 
-def test_cupy_takes_the_parameters_by_value() -> None:
-    """On a machine without a driver the launch gets as far as the driver, and no type is refused."""
-    function = pytest.importorskip("cupy.cuda.function", reason="needs CuPy").Function
+@pytest.fixture
+def calls(idle_device, monkeypatch):
+    """The driver's launches; of the first seven pointers, whichever the kernel takes."""
+    found = []
+
+    def launch_kernel(function, gx, gy, gz, bx, by, bz, shared, stream, table, extra):
+        where = (gx, gy, gz), (bx, by, bz), shared, stream, table, extra
+        found.append(Call(*where, list((ctypes.c_void_p * 7).from_address(table))))
+
+    monkeypatch.setattr(idle_device.cupy.cuda.driver, "launchKernel", launch_kernel)
+    return found
+
+
+def forward_case(inputs):
+    """Problem, level table, grids and device as `bind_forward` takes them."""
+    given = inputs.value, inputs.sizes, None, inputs.locations, inputs.weights
+    return *check(*given), None, 0
+
+
+def forward_arguments(inputs):
+    """The arguments of `ms_deform_attn`."""
+    _, value, *points = in_numpy(inputs)
+    return value, inputs.sizes, None, *points
+
+
+def pointer_at(address):
+    """The pointer that lies at an address."""
+    return ctypes.c_void_p.from_address(address).value
+
+
+def test_a_launch_takes_the_threads_slots_and_the_plans_params(calls):
+    inputs = CASES["specialised"]
+    arrays = in_numpy(inputs)[1:]
+    output = ms_deform_attn(*forward_arguments(inputs))
+    (step,) = launch.bind_forward(*forward_case(inputs)).plan.launches
+    (call,) = calls
+    assert (call.grid, call.block) == (step.grid, step.block)
+    assert (call.shared, call.stream, call.extra) == (0, STREAM, 0)
+    assert step.arguments == ("value", "locations", "weights", "output", None, None)
+    addresses = launch.thread_arguments().addresses
+    slots = [addresses[launch.SLOT[name]] for name in step.arguments[:4]]
+    null = addresses[len(launch.SLOT)]
+    assert call.pointers == [*slots, null, null, step.params.ctypes.data]
+    assert [pointer_at(slot) for slot in slots[:3]] == [array.ctypes.data for array in arrays]
+    assert pointer_at(slots[3]) == output.ctypes.data
+    assert pointer_at(null) is None
+
+
+def test_other_arrays_take_the_same_table(calls):
+    inputs = CASES["specialised"]
+    slot = launch.thread_arguments().addresses[launch.SLOT["output"]]
+    outputs, pointers = [], []
+    for _ in range(2):
+        outputs.append(ms_deform_attn(*forward_arguments(inputs)))
+        pointers.append(pointer_at(slot))
+    assert calls[0] == calls[1]
+    assert pointers == [output.ctypes.data for output in outputs]
+    assert pointers[0] != pointers[1]
+
+
+def in_a_thread(function):
+    """What a function returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_thread_has_a_table_of_its_own(calls):
+    inputs = CASES["specialised"]
+    results(inputs)
+    others = in_a_thread(lambda: launch.thread_arguments() if results(inputs) else None)
+    mine, theirs = calls[0], calls[2]
+    assert mine.table != theirs.table
+    assert mine.pointers[-1] == theirs.pointers[-1]  # the plan's params
+    assert set(theirs.pointers[:6]) <= set(others.addresses)
+    assert not set(theirs.pointers[:6]) & set(mine.pointers[:6])
+
+
+def test_tables_of_many_plans_do_not_pile_up(calls):
+    inputs = CASES["specialised"]
+    (step,) = launch.bind_forward(*forward_case(inputs)).plan.launches
+    ms_deform_attn(*forward_arguments(inputs))
+    arguments, others = launch.thread_arguments(), [step._replace() for _ in range(5000)]
+    for other in others:
+        arguments.add_table(other)
+    assert len(arguments.tables) < len(others)
+    ms_deform_attn(*forward_arguments(inputs))
+    assert calls[0].pointers == calls[1].pointers
+
+
+def test_fills_and_launches_go_to_cupys_current_stream(device):
+    with device.cupy.cuda.ExternalStream(5):
+        check_results(CASES["specialised"])
+    assert any(isinstance(launched, int) for launched in device.launched)  # a fill
+    assert device.streams == {5}
+    check_results(CASES["specialised"])
+    assert device.streams == {5, STREAM}
+
+
+@pytest.mark.parametrize("has_driver", [True, False], ids=["driver", "raw-kernel"])
+def test_a_plan_runs_on_the_stream_that_it_is_given(has_driver, monkeypatch):
+    """torch's current stream, say, while CuPy's is another."""
+    with emulated_device(monkeypatch, has_driver=has_driver, runs=False) as device:
+        bound = launch.bind_forward(*forward_case(CASES["specialised"]))
+        launch.run(bound, launch.thread_arguments(), 5)
+        assert device.streams == {5}
+
+
+# --- devices and threads -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guards(idle_device, monkeypatch):
+    """The devices that were made current by a guard, and those whose context was made current."""
+    cuda = idle_device.cupy.cuda
+    entered, contexts = [], []
+    guard = cuda.Device
+    monkeypatch.setattr(cuda, "Device", lambda index: entered.append(index) or guard(index))
+    monkeypatch.setattr(cuda.runtime, "setDevice", contexts.append)
+    return SimpleNamespace(entered=entered, contexts=contexts, guard=guard)
+
+
+def test_a_guard_is_entered_on_a_threads_first_launch_and_never_on_the_current_device(guards):
+    bound = launch.bind_forward(*forward_case(CASES["specialised"]))
+    guards.entered.clear()
+
+    def run():
+        seen = []
+        for _ in range(3):
+            launch.run(bound, launch.thread_arguments(), STREAM)
+            seen.append((len(guards.entered), len(guards.contexts)))
+        return seen
+
+    assert in_a_thread(run) == [(1, 1)] * 3
+    assert in_a_thread(run) == [(2, 2)] * 3
+    assert guards.entered == guards.contexts == [0, 0]
+
+
+def test_a_guard_is_entered_while_another_device_is_current(guards, idle_device):
+    bound = launch.bind_forward(*forward_case(CASES["specialised"]))
+    arguments, get_device = launch.thread_arguments(), idle_device.cupy.cuda.runtime.getDevice
+    launch.run(bound, arguments, STREAM)
+    launched = []
+    bound = bound._replace(steps=(lambda *_: launched.append(get_device()),))
+    guards.entered.clear()
+    with guards.guard(1):
+        launch.run(bound, arguments, STREAM)
+        assert get_device() == 1
+    launch.run(bound, arguments, STREAM)
+    assert (launched, guards.entered) == ([0, 0], [0])
+
+
+def test_each_device_has_a_context_of_its_own(guards, idle_device):
+    problem, table, grids, _ = forward_case(CASES["specialised"])
+    bounds = [launch.bind_forward(problem, table, grids, index) for index in (0, 1)]
+    assert {index for _, index in idle_device.compiled} == {0, 1}
+
+    def run():
+        for bound in bounds:
+            with guards.guard(bound.device):
+                for _ in range(2):
+                    launch.run(bound, launch.thread_arguments(), STREAM)
+        return launch.thread_arguments().devices
+
+    assert in_a_thread(run) == {0, 1}
+    assert guards.contexts == [0, 1]
+
+
+def test_threads_do_not_mix_their_arrays(device):
+    cases = [random_inputs(d=32, seed=seed) for seed in range(3)]
+    errors = []
+
+    def run(inputs):
+        try:
+            for _ in range(3):
+                check_results(inputs)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(inputs,)) for inputs in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_a_device_is_described_by_its_attributes(monkeypatch):
+    attributes = {"MultiProcessorCount": 132, "WarpSize": 32}
+    found = SimpleNamespace(attributes=attributes, compute_capability="90")
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Device=lambda index: found))
+    monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
+    assert launch.describe.__wrapped__(0) == (132, "90", 32)
+
+
+# --- CuPy itself ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_gpu():
+    """CuPy's module of the driver, where no call can get through."""
+    driver = pytest.importorskip("cupy_backends.cuda.api.driver", reason="needs CuPy")
     runtime = pytest.importorskip("cupy_backends.cuda.api.runtime", reason="needs CuPy")
     try:
         runtime.getDeviceCount()
     except runtime.CUDARuntimeError:
-        pass
-    else:
-        pytest.skip("a null function must not be launched where there is a driver")
-    null = function.__new__(function)
+        return SimpleNamespace(driver=driver, runtime=runtime)
+    pytest.skip("a null function must not be launched where there is a driver")
+
+
+def test_cupys_driver_takes_a_launch_as_we_make_it(without_gpu, monkeypatch):
+    """On a machine without a driver, the call gets as far as the driver: no type or number of arguments is refused."""
+    launch_kernel = getattr(without_gpu.driver, "launchKernel", None)
+    if launch_kernel is None:
+        pytest.skip("this CuPy has no cupy.cuda.driver.launchKernel")
     with pytest.raises(TypeError):
-        null((1,), (1,), (object(),), stream=SimpleNamespace(ptr=0))
-    for inputs in (random_inputs(d=32), random_inputs(d=5)):
-        case = check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
-        parameters = plans.plan_forward(*case).params
-        with pytest.raises(runtime.CUDARuntimeError):
-            null((1,), (1,), (parameters,), stream=SimpleNamespace(ptr=0))
+        launch_kernel(0, 1, 1)
+    with emulated_device(monkeypatch, runs=False) as device:
+        results(CASES["specialised"])  # so that the thread has its context
+        device.cupy.cuda.driver.launchKernel = launch_kernel
+        launch.bind_forward.cache_clear()
+        with pytest.raises(RuntimeError, match=r"libcuda|CUDA_ERROR"):
+            results(CASES["specialised"])
 
 
-def test_compile_error_names_kernel_architecture_options_and_log(monkeypatch) -> None:
+def test_cupys_raw_kernel_takes_the_arguments_as_we_make_them(without_gpu, monkeypatch):
+    """The same for a call of the RawKernel: pointers as integers, the parameters by value."""
+    function = pytest.importorskip("cupy.cuda.function", reason="needs CuPy").Function
+    null = function.__new__(function)
+
+    def call(grid, block, arguments):
+        return null(grid, block, arguments, stream=SimpleNamespace(ptr=0))
+
+    with pytest.raises(TypeError):
+        call((1,), (1,), (object(),))
+    with emulated_device(monkeypatch, has_driver=False, runs=False):
+        monkeypatch.setattr(launch, "load", lambda *_: call)
+        for case in ("specialised", "generic"):
+            with pytest.raises(without_gpu.runtime.CUDARuntimeError):
+                results(CASES[case])
+
+
+# --- compile.py ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """What CuPy's RawModule was given, each time."""
+    made = []
+
+    class Module:
+        def __init__(self, **arguments):
+            time.sleep(0.01)  # others get to run
+            made.append(arguments)
+
+        def get_function(self, name):
+            return object()
+
+    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(compute_capability="90"))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=Module, cuda=cuda))
+    return made
+
+
+@pytest.fixture
+def kernel():
+    """One that no other test compiles."""
+    return compiler.Kernel("forward.cu", f"some<{time.monotonic_ns()}>")
+
+
+def test_compiled_once_per_device(modules, kernel):
+    first = compiler.load(kernel, 0)
+    assert compiler.load(kernel, 0) is first
+    assert compiler.load(kernel, 1) is not first
+    assert len(modules) == 2
+    for arguments in modules:
+        assert arguments == {
+            "code": compiler.assemble("forward.cu"),
+            "options": compiler.OPTIONS,
+            "name_expressions": (kernel.name,),
+        }
+
+
+def test_compiled_once_by_threads_that_need_it_at_once(modules, kernel):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(compiler.load(kernel, 0))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(modules) == 1
+    assert len(found) == 4
+    assert len(set(map(id, found))) == 1
+
+
+def test_a_second_call_compiles_nothing(idle_device, monkeypatch):
+    loads = []
+    monkeypatch.setattr(launch, "load", lambda *key: loads.append(key) or idle_device.load(*key))
+    inputs = CASES["encoder"]
+    results(inputs)
+    assert len(loads) == 3
+    results(inputs)
+    assert len(loads) == 3
+
+
+def test_compile_error_names_kernel_architecture_options_and_log(modules, monkeypatch):
     """CuPy's own error, of whatever kind, becomes ours with all that is needed to report it."""
-    cupy = pytest.importorskip("cupy", reason="needs CuPy")
 
     def refuse(**arguments):
-        assert arguments["name_expressions"] == ("msda_forward<float, 3>",)
-        assert arguments["options"] == compiler.OPTIONS
         raise RuntimeError("kernels/forward.cu(7): error: no such thing")
 
-    monkeypatch.setattr(cupy, "RawModule", refuse)
-    monkeypatch.setattr(cupy.cuda, "Device", FakeDevice)
+    monkeypatch.setattr(sys.modules["cupy"], "RawModule", refuse)
     with pytest.raises(compiler.KernelCompileError) as caught:
         compiler.load(compiler.Kernel("forward.cu", "msda_forward<float, 3>"), 0)
     text = str(caught.value)
@@ -405,33 +507,15 @@ def test_compile_error_names_kernel_architecture_options_and_log(monkeypatch) ->
         assert part in text
 
 
-def test_compiled_once_per_device(monkeypatch) -> None:
-    compiled = []
-    monkeypatch.setattr(compiler, "_compile", lambda kernel: compiled.append(kernel) or object())
-    monkeypatch.setattr(compiler, "_functions", {})
-    kernel = compiler.Kernel("forward.cu", "some<1>")
-    first = compiler.load(kernel, 0)
-    assert compiler.load(kernel, 0) is first
-    assert compiler.load(kernel, 1) is not first
-    assert compiled == [kernel, kernel]
-
-
-def test_assembled_source_is_one_piece_that_knows_its_files() -> None:
-    for file in (
-        "forward.cu",
-        "backward.cu",
-        "generic.cu",
-        "fixed_point.cu",
-        "backward_value_tiled.cu",
-        "backward_value_binned.cu",
-    ):
-        source = compiler.assemble(file)
-        assert "#include" not in source
-        assert "#pragma once" not in source
-        assert source.count("struct half_t {") == 1
-        lines = source.splitlines()
-        own = (compiler.kernel_dir() / file).read_text().splitlines()
-        last = max(i for i, line in enumerate(lines) if line.startswith("#line"))
-        number = int(lines[last].split()[1])
-        assert lines[last].endswith(f'"kernels/{file}"')
-        assert lines[last + 1 :] == own[number - 1 :]
+@pytest.mark.parametrize("file", sorted(path.name for path in compiler.kernel_dir().glob("*.cu")))
+def test_assembled_source_is_one_piece_that_knows_its_files(file):
+    source = compiler.assemble(file)
+    assert "#include" not in source
+    assert "#pragma once" not in source
+    assert source.count("struct half_t {") == 1
+    lines = source.splitlines()
+    own = (compiler.kernel_dir() / file).read_text().splitlines()
+    last = max(i for i, line in enumerate(lines) if line.startswith("#line"))
+    number = int(lines[last].split()[1])
+    assert lines[last].endswith(f'"kernels/{file}"')
+    assert lines[last + 1 :] == own[number - 1 :]

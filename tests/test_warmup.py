@@ -3,133 +3,156 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
+import torch
 
 import cupy_msda
 from cupy_msda import ms_deform_attn, ms_deform_attn_backward
-from cupy_msda.contract import check_query_order
-from cupy_msda.cuda import launch, plans
-from cupy_msda.cuda.compile import Kernel
-from cupy_msda.problem import LevelTable, Problem
+from cupy_msda.cuda import plans
+from tests.emulated_device import emulated_device, forget
 
 VALUE, LOCATIONS = (2, 26, 3, 16), (2, 5, 3, 2, 4, 2)
-
-
-class FakeDevice:
-    """cupy.cuda.Device of a machine with two devices."""
-
-    current = 0
-
-    def __init__(self, device: int | None = None) -> None:
-        self.device = FakeDevice.current if device is None else device
-        self.attributes = {"MultiProcessorCount": 132}
-
-    def __enter__(self) -> None:
-        self.before, FakeDevice.current = FakeDevice.current, self.device
-
-    def __exit__(self, *_: object) -> None:
-        FakeDevice.current = self.before
+SIZES = [(4, 5), (2, 3)]  # of 26 positions
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """Pretend to have two GPUs; the kernels that were asked for, with their devices."""
-    found: set[tuple[Kernel, int]] = set()
-    runtime = SimpleNamespace(getDevice=lambda: FakeDevice.current)
-    cupy = SimpleNamespace(
-        ndarray=np.intp, cuda=SimpleNamespace(runtime=runtime, Device=FakeDevice)
-    )
-    monkeypatch.setattr(launch, "require_cupy", lambda: cupy)
-    monkeypatch.setattr(launch, "load", lambda *key: found.add(key) or (lambda *_: None))
-    launch._multiprocessors.cache_clear()
-    yield found
-    launch._multiprocessors.cache_clear()
+def device(monkeypatch):
+    """A device on which launches compute nothing."""
+    with emulated_device(monkeypatch, 132, runs=False) as device:
+        yield device
 
 
 @pytest.fixture(params=[False, True], ids=["", "deterministic"])
 def deterministic(request):
     """torch's switch."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
     torch.use_deterministic_algorithms(request.param)
     yield request.param
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-@pytest.mark.parametrize("dtypes", [("float32", None), ("float16", "float16"), ("float64", None)])
+def warm(device, value, locations, /, **options):
+    """What `warmup` compiles; later calls prepare everything anew."""
+    cupy_msda.warmup(value, locations, **options)
+    compiled = set(device.compiled)
+    forget()
+    device.compiled.clear()
+    return compiled
+
+
+def kernels(compiled):
+    """Names without template arguments."""
+    return {kernel.name.partition("<")[0] for kernel, _ in compiled}
+
+
+def call_tensors(value_shape, locations_shape, sizes, dtype, points_dtype, **options):
+    """A forward, and backwards for all gradients, for that of value, and for those of points."""
+    value = torch.zeros(value_shape, dtype=getattr(torch, dtype))
+    locations = torch.zeros(locations_shape, dtype=getattr(torch, points_dtype))
+    inputs = value, locations, locations[..., 0]
+    for needed in ((0, 1, 2), (0,), (1, 2)):
+        leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+        output = ms_deform_attn(leaves[0], sizes, None, *leaves[1:], **options)
+        output.backward(torch.zeros_like(output))
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", None), ("float16", "float16"), ("bfloat16", None), ("float64", None)]
+)
 @pytest.mark.parametrize("head_dim", [16, 5])
-@pytest.mark.parametrize("most_points_owned", [0, 20])
-def test_calls_find_their_kernels_compiled(
-    compiled, monkeypatch, dtypes, head_dim, device, deterministic, most_points_owned
-) -> None:
-    monkeypatch.setattr(plans, "_MOST_POINTS_OWNED", most_points_owned)
+@pytest.mark.parametrize("max_points_tiled", [0, 20])
+def test_calls_on_tensors_find_their_kernels_compiled(
+    device, monkeypatch, dtypes, head_dim, deterministic, max_points_tiled
+):
+    monkeypatch.setattr(plans, "MAX_POINTS_TILED", max_points_tiled)
+    plans.plan_backward.cache_clear()
     shape = (*VALUE[:3], head_dim)
-    cupy_msda.warmup(shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1], device=device)
-    warm = set(compiled)
-    compiled.clear()
+    compiled = warm(device, shape, LOCATIONS, dtype=dtypes[0], points_dtype=dtypes[1])
     points = dtypes[1] or ("float64" if dtypes[0] == "float64" else "float32")
-    problem = Problem(2, 26, 3, head_dim, 5, 2, 4, dtypes[0], points, points)
-    table = LevelTable(((4, 5), (2, 3)), (0, 20))
-    array = np.intp(0)  # a null pointer
-    with FakeDevice(1 if device == "cuda:1" else 0):
-        launch.forward(problem, table, *[None] * 4)
-        for needed in ((array,) * 3, (array, None, None), (None, array, array)):
-            sums = array if deterministic and needed[0] is not None else None
-            launch.backward(problem, table, [None] * 4, needed, sums)
-    assert compiled == warm
-    owned = deterministic and most_points_owned and head_dim == 16 and dtypes[0] != "float64"
-    files = {kernel.file for kernel, _ in compiled}
-    assert ("backward_value_tiled.cu" in files, "fixed_point.cu" in files) == (
-        owned,
-        deterministic and not owned,
-    )
+    call_tensors(shape, LOCATIONS, SIZES, dtypes[0], points)
+    plans.plan_backward.cache_clear()
+    assert device.compiled == compiled
+    tiled = deterministic and max_points_tiled and head_dim == 16 and dtypes[0] != "float64"
+    names = kernels(compiled)
+    assert ("msda_backward_value_tiled" in names) == bool(tiled)
+    assert ("msda_fixed_point_scale" in names) == (deterministic and not tiled)
+    assert ("msda_round" in names) == (not deterministic and dtypes[0].endswith("16"))
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_calls_on_other_arrays_find_theirs(device, name, dtype):
+    """A NumPy array stands for one of CuPy's, on the device that was named."""
+    index = int(name == "cuda:1")
+
+    class Array(device.cupy.ndarray):
+        def __dlpack_device__(self):
+            return 2, index
+
+    compiled = warm(device, VALUE, LOCATIONS, dtype=dtype, device=name)
+    assert {on for _, on in compiled} == {index}
+    points = np.zeros(LOCATIONS, "float64" if dtype == "float64" else "float32").view(Array)
+    value = np.zeros(VALUE, dtype).view(Array)
+    output = ms_deform_attn(value, SIZES, None, points, points[..., 0])
+    forward = set(device.compiled)
+    assert len(forward) == 1
+    grad_output = np.zeros_like(output).view(Array)
+    ms_deform_attn_backward(grad_output, value, SIZES, None, points, points[..., 0])
+    # The rest of what was compiled is for gradients of value or of points alone.
+    assert forward < device.compiled <= compiled
 
 
 @pytest.mark.parametrize("order", ["auto", None, [(20, 20), (10, 10)]], ids=str)
-def test_calls_in_an_order_find_their_kernels_compiled(compiled, order) -> None:
-    cupy_msda.warmup((8, 26, 8, 32), (8, 500, 8, 2, 4, 2), query_order=order)
-    warm = set(compiled)
-    compiled.clear()
-    problem = Problem(8, 26, 8, 32, 500, 2, 4, "float32", "float32", "float32")
-    table, array = LevelTable(((4, 5), (2, 3)), (0, 20)), np.intp(0)
-    grids = check_query_order(order, 500)
-    launch.forward(problem, table, *[None] * 4, grids)
-    for needed in ((array,) * 3, (array, None, None), (None, array, array)):
-        launch.backward(problem, table, [None] * 4, needed, grids=grids)
-    assert compiled == warm
-    names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
+def test_calls_with_a_query_order_find_theirs(device, order):
+    shapes = (8, 26, 8, 32), (8, 500, 8, 2, 4, 2)
+    compiled = warm(device, *shapes, query_order=order)
+    call_tensors(*shapes, SIZES, "float32", "float32", query_order=order)
+    assert device.compiled == compiled
+    names = kernels(compiled)
     given = isinstance(order, list)
-    assert ("msda_forward_persistent" in names, "msda_backward_value_binned" in names) == (
-        given,
-        given,
-    )
+    assert ("msda_forward_persistent" in names) == given
+    assert ("msda_backward_value_binned" in names) == given
 
 
-def test_encoders_find_theirs(compiled, deterministic) -> None:
-    """Queries are the pixels, enough to take them in order; then all gradients of points are."""
-    problem = Problem(8, 300, 8, 32, 300, 2, 4, *["float32"] * 3)
-    cupy_msda.warmup((8, 300, 8, 32), (8, 300, 8, 2, 4, 2))
-    warm = set(compiled)
-    compiled.clear()
-    table = LevelTable(((15, 16), (6, 10)), (0, 240))
-    array = np.intp(0)  # a null pointer
-    launch.forward(problem, table, *[None] * 4)
-    for needed in ((array,) * 3, (array, None, None), (None, array, array)):
-        sums = array if deterministic and needed[0] is not None else None
-        launch.backward(problem, table, [None] * 4, needed, sums)
-    assert compiled == warm
-    names = {kernel.name.partition("<")[0] for kernel, _ in compiled}
+def test_encoders_find_theirs(device, deterministic):
+    """Queries are the pixels, enough for persistent kernels: then all gradients of points come from these."""
+    shapes = (8, 300, 8, 32), (8, 300, 8, 2, 4, 2)
+    compiled = warm(device, *shapes)
+    call_tensors(*shapes, [(15, 16), (6, 10)], "float32", "float32")
+    assert device.compiled == compiled
+    names = kernels(compiled)
     assert {"msda_forward_persistent", "msda_backward_persistent"} < names
     assert "msda_backward" not in names
 
 
-def test_without_the_backward_only_the_forward_is_compiled(compiled) -> None:
-    cupy_msda.warmup(VALUE, LOCATIONS, backward=False)
-    ((kernel, device),) = compiled
-    assert (kernel.file, device) == ("forward.cu", 0)
+def test_tables_on_the_device_find_theirs(device):
+    compiled = warm(device, VALUE, LOCATIONS)
+    call_tensors(VALUE, LOCATIONS, torch.tensor(SIZES), "float32", "float32")
+    assert device.compiled == compiled
+
+
+def test_without_the_backward_only_the_forward_is_compiled(device):
+    ((kernel, index),) = warm(device, VALUE, LOCATIONS, backward=False)
+    assert (kernel.file, index) == ("forward.cu", 0)
+
+
+def test_nothing_is_launched(device):
+    warm(device, VALUE, LOCATIONS)
+    assert device.launched == []
+
+
+def test_empty_problems_compile_nothing(device):
+    assert warm(device, (0, *VALUE[1:]), (0, *LOCATIONS[1:])) == set()
+
+
+@pytest.mark.parametrize("name", ["torch.bfloat16", "bfloat16", "ml_dtypes.bfloat16"])
+def test_dtypes_of_any_library(device, name):
+    library, _, attribute = name.rpartition(".")
+    dtype = getattr(pytest.importorskip(library), attribute) if library else name
+    compiled = warm(device, VALUE, LOCATIONS, dtype=dtype)
+    assert compiled == warm(device, VALUE, LOCATIONS, dtype="bfloat16")
+    assert all("<bfloat16_t" in kernel.name for kernel, _ in compiled)
+    assert "msda_round" in kernels(compiled)
 
 
 @pytest.mark.parametrize("dtype", ["float32", np.float16, np.dtype("float64")])
@@ -172,12 +195,3 @@ def test_bad_arguments(changed, error, message) -> None:
     with pytest.raises(error) as caught:
         cupy_msda.warmup(**{**arguments, **changed})
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["torch.bfloat16", "bfloat16", "ml_dtypes.bfloat16"])
-def test_dtypes_of_any_library(compiled, name) -> None:
-    library, _, attribute = name.rpartition(".")
-    dtype = getattr(pytest.importorskip(library), attribute) if library else name
-    cupy_msda.warmup(VALUE, LOCATIONS, dtype=dtype)
-    assert all("<bfloat16_t, float, float" in kernel.name for kernel, _ in compiled)
-    assert len(compiled) == 4
