@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -42,3 +44,30 @@ def _seeded() -> None:
     """torch's default generator starts at the same place in every test; NumPy's is never used."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An emulated CUDA device, of a CuPy with the driver's launchKernel and of one without."""
+    from tests.emulated_device import emulated_device
+
+    with emulated_device(monkeypatch, has_driver=request.param) as device:
+        yield device
+
+
+@pytest.fixture
+def driver_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An emulated CUDA device."""
+    from tests.emulated_device import emulated_device
+
+    with emulated_device(monkeypatch) as device:
+        yield device
+
+
+@pytest.fixture
+def idle_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One on which launches compute nothing."""
+    from tests.emulated_device import emulated_device
+
+    with emulated_device(monkeypatch, runs=False) as device:
+        yield device

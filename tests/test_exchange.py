@@ -16,22 +16,8 @@ from cupy_msda import ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.cuda import dlpack, launch, plans
 from cupy_msda.torch import exchange
 from tests.calls import call, operator_tables, strided, with_grad
-from tests.emulated_device import STREAM, emulated_device
+from tests.emulated_device import STREAM
 from tests.problems import DTYPES, check_against_reference, random_inputs
-
-
-@pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])
-def device(request, monkeypatch):
-    """An emulated device, of a CuPy with the driver's launchKernel and of one without."""
-    with emulated_device(monkeypatch, has_driver=request.param) as device:
-        yield device
-
-
-@pytest.fixture
-def driver_device(monkeypatch):
-    """An emulated device."""
-    with emulated_device(monkeypatch) as device:
-        yield device
 
 
 def results(inputs, *table):

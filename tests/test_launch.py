@@ -23,27 +23,6 @@ from tests.emulated_device import STREAM, emulated_device
 from tests.problems import check_against_reference, random_inputs
 
 
-@pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])
-def device(request, monkeypatch):
-    """An emulated device, of a CuPy with the driver's launchKernel and of one without."""
-    with emulated_device(monkeypatch, has_driver=request.param) as device:
-        yield device
-
-
-@pytest.fixture
-def driver_device(monkeypatch):
-    """An emulated device."""
-    with emulated_device(monkeypatch) as device:
-        yield device
-
-
-@pytest.fixture
-def idle_device(monkeypatch):
-    """One on which launches compute nothing."""
-    with emulated_device(monkeypatch, runs=False) as device:
-        yield device
-
-
 def in_numpy(inputs):
     """grad_output, value, locations and weights."""
     return [tensor.numpy() for tensor in (inputs.grad_output, *inputs.tensors)]

@@ -49,16 +49,18 @@ inline void swap(Context& from, Context& to) { swapcontext(&from, &to); }
 
 using Context = void*;  // the stack pointer; everything else lies on the stack
 
+#define EMU_FUNCTION                  \
+  ".text\n"                           \
+  ".p2align 4\n"                      \
+  ".globl emu_swap_stack\n"           \
+  ".hidden emu_swap_stack\n"          \
+  ".type emu_swap_stack, %function\n" \
+  "emu_swap_stack:"
+
 #if defined(__x86_64__)
 
 // rbx, rbp, r12-r15 and the control words of SSE and x87 survive a call; no vector register does.
-asm(R"(
-.text
-.p2align 4
-.globl emu_swap_stack
-.hidden emu_swap_stack
-.type emu_swap_stack, %function
-emu_swap_stack:
+asm(EMU_FUNCTION R"(
   pushq %rbp
   pushq %rbx
   pushq %r12
@@ -99,13 +101,7 @@ inline void prepare(Context& context, char* bottom, std::size_t size, void (*ent
 #else  // aarch64
 
 // x19-x30, d8-d15 and FPCR survive a call.
-asm(R"(
-.text
-.p2align 4
-.globl emu_swap_stack
-.hidden emu_swap_stack
-.type emu_swap_stack, %function
-emu_swap_stack:
+asm(EMU_FUNCTION R"(
   sub sp, sp, #176
   stp x19, x20, [sp, #0]
   stp x21, x22, [sp, #16]
