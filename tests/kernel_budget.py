@@ -153,18 +153,18 @@ def measure_one(kernel: Kernel, interior: Interior | None, architecture: int) ->
     at_least = 4 * times if interior.whole_points else 1
     graph = sass.basic_blocks(sass.disassemble(code))
 
-    def way(turns: int) -> tuple[sass.Block, ...]:
+    def path(turns: int) -> tuple[sass.Block, ...]:
         passes = {mark: turns * count for mark, count in interior.passes.items()}
         for mark, count in interior.once:
             passes[mark] = passes.get(mark, 0) + count
-        found = sass.cheapest_way(graph, passes, at_least)
-        assert found, f"{kernel.name} on sm_{architecture}: no way meets {passes}"
+        found = sass.cheapest_path(graph, passes, at_least)
+        assert found, f"{kernel.name} on sm_{architecture}: no path meets {passes}"
         return found
 
-    first = way(1)
+    first = path(1)
     cost = sass.total_cost(first)
     if interior.turns != 1:
-        turn = sass.total_cost(way(2)) - cost
+        turn = sass.total_cost(path(2)) - cost
         cost = turn if interior.turns is None else cost + (interior.turns - 1) * turn
     per_corner = sass.densest_cost(first, corner, _TURN * times) * times
     per_row = round(cost / interior.rows, 2) if interior.rows else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine code of a kernel as a graph, and the cheapest way of a warp through it."""
+"""The machine code of a kernel as a graph, and the cheapest path of a warp through it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """Instructions that a warp issues, NOP not counted: it takes the place of one that is not needed."""
+        """Instructions that a warp issues, without NOP, which only fills a place."""
         return sum(not line.startswith("NOP") for line in self.code)
 
     def count(self, pattern: str) -> int:
@@ -85,19 +85,19 @@ def _operation(line: str) -> str:
 
 
 def _leave(line: str, labels: dict[str, int]) -> tuple[bool, int | None] | None:
-    """For an instruction that ends a block: whether the next one may follow, and the other that may."""
+    """For an instruction that ends a block: whether the next one may follow, and where else it may go."""
     operation = _operation(line)
     if operation not in ("BRA", "CALL", "EXIT", "RET"):
         return None
-    # A function called is none of `labels`: a way that stays in the kernel cannot lead there.
+    # A called function is not in `labels`: a path that stays in the kernel cannot lead there.
     target = _TARGET.search(line) if operation in ("BRA", "CALL") else None
     return bool(_CONDITIONAL.match(line)), labels[target[1]] if target else None
 
 
-def cheapest_way(
+def cheapest_path(
     graph: list[Block], passes: dict[str, int], at_least: int = 1
 ) -> tuple[Block, ...] | None:
-    """From the entry to an exit with the fewest instructions, meeting each pattern exactly so many times.
+    """The path from entry to exit with the fewest instructions that meets each pattern as often as `passes` says.
 
     Blocks that meet the first pattern, but fewer than `at_least` times, are avoided.
     """
@@ -105,7 +105,7 @@ def cheapest_way(
     ahead = _still_met(graph, met)
     wanted = tuple(passes.values())
     queue = [(0, 0, (0,) * len(wanted), -1)]
-    ways: list[tuple[int, int]] = []  # the block that each step takes, and the step before it
+    steps: list[tuple[int, int]] = []  # the block that each step takes, and the step before it
     seen = set()
     while queue:
         cost, block, count, before = heapq.heappop(queue)
@@ -120,17 +120,17 @@ def cheapest_way(
             for now, want, more in zip(count, wanted, ahead[block], strict=True)
         ):
             continue
-        ways.append((block, before))
+        steps.append((block, before))
         if graph[block].may_exit and count == wanted:
-            return _walked(graph, ways)
+            return _walked(graph, steps)
         for following in graph[block].following:
-            step = cost + graph[block].cost, following, count, len(ways) - 1
+            step = cost + graph[block].cost, following, count, len(steps) - 1
             heapq.heappush(queue, step)
     return None
 
 
 def _still_met(graph: list[Block], met: list[tuple[int, ...]]) -> list[tuple[bool, ...]]:
-    """Of each pattern, whether a way from the end of a block may still meet it."""
+    """For each block and pattern: whether a path from the end of the block may still meet it."""
     before: list[list[int]] = [[] for _ in graph]
     for number, block in enumerate(graph):
         for following in block.following:
@@ -147,27 +147,27 @@ def _still_met(graph: list[Block], met: list[tuple[int, ...]]) -> list[tuple[boo
     return list(zip(*columns, strict=True))
 
 
-def _walked(graph: list[Block], ways: list[tuple[int, int]]) -> tuple[Block, ...]:
-    """The blocks of the way that ends with the last step."""
-    walked, step = [], len(ways) - 1
+def _walked(graph: list[Block], steps: list[tuple[int, int]]) -> tuple[Block, ...]:
+    """The blocks of the path that ends with the last step."""
+    walked, step = [], len(steps) - 1
     while step >= 0:
-        block, step = ways[step]
+        block, step = steps[step]
         walked.append(graph[block])
     return tuple(reversed(walked))
 
 
-def total_cost(way: tuple[Block, ...]) -> int:
-    """Instructions that a warp issues on its way."""
-    return sum(block.cost for block in way)
+def total_cost(path: tuple[Block, ...]) -> int:
+    """Instructions that a warp issues on the path."""
+    return sum(block.cost for block in path)
 
 
-def densest_cost(way: tuple[Block, ...], pattern: str, at_least: int) -> float:
-    """Instructions per match of the pattern, in the run of blocks on the way with the fewest of them.
+def densest_cost(path: tuple[Block, ...], pattern: str, at_least: int) -> float:
+    """Instructions per match of the pattern, in the run of blocks on the path with the fewest of them.
 
     Only runs with so many matches count: one turn of an inner loop, or its unrolled body.
     """
-    costs = [0, *itertools.accumulate(block.cost for block in way)]
-    matches = [0, *itertools.accumulate(block.count(pattern) for block in way)]
+    costs = [0, *itertools.accumulate(block.cost for block in path)]
+    matches = [0, *itertools.accumulate(block.count(pattern) for block in path)]
     return min(
         (costs[end] - costs[start]) / (matches[end] - matches[start])
         for start, end in itertools.combinations(range(len(costs)), 2)

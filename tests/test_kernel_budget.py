@@ -102,18 +102,18 @@ LOOP = """
 """
 
 
-def test_the_cheapest_way_takes_what_it_must() -> None:
+def test_the_cheapest_path_takes_what_it_must() -> None:
     graph = sass.basic_blocks(LOOP)
     gather = r"^LDG\.E\.128"
-    way = sass.cheapest_way(graph, {gather: 8, "STS": 2, "STG": 1})
-    assert way
-    assert sass.total_cost(way) == 2 + 2 * (3 + 2 * 3 + 1 + 1) + 1 + 2
-    assert sass.densest_cost(way, gather, 2) == 1.5
-    assert sass.cheapest_way(graph, {gather: 7, "STS": 2, "STG": 1}) is None
+    path = sass.cheapest_path(graph, {gather: 8, "STS": 2, "STG": 1})
+    assert path
+    assert sass.total_cost(path) == 2 + 2 * (3 + 2 * 3 + 1 + 1) + 1 + 2
+    assert sass.densest_cost(path, gather, 2) == 1.5
+    assert sass.cheapest_path(graph, {gather: 7, "STS": 2, "STG": 1}) is None
 
 
 def test_blocks_with_fewer_than_all_corners_of_a_point_are_avoided() -> None:
     graph = sass.basic_blocks(LOOP)
     passes = {r"LDG\.E\.128": 3, "STG": 1}
-    assert sass.cheapest_way(graph, passes)
-    assert sass.cheapest_way(graph, passes, at_least=2) is None
+    assert sass.cheapest_path(graph, passes)
+    assert sass.cheapest_path(graph, passes, at_least=2) is None

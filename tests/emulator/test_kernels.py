@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from cupy_msda.cuda import plans
-from cupy_msda.cuda.compile import Kernel, assemble
+from cupy_msda.cuda.compile import CONSTANTS, Kernel, assemble, kernel_dir
 from tests.emulator.cases import (
     BAD_TABLES,
     BF16,
@@ -192,6 +194,19 @@ def test_padding_is_exact_zero(d: int, dtype: torch.dtype) -> None:
     assert output.isfinite().all()
     check_forward(inputs, output)
     assert all(gradient.isfinite().all() for gradient in backward(inputs))
+
+
+def test_shared_constants_are_those_of_the_host() -> None:
+    """The generated constants reach a kernel, under a name of their own, and no source defines one again."""
+    stores = "".join(f"to[{i}] = {name};" for i, name in enumerate(CONSTANTS))
+    source = assemble("levels.cuh") + f"\n__global__ void constants(int* to) {{ {stores} }}"
+    seen = np.zeros(len(CONSTANTS), np.int32)
+    Emulated(source, "constants")((1, 1, 1), (1, 1, 1), [seen])
+    assert dict(zip(CONSTANTS, seen.tolist(), strict=True)) == CONSTANTS
+    assert source.startswith('#line 1 "kernels/constants (generated)"')
+    for file in kernel_dir().glob("*.cu*"):
+        for name in CONSTANTS:
+            assert not re.search(rf"\b{name}\s*=[^=]", file.read_text()), f"{file.name}: {name}"
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)

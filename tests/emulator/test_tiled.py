@@ -179,8 +179,10 @@ FENCES = {
 
 @pytest.mark.parametrize(("fence", "number"), FENCES.values(), ids=FENCES)
 def test_a_missing_fence_shows(fence: str, number: int) -> None:
-    """Two fences are missing here: at the second __syncwarp the lanes have met for the vote before it, and at the
-    last __syncthreads the emulator's warps have come equally far.
+    """Two fences are not among these, since nothing shows without them in the emulator.
+
+    At the second __syncwarp the lanes have met for the vote before it, and at the last __syncthreads the warps have
+    come equally far.
     """
     inputs = problem(1, ((3, 5), (2, 2)), 1, 8, 600, 8)
     damaged = without(assemble("backward_value_tiled.cu"), fence, number)
