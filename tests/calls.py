@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 import cupy_msda.torch  # noqa: F401 - registers the operators
@@ -43,3 +45,9 @@ def operator_tables(inputs):
         "tensors": (inputs.shapes(), inputs.starts(), None, None),
         "integers": (None, None, flat, inputs.starts().tolist()),
     }
+
+
+def in_threads(run, cases):
+    """Run each case three times in a thread of its own, all at the same time; an error of any is raised."""
+    with ThreadPoolExecutor(len(cases)) as pool:
+        list(pool.map(lambda case: [run(case) for _ in range(3)], cases))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import cupy_msda
 from cupy_msda import ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.cuda import dlpack, launch, plans
 from cupy_msda.torch import exchange
-from tests.calls import call, operator_tables, strided, with_grad
+from tests.calls import call, in_threads, operator_tables, strided, with_grad
 from tests.emulated_device import STREAM
 from tests.problems import DTYPES, check_against_reference, random_inputs
 
@@ -231,21 +230,7 @@ def test_few_functions_lie_between_the_public_one_and_the_driver(
 
 def test_threads_have_arguments_of_their_own(driver_device):
     cases = [random_inputs(d=32, seed=seed) for seed in range(4)]
-    errors = []
-
-    def run(inputs):
-        try:
-            for _ in range(3):
-                check_against_reference(inputs, *results(inputs))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(inputs,)) for inputs in cases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(lambda inputs: check_against_reference(inputs, *results(inputs)), cases)
 
 
 def test_the_operators_and_transforms_reach_the_same_kernels(driver_device):

@@ -18,7 +18,7 @@ from cupy_msda import ms_deform_attn, ms_deform_attn_backward
 from cupy_msda.contract import check
 from cupy_msda.cuda import compile as compiler
 from cupy_msda.cuda import launch
-from tests.calls import strided
+from tests.calls import in_threads, strided
 from tests.emulated_device import STREAM, emulated_device
 from tests.problems import check_against_reference, random_inputs
 
@@ -335,22 +335,7 @@ def test_each_device_has_a_context_of_its_own(guards, idle_device):
 
 
 def test_threads_do_not_mix_their_arrays(device):
-    cases = [random_inputs(d=32, seed=seed) for seed in range(3)]
-    errors = []
-
-    def run(inputs):
-        try:
-            for _ in range(3):
-                check_results(inputs)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(inputs,)) for inputs in cases]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(check_results, [random_inputs(d=32, seed=seed) for seed in range(3)])
 
 
 def test_a_device_is_described_by_its_attributes(monkeypatch):

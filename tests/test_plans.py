@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cupy_msda.cuda import plans
-from cupy_msda.cuda.plans import ARRAYS, NO_GRIDS, Device, Fill, Launch, plan_backward, plan_forward
+from cupy_msda.cuda.plans import ARRAYS, Device, Fill, Launch, plan_backward, plan_forward
 from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, NO_TABLE, LevelTable, Problem
 from tests.emulator import launches
 from tests.problems import random_inputs
@@ -317,15 +317,15 @@ def test_given_grids_are_followed_for_half_as_many_queries():
     assert [is_persistent(small, n, None) for n in (full, full + 1)] == [True, False]
     given = [is_persistent(small, n, ((2, 8),)) for n in (1, 2 * full, 2 * full + 1, 10**6)]
     assert given == [True, True, False, False]
-    plain = [split_k(forward_of(small, n, NO_GRIDS)) for n in (2 * full, 2 * full + 1)]
+    plain = [split_k(forward_of(small, n, ())) for n in (2 * full, 2 * full + 1)]
     assert plain[0] == 1 < plain[1]
 
 
 def test_only_known_grids_are_followed():
     assert is_persistent(ENCODER, 132, None)
-    assert not is_persistent(ENCODER, 132, NO_GRIDS)
+    assert not is_persistent(ENCODER, 132, ())
     assert not is_persistent(MANY_QUERIES, 132, None)
-    assert not is_persistent(MANY_QUERIES, 132, NO_GRIDS)
+    assert not is_persistent(MANY_QUERIES, 132, ())
     assert is_persistent(MANY_QUERIES, 132, ((90, 100),))
 
 
@@ -468,7 +468,7 @@ def test_grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows():
         (10**6, 1125, 200),  # eight warps of a block, each on a row or position
     ):
         device = Device(multiprocessors, "90")
-        plan = plan_backward(problem, NO_TABLE, device, NO_GRIDS, deterministic=True)
+        plan = plan_backward(problem, NO_TABLE, device, deterministic=True)
         _, scale, _, finish = plan.launches
         assert scale.grid == (of_queries, 8, 1)
         assert finish.grid == (of_positions, 8, 1)
@@ -499,7 +499,7 @@ def test_kernels_find_their_image_and_head_on_a_grid_of_three_dimensions(monkeyp
     try:
         output = launches.forward(inputs)
         problem, table = launches.checked(inputs)
-        assert forward_of(problem, 1, NO_GRIDS, table).grid[1:] == (4, 4)
+        assert forward_of(problem, 1, table).grid[1:] == (4, 4)
     finally:
         plan_forward.cache_clear()
     assert torch.equal(output, plain)
@@ -515,7 +515,7 @@ def all_plans():
         for problem in (DECODER, MANY_QUERIES, ENCODER, GENERIC)
         for changed in ({}, HALF, DOUBLE)
     ]
-    grids = (None, NO_GRIDS, ((1, 22223),))
+    grids = (None, ((1, 22223),))
     for problem, table, order in product(problems, TABLES.values(), grids):
         yield problem, {"output"}, plan_forward(problem, table, H100, order)
         for needs_value, needs_points, deterministic in product((True, False), repeat=3):
