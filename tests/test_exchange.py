@@ -264,6 +264,20 @@ def test_tensors_with_a_negative_bit_are_not_read_as_they_lie(driver_device):
     torch.testing.assert_close(call(inputs._replace(value=negative)), output)
 
 
+def test_tensors_without_memory_are_made_real(driver_device):
+    """torch's zero tensors have null pointers, and what escaped from a transform has none."""
+    inputs = random_inputs(d=32)
+    zero = torch._efficientzerotensor(inputs.value.shape)
+    assert not call(inputs._replace(value=zero)).any()
+    escaped = []
+    torch.func.grad(lambda value: escaped.append(value) or value.sum())(inputs.value)
+    torch.testing.assert_close(call(inputs._replace(value=escaped[0])), call(inputs))
+    leaves = with_grad(inputs)
+    no_gradient = torch._efficientzerotensor(inputs.grad_output.shape)
+    gradients = torch.autograd.grad(call(leaves), leaves.tensors, no_gradient)
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_gradients_of_gradients(driver_device):
     inputs = random_inputs(d=32)
     leaves = with_grad(inputs)

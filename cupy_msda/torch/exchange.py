@@ -141,8 +141,11 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
     value, locations = operands.value, operands.sampling_locations
     weights, words = operands.attention_weights, arguments.words
     kept: list[Any] = []
+    value_data, locations_data = words[_VALUE_DATA], words[_LOCATIONS_DATA]
+    weights_data = words[_WEIGHTS_DATA]
     if (
-        (words[_VALUE_DATA] | words[_LOCATIONS_DATA] | words[_WEIGHTS_DATA]) & _UNALIGNED
+        not (value_data and locations_data and weights_data)
+        or (value_data | locations_data | weights_data) & _UNALIGNED
         or words[_VALUE_OFFSET]
         or words[_LOCATIONS_OFFSET]
         or words[_WEIGHTS_OFFSET]
@@ -165,10 +168,18 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
 
 
 def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
-    """Point to a tensor or to a copy that is C-contiguous and aligned; what must be kept for that."""
+    """Point to a tensor, or to a copy if it is not C-contiguous and aligned; what must be kept for that.
+
+    A null pointer is of a zero tensor, which torch has not put into memory.
+    """
     address, words, data = arguments.addresses[slot], arguments.words, dlpack.WORDS * slot
     kept = _read(tensor, address)
-    if words[data] & _UNALIGNED or words[data + dlpack.BYTE_OFFSET] or not tensor.is_contiguous():
+    if (
+        not words[data]
+        or words[data] & _UNALIGNED
+        or words[data + dlpack.BYTE_OFFSET]
+        or not tensor.is_contiguous()
+    ):
         copy = torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
         kept = copy, _read(copy, address)
     return kept

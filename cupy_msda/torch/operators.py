@@ -19,6 +19,7 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from cupy_msda import contract
 from cupy_msda.cpu import backend
@@ -108,6 +109,8 @@ def _is_plain(operands: Operands) -> bool:
         and (start_index is None or type(start_index) is Tensor)
         and (value.is_cuda or value.is_cpu)
         and not (value.is_neg() or locations.is_neg() or weights.is_neg())
+        # What escaped from a transform has no memory.
+        and not (_is_wrapped(value) or _is_wrapped(locations) or _is_wrapped(weights))
     )
 
 
