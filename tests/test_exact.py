@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from cupy_msda import reference
+from cupy_msda.bench.cases import consecutive
 from cupy_msda.problem import Level
 from tests import exact
 from tests.problems import (
     away_from_edges,
     by_reference,
     check_against_reference,
-    consecutive,
     exactly,
     random_inputs,
 )

@@ -187,6 +187,8 @@ class MSDeformAttnFunction(torch.autograd.Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
+        if torch.compiler.is_compiling():  # torch.export: Dynamo does not come here
+            return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
         *inputs, _, query_order = Arguments(*arguments)
         return ms_deform_attn(*inputs, query_order=query_order)
 

@@ -200,7 +200,11 @@ def is_on_device(tensor: Tensor) -> bool:
 def checked(operands: Operands) -> Call:
     """Check the contract, once for all calls that are alike."""
     ints = operands.sizes, operands.starts, operands.query_order
-    key = _kinds(operands), _contents(operands), ints
+    try:
+        key = _kinds(operands), _contents(operands), ints
+    except RuntimeError:  # a nested tensor has no shape, a meta tensor no contents
+        check(operands)
+        raise
     call = _calls.get(key)
     if call is None:
         call = Call(operands)
