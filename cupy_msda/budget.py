@@ -70,8 +70,8 @@ def assert_within_budget(result: Any, reference: Any, exact: Any) -> None:
     assert tuple(result.shape) == tuple(reference.shape) == tuple(exact.shape)
     part = used(result, reference, exact)
     assert part <= 1, (
-        f"the error is {part:.3g} times its budget (inf: NaN or infinity in other places than in "
-        f"the reference): {result} for {reference}"
+        f"the error is {part:.3g} times its budget "
+        "(inf: NaN or infinity in other places than in the reference)"
     )
 
 
