@@ -50,7 +50,7 @@ class EmulatedDevice:
                 runtime=runtime,
                 driver=driver,
                 Device=self._device,
-                ExternalStream=self._external_stream,
+                Stream=_Streams(self),
                 get_current_stream=lambda: SimpleNamespace(ptr=self._stream),
             ),
         )
@@ -101,11 +101,29 @@ class EmulatedDevice:
         return current()
 
     @contextmanager
-    def _external_stream(self, stream: int) -> Iterator[None]:
-        """cupy.cuda.ExternalStream as a context."""
+    def on_stream(self, stream: int) -> Iterator[None]:
+        """Make the stream at this address CuPy's current one."""
         before, self._stream = self._stream, stream
         yield
         self._stream = before
+
+
+class _Streams:
+    """cupy.cuda.Stream."""
+
+    def __init__(self, device: EmulatedDevice) -> None:
+        self._device = device
+
+    def from_external(self, stream: Any) -> Any:
+        """A stream of another library, as a context."""
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return self._device.on_stream(pointer)
+
+    @property
+    def null(self) -> Any:
+        """The default stream, as a context."""
+        return self._device.on_stream(0)
 
 
 class _Array(np.ndarray):

@@ -257,7 +257,7 @@ def test_tables_of_many_plans_do_not_pile_up(calls):
 
 
 def test_fills_and_launches_go_to_cupys_current_stream(device):
-    with device.cupy.cuda.ExternalStream(5):
+    with device.on_stream(5):
         check_results(CASES["specialised"])
     assert any(isinstance(launched, int) for launched in device.launched)  # a fill
     assert device.streams == {5}
@@ -266,12 +266,13 @@ def test_fills_and_launches_go_to_cupys_current_stream(device):
 
 
 @pytest.mark.parametrize("has_driver", [True, False], ids=["driver", "raw-kernel"])
-def test_a_plan_runs_on_the_stream_that_it_is_given(has_driver, monkeypatch):
+@pytest.mark.parametrize("stream", [0, 5])
+def test_a_plan_runs_on_the_stream_that_it_is_given(stream, has_driver, monkeypatch):
     """torch's current stream, say, while CuPy's is another."""
     with emulated_device(monkeypatch, has_driver=has_driver, runs=False) as device:
         bound = launch.bind_forward(*forward_case(CASES["specialised"]))
-        launch.run(bound, launch.thread_arguments(), 5)
-        assert device.streams == {5}
+        launch.run(bound, launch.thread_arguments(), stream)
+        assert device.streams == {stream}
 
 
 # --- devices and threads -----------------------------------------------------------------------------

@@ -220,15 +220,26 @@ def bind_launch(launch: Launch, device: int) -> Step:
 
 def _bind_raw_kernel(launch: Launch, function: Any) -> Step:
     """The same by a call of the RawKernel, at several times the cost, for a CuPy without the driver's function."""
-    cupy = require_cupy()
+    streams = require_cupy().cuda.Stream
     params = launch.params.view(f"V{launch.params.nbytes}")
 
     def step(arguments: Arguments, stream: int) -> None:
         pointers = [np.intp(arguments.pointer(name)) for name in launch.arguments]
-        with cupy.cuda.ExternalStream(stream):
+        with streams.from_external(_External(stream)) if stream else streams.null:
             function(launch.grid, launch.block, (*pointers, params))
 
     return step
+
+
+class _External:
+    """A stream of another library, as the protocol that CuPy reads."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Protocol version and address."""
+        return 0, self._pointer
 
 
 # --- CUDA arrays of other libraries than torch ---------------------------------------------------

@@ -211,7 +211,8 @@ class MSDeformAttnFunction(torch.autograd.Function):
         query_order: Any = AUTO,
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
-        if torch.compiler.is_compiling() and derivatives.active():
+        compiling = torch.compiler.is_compiling()
+        if compiling and derivatives.active():
             raise RuntimeError(
                 "MSDeformAttnFunction.apply must not be compiled under a transform of torch.func, where "
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
@@ -220,7 +221,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         operands = pack(*inputs, query_order)
         ctx.constants = constants_of(operands)
         ctx.save_for_backward(*tensors_of(operands))
-        if torch.compiler.is_compiling():
+        if compiling:
             return _traced(operands)
         output, ctx.recorded = operators.recorded_forward(operands)
         return output
