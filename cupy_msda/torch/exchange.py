@@ -50,17 +50,26 @@ def current_stream(device: int, arguments: launch.Arguments) -> int:
     return arguments.stream.value
 
 
-def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes]:
-    """The output for tensors that the call's check accepted, and by what `backward` knows them again."""
+def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes] | None:
+    """The output for tensors that the call's check accepted, and by what `backward` knows them again.
+
+    None if a tensor has no memory, as what escaped from a transform.
+    """
     value = operands.value
-    bound = call.bound.get(None) or _bind(call, value, None)
     arguments = launch.thread_arguments()
-    output: Tensor = value.new_empty(call.output_shape)
     # What is kept must live until the launches are queued. From then on, torch keeps memory of copies for the stream.
-    kept: Any = _read_inputs(arguments, call, operands)
+    try:
+        kept: Any = _read_inputs(arguments, call, operands)
+    except RuntimeError:
+        return None
     seen = arguments.inputs.tobytes()
-    kept = kept, _adapt_inputs(arguments, call, operands)
-    kept = kept, _read(output, arguments.addresses[_OUTPUT])
+    bound = call.bound.get(None) or _bind(call, value, None)
+    output: Tensor = value.new_empty(call.output_shape)
+    kept = (
+        kept,
+        _adapt_inputs(arguments, call, operands),
+        _read(output, arguments.addresses[_OUTPUT]),
+    )
     launch.run(bound, arguments, current_stream(bound.device, arguments))
     del kept
     return output, seen
@@ -73,7 +82,10 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
     """
     given = operands.forward
     arguments = launch.thread_arguments()
-    kept: Any = _read_inputs(arguments, call, given)
+    try:
+        kept: Any = _read_inputs(arguments, call, given)
+    except RuntimeError:
+        return None
     if seen is not None and arguments.inputs.tobytes() != seen:
         return None
     value, locations, weights = given.value, given.sampling_locations, given.attention_weights

@@ -81,7 +81,7 @@ def ms_deform_attn(
         # Each argument that torch is spared is time on small problems.
         rest = () if query_order is AUTO else (None, query_order)
         return MSDeformAttnFunction.record(*inputs, *rest)
-    return operators.forward(pack(*inputs, query_order))
+    return operators.recorded_forward(pack(*inputs, query_order))[0]
 
 
 def ms_deform_attn_backward(
@@ -246,12 +246,11 @@ class MSDeformAttnFunction(torch.autograd.Function):
         else:
             gradients = operators.backward(operands, ctx.recorded)
         by_value, by_locations, by_weights = gradients
-        results = argument_gradients(
+        return argument_gradients(  # torch ignores None for arguments that were left out
             by_value if needed.value else None,
             by_locations if needed.sampling_locations else None,
             by_weights if needed.attention_weights else None,
         )
-        return results[: len(ctx.needs_input_grad)]
 
 
 def _transformed(operands: Operands) -> Tensor:

@@ -19,7 +19,6 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_functorch_wrapped_tensor as _is_wrapped
 
 from cupy_msda import contract
 from cupy_msda.cpu import backend
@@ -33,6 +32,7 @@ from cupy_msda.torch.operands import (
     Operands,
     backward_operands,
     check,
+    constants_of,
     flat,
     inputs_of,
     needs_of,
@@ -55,21 +55,17 @@ _HALF = (torch.float16, torch.bfloat16)
 Recorded = tuple["Call", bytes]
 
 
-def forward(operands: Operands) -> Tensor:
-    """The output, by the forward operator where torch must see the call."""
-    return recorded_forward(operands)[0]
-
-
 def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
-    """The same, and what spares `backward` the check on a device."""
-    if not _is_plain(operands):
-        refuse_undispatchable(operands)
-        return FORWARD(*operands), None
-    call = checked(operands)
-    if not call.on_device:
-        return _cpu_forward(operands, call), None
-    output, seen = exchange.forward(call, operands)
-    return output, (call, seen)
+    """The output, and what spares `backward` the check on a device. The operator runs where torch must see the call."""
+    if _is_plain(operands):
+        call = checked(operands)
+        if not call.on_device:
+            return _cpu_forward(operands, call), None
+        result = exchange.forward(call, operands)
+        if result is not None:
+            return result[0], (call, result[1])
+    refuse_undispatchable(operands)
+    return FORWARD(*operands), None
 
 
 def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gradients:
@@ -109,8 +105,6 @@ def _is_plain(operands: Operands) -> bool:
         and (start_index is None or type(start_index) is Tensor)
         and (value.is_cuda or value.is_cpu)
         and not (value.is_neg() or locations.is_neg() or weights.is_neg())
-        # What escaped from a transform has no memory.
-        and not (_is_wrapped(value) or _is_wrapped(locations) or _is_wrapped(weights))
     )
 
 
@@ -198,46 +192,46 @@ def is_on_device(tensor: Tensor) -> bool:
 
 
 def checked(operands: Operands) -> Call:
-    """Check the contract, once for all calls that are alike."""
-    ints = operands.sizes, operands.starts, operands.query_order
+    """Check the contract, once for all calls that are alike in everything that it sees. Spelled out for speed."""
+    value, shapes, start_index, locations, weights = tensors_of(operands)
     try:
-        key = _kinds(operands), _contents(operands), ints
+        key = (
+            *(value.shape, value.dtype, value.device, value.layout),
+            *(locations.shape, locations.dtype, locations.device, locations.layout),
+            *(weights.shape, weights.dtype, weights.device, weights.layout),
+            None if shapes is None else (shapes.shape, shapes.dtype, shapes.device),
+            None
+            if start_index is None
+            else (start_index.shape, start_index.dtype, start_index.device),
+            _contents(value, shapes, start_index),
+            *constants_of(operands),
+        )
     except RuntimeError:  # a nested tensor has no shape, a meta tensor no contents
         check(operands)
         raise
     call = _calls.get(key)
     if call is None:
         call = Call(operands)
-        _refuse_rocm(operands.value)
+        _refuse_rocm(value)
         if len(_calls) >= MAX_CALLS:
             _calls.clear()
         _calls[key] = call
     return call
 
 
-def _kinds(operands: Operands) -> tuple[Any, ...]:
-    """What a check sees of the tensors, but for the contents of the level table. Spelled out for speed."""
-    value, shapes, start_index, locations, weights = tensors_of(operands)
-    return (
-        *(value.shape, value.dtype, value.device, value.layout),
-        *(locations.shape, locations.dtype, locations.device, locations.layout),
-        *(weights.shape, weights.dtype, weights.device, weights.layout),
-        None if shapes is None else (shapes.shape, shapes.dtype, shapes.device),
-        None if start_index is None else (start_index.shape, start_index.dtype, start_index.device),
-    )
-
-
-def _contents(operands: Operands) -> Any:
-    """The contents of a level table where a check reads them."""
-    shapes, start_index = operands.spatial_shapes, operands.level_start_index
+def _contents(value: Tensor, shapes: Tensor | None, start_index: Tensor | None) -> Any:
+    """The contents of the level table where a check reads them: everywhere but on the device of value."""
     if shapes is None and start_index is None:
         return None
-    reads = not is_on_device(operands.value) or os.environ.get("CUPY_MSDA_CHECK") == "1"
+    if (
+        is_on_device(value)
+        and (shapes is None or is_on_device(shapes))
+        and (start_index is None or is_on_device(start_index))
+        and os.environ.get("CUPY_MSDA_CHECK") != "1"
+    ):
+        return None
     return tuple(
-        tensor.cpu().numpy().tobytes()
-        if tensor is not None and (reads or not is_on_device(tensor))
-        else None
-        for tensor in (shapes, start_index)
+        None if half is None else half.cpu().numpy().tobytes() for half in (shapes, start_index)
     )
 
 
@@ -247,7 +241,11 @@ def _contents(operands: Operands) -> Any:
 def _forward(operands: Operands) -> Tensor:
     """The forward operator."""
     call = checked(operands)
-    return exchange.forward(call, operands)[0] if call.on_device else _cpu_forward(operands, call)
+    if not call.on_device:
+        return _cpu_forward(operands, call)
+    result = exchange.forward(call, operands)
+    assert result is not None  # below the dispatcher, tensors have memory
+    return result[0]
 
 
 def _cpu_forward(operands: Operands, call: Call) -> Tensor:
