@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cupy_msda import (
@@ -156,6 +157,25 @@ def test_compiles_whole_with_an_order(order, dynamic):
 
 
 @COMPILES
+def test_sizes_of_feature_maps_compile_two_graphs():
+    """As ints of the maps' shapes: one graph for the first sizes, one for all others."""
+
+    def step(maps, locations, weights):
+        sizes = [image.shape[-2:] for image in maps]
+        value = torch.cat([image.flatten(2).transpose(1, 2) for image in maps], 1)
+        return ms_deform_attn(value.unflatten(-1, (2, 8)), sizes, None, locations, weights)
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    inputs = random_inputs(n=1)
+    for extra in range(9):
+        maps = [torch.rand(1, 16, 5 + extra, 7 + 2 * extra), torch.rand(1, 16, 3 + extra, 4)]
+        arguments = maps, inputs.locations, inputs.weights
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+    assert counter.frame_count <= 2
+
+
 def test_a_compiled_order_that_does_not_fit_is_refused():
     def step(value, locations, weights):
         return ms_deform_attn(value, SIZES, None, locations, weights, query_order=[(2, 2)])

@@ -57,11 +57,13 @@ SECONDS = 120  # for one group; a hang takes no longer
 GROUPS = 4  # at most, since each failure needs another
 R, BATCH, QUERY, HEAD = Replicate(), Shard(0), Shard(1), Shard(2)
 CHECKS = {}
-TESTS = []
 
 
 def check(*variants, since=(2, 5)):
-    """Register a function of the 1-D mesh, or of it and one variant, to run in the four processes."""
+    """Let a function ``check_NAME`` of the 1-D mesh, or of it and one variant, run in the four processes.
+
+    ``test_NAME`` asserts what came of it, for each variant.
+    """
     old = pytest.mark.skipif(
         torch.__version__ < since, reason=f"needs torch {since[0]}.{since[1]} or later"
     )
@@ -70,7 +72,13 @@ def check(*variants, since=(2, 5)):
         name = function.__name__.removeprefix("check_")
         named = {f"{name}[{variant}]": partial(function, variant=variant) for variant in variants}
         CHECKS.update(named or {name: function})
-        TESTS.extend(pytest.param(one, marks=old) for one in named or [name])
+
+        @pytest.mark.parametrize("name", named or [name], ids=[*map(str, variants)] or ["all"])
+        def test(name, outcomes):
+            problem = outcomes[name]
+            assert problem is None, problem
+
+        globals()[f"test_{name}"] = old(test)
         return function
 
     return register
@@ -692,12 +700,6 @@ def check_tensor_parallel_of_what_has_no_heads_to_share(mesh):
 
 
 # --- a test for each -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_four_processes(name, outcomes):
-    problem = outcomes[name]
-    assert problem is None, problem
 
 
 def test_the_first_dtensor_needs_no_import(tmp_path):

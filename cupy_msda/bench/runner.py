@@ -53,6 +53,22 @@ def run(device: str | None, quick: bool, output: Path) -> int:
     return int(any(row["verdict"] != "right" for row in ours))
 
 
+def as_json(results: Row) -> str:
+    """The results with one row, and one entry of every dictionary, a line."""
+    parts = []
+    for key, value in results.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            entries = (
+                f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()
+            )
+            text = "{\n" + ",\n".join(entries) + "\n }"
+        elif isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def _plot(results: Row, file: Path) -> None:
     """Draw the plot, or say what it needs."""
     try:
@@ -97,7 +113,7 @@ def measure(device: str, quick: bool, output: Path) -> Row:
 def _write(results: Row, output: Path) -> None:
     """Write the whole file."""
     try:
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        output.write_text(as_json(results))
     except OSError as error:
         raise SystemExit(f"{output} cannot be written: {error}") from error
 
