@@ -164,6 +164,19 @@ def test_a_backward_on_the_tensors_of_its_forward_is_not_checked_again(checks):
     assert len(checks) == 1
 
 
+@pytest.mark.parametrize("table", ["host", "sizes only"])
+def test_another_call_in_between_does_not_matter(table, checks):
+    """As another thread's arguments do not, on which a backward runs on a GPU."""
+    inputs = random_inputs(d=32)
+    leaves = with_grad(inputs)
+    output = ms_deform_attn(leaves.value, *TABLES[table](inputs), *leaves.tensors[1:])
+    other = random_inputs(d=32, lq=3)
+    ms_deform_attn(other.value, other.shapes(), other.starts(), *other.tensors[1:])
+    gradients = torch.autograd.grad(output, leaves.tensors, inputs.grad_output)
+    check_against_reference(inputs, output, gradients)
+    assert len(checks) == 2  # the two forwards
+
+
 def test_saved_tensors_that_hooks_replace_are_checked_again(checks):
     inputs = random_inputs(d=32)
     with torch.autograd.graph.save_on_cpu():

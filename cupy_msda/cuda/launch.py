@@ -45,15 +45,16 @@ def require_cupy(torch_cuda: str | None = None) -> Any:
 class Arguments:
     """The arguments that one thread's next launch takes.
 
-    `words` are its DLTensors, one after another in the order of `ARRAYS`, then one of zeros. `addresses` are
-    theirs; `inputs` has the bytes of those of the inputs and of the level table.
+    `words` are its DLTensors, one after another in the order of `ARRAYS`, then one of zeros. `addresses` are theirs;
+    `inputs` has the bytes of those of value, locations and weights, `inputs_and_table` also those of the level table.
     """
 
     def __init__(self) -> None:
         """Make room; all pointers are null."""
         self.words = (ctypes.c_uint64 * (dlpack.WORDS * (_NULL + 1)))()
-        first, end = (8 * dlpack.WORDS * SLOT[name] for name in ("value", "output"))
-        self.inputs = memoryview(self.words).cast("B")[first:end]
+        memory = memoryview(self.words).cast("B")
+        first, table, end = (8 * dlpack.WORDS * SLOT[name] for name in ("value", "sizes", "output"))
+        self.inputs, self.inputs_and_table = memory[first:table], memory[first:end]
         base = ctypes.addressof(self.words)
         self.addresses = [base + 8 * dlpack.WORDS * slot for slot in range(_NULL + 1)]
         self.stream = ctypes.c_uint64()  # where a current stream may be written

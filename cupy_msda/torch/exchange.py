@@ -35,6 +35,8 @@ _VALUE_DATA, _LOCATIONS_DATA, _WEIGHTS_DATA = (
 _VALUE_OFFSET, _LOCATIONS_OFFSET, _WEIGHTS_OFFSET = (
     dlpack.WORDS * slot + dlpack.BYTE_OFFSET for slot in (_VALUE, _LOCATIONS, _WEIGHTS)
 )
+_STARTS_WORDS = slice(dlpack.WORDS * _STARTS, dlpack.WORDS * (_STARTS + 1))
+_NO_WORDS: list[Any] = [0] * dlpack.WORDS
 _UNALIGNED = launch.ALIGNMENT - 1  # the bits of an address that must be zero
 _OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
     launch.SLOT[name]
@@ -62,7 +64,7 @@ def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes] | None:
         kept: Any = _read_inputs(arguments, call, operands)
     except RuntimeError:
         return None
-    seen = arguments.inputs.tobytes()
+    seen = _seen(arguments, call)
     bound = call.bound.get(None) or _bind(call, value, None)
     output: Tensor = value.new_empty(call.output_shape)
     kept = (
@@ -86,7 +88,7 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
         kept: Any = _read_inputs(arguments, call, given)
     except RuntimeError:
         return None
-    if seen is not None and arguments.inputs.tobytes() != seen:
+    if seen is not None and _seen(arguments, call) != seen:
         return None
     value, locations, weights = given.value, given.sampling_locations, given.attention_weights
     needs_value, needs_points = operands.needs_value, operands.needs_points
@@ -140,12 +142,17 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
         return kept
     shapes, start_index = operands.spatial_shapes, operands.level_start_index
     if start_index is None:
-        arguments.words[dlpack.WORDS * _STARTS] = 0
+        arguments.words[_STARTS_WORDS] = _NO_WORDS
     return (
         kept,
         None if shapes is None else _read(shapes, addresses[_SIZES]),
         None if start_index is None else _read(start_index, addresses[_STARTS]),
     )
+
+
+def _seen(arguments: launch.Arguments, call: Call) -> bytes:
+    """The DLTensors that `_read_inputs` has filled in."""
+    return (arguments.inputs if call.table_on_host else arguments.inputs_and_table).tobytes()
 
 
 def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
