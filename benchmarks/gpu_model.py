@@ -24,7 +24,7 @@ PLAIN, OWN, BESIDE, CHUNK = "", "a range per block", "neighbouring ranges", "chu
 
 
 class Order(NamedTuple):
-    """The order of the rows of work (query, head), and their assignment to blocks."""
+    """How the tile scheduler assigns rows (query, head) to blocks."""
 
     tile: int = 1  # side of the query tiles; 1: pixel by pixel
     share: str = PLAIN

@@ -64,7 +64,7 @@ def ms_deform_attn(
         queries, on which all Lq queries lie one after another, each row-major: ``[(200, 200)]`` for
         a bird's-eye view. "auto": where Lq = S, as in an encoder, the levels are the grids. Followed
         if the queries are enough to fill the device; for pairs that are given, half of it. None:
-        queries are taken as they come. On the host it is checked and has no effect.
+        queries are taken in the order given. On the host it is checked and has no effect.
 
     Returns
     -------

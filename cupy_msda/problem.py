@@ -10,7 +10,7 @@ INT32_MAX = 2**31 - 1
 MAX_HOST_LEVELS = 320  # a CUDA launch takes the level table by value, in at most 4 KB
 MAX_GRIDS = 16
 
-# The (H, W) grids on which the queries lie one after another. (): queries are taken as they come.
+# The (H, W) grids on which the queries lie one after another. (): queries are taken in the order given.
 # None: nothing is known, so the levels are the grids where there are as many queries as positions.
 Grids = tuple[tuple[int, int], ...] | None
 

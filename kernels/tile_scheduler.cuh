@@ -23,7 +23,7 @@ struct Grid {
 
 struct TileScheduler {
   Grid grids[MAX_GRIDS];
-  int num_grids;  // 0: the grids do not hold Lq queries, and queries are taken as they come
+  int num_grids;  // 0: the grids do not hold Lq queries, and queries are taken in the order given
 };
 
 // The scheduler in shared memory, once per block, after its levels.

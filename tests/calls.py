@@ -14,7 +14,7 @@ FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
 SIZES, STARTS = [(2, 3), (3, 2)], [8, 2]
-ORDERS = {"auto": "auto", "as they come": None, "grids": [(1, 2), (3, 1)], "column": [(5, 1)]}
+ORDERS = {"auto": "auto", "order given": None, "grids": [(1, 2), (3, 1)], "column": [(5, 1)]}
 
 
 def call(inputs, function=ms_deform_attn):

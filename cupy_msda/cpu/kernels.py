@@ -193,7 +193,7 @@ def _help(jobs: SimpleQueue[list[Any]]) -> None:
 
 def _do(job: list[Any]) -> None:
     """Run the kernel of a job that has not ended yet."""
-    unfinished = tuple(job)  # one atomic read: its owner may empty it at any time
+    unfinished = tuple(job)  # one atomic read: the thread that posted it may empty it at any time
     if unfinished:
         kernel, arguments = unfinished
         with suppress(MemoryError):  # no room for scratch: the other threads do the work

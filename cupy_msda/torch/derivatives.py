@@ -226,7 +226,7 @@ class Gradients(Function):
 
 
 def _repeated(query_order: Any, size: int) -> Any:
-    """Each sample's grids again or, where they are too many, queries as they come."""
+    """Each sample's grids again or, where they are too many, queries in the order given."""
     if not query_order:
         return query_order
     repeated = list(query_order) * size

@@ -60,9 +60,8 @@ def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes] | None:
     value = operands.value
     arguments = launch.thread_arguments()
     # What is kept must live until the launches are queued. From then on, torch keeps memory of copies for the stream.
-    try:
-        kept: Any = _read_inputs(arguments, call, operands)
-    except RuntimeError:
+    kept = _read_inputs(arguments, call, operands)
+    if kept is None:
         return None
     seen = _seen(arguments, call)
     bound = call.bound.get(None) or _bind(call, value, None)
@@ -84,11 +83,8 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
     """
     given = operands.forward
     arguments = launch.thread_arguments()
-    try:
-        kept: Any = _read_inputs(arguments, call, given)
-    except RuntimeError:
-        return None
-    if seen is not None and _seen(arguments, call) != seen:
+    kept = _read_inputs(arguments, call, given)
+    if kept is None or (seen is not None and _seen(arguments, call) != seen):
         return None
     value, locations, weights = given.value, given.sampling_locations, given.attention_weights
     needs_value, needs_points = operands.needs_value, operands.needs_points
@@ -131,13 +127,19 @@ def _bind(call: Call, value: Tensor, request: tuple[bool, bool, bool] | None) ->
 
 
 def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
-    """Point to the inputs and to what only the device knows of the level table; what must be kept for that."""
+    """Point to the inputs and to what only the device knows of the level table; what must be kept for that.
+
+    None if a tensor has no memory, which torch says by an error.
+    """
     addresses = arguments.addresses
-    kept = (
-        _read(operands.value, addresses[_VALUE]),
-        _read(operands.sampling_locations, addresses[_LOCATIONS]),
-        _read(operands.attention_weights, addresses[_WEIGHTS]),
-    )
+    try:
+        kept = (
+            _read(operands.value, addresses[_VALUE]),
+            _read(operands.sampling_locations, addresses[_LOCATIONS]),
+            _read(operands.attention_weights, addresses[_WEIGHTS]),
+        )
+    except RuntimeError:
+        return None
     if call.table_on_host:
         return kept
     shapes, start_index = operands.spatial_shapes, operands.level_start_index
