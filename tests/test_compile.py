@@ -176,6 +176,7 @@ def test_sizes_of_feature_maps_compile_two_graphs():
     assert counter.frame_count <= 2
 
 
+@COMPILES
 def test_a_compiled_order_that_does_not_fit_is_refused():
     def step(value, locations, weights):
         return ms_deform_attn(value, SIZES, None, locations, weights, query_order=[(2, 2)])
