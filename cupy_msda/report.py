@@ -21,7 +21,7 @@ from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 from cupy_msda.cuda.compile import kernel_dir
-from cupy_msda.cuda.plans import plan_backward, plan_forward
+from cupy_msda.cuda.plans import Launch, Plan, plan_backward, plan_forward
 from cupy_msda.problem import LevelTable, Problem
 
 
@@ -209,15 +209,15 @@ def plans() -> Iterator[tuple[str, str]]:
         yield from plan_lines(_plans(cupy.cuda.runtime.getDevice()))
 
 
-def plan_lines(plans_by_label: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def plan_lines(plans_by_label: Mapping[str, Plan]) -> Iterator[tuple[str, str]]:
     """Label and text of each plan: the kernels that it launches, in order, and why."""
     for label, plan in plans_by_label.items():
-        kernels = (step.kernel.name for step in plan.launches if hasattr(step, "kernel"))
+        kernels = (step.kernel.name for step in plan.launches if isinstance(step, Launch))
         names = [name.partition("<")[0] for name in kernels]
         yield label, f"{', '.join(names) or 'nothing'}: {plan.reason}"
 
 
-def _plans(device: int) -> dict[str, Any]:
+def _plans(device: int) -> dict[str, Plan]:
     """The plans of the typical problems, forward and backward, on the CUDA device of this index."""
     found = launch.describe(device)
     return {

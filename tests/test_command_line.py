@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from PIL import Image
 import cupy_msda
 from cupy_msda import __main__, demo, report
 from cupy_msda.cpu import backend as cpu
+from cupy_msda.cuda import launch
+from cupy_msda.cuda.plans import Device
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,36 +178,19 @@ def test_report_names_the_cupy_that_fits_torch(cuda, extra, monkeypatch):
     assert report.cupy_obstacle.__wrapped__().endswith(f'pip install "cupy-msda[{extra}]"')
 
 
-class FakeKernel(NamedTuple):
-    """What the report reads of a kernel."""
-
-    name: str
-
-
-class FakeLaunch(NamedTuple):
-    """A launch; a fill has no kernel."""
-
-    kernel: FakeKernel
-
-
-class FakePlan(NamedTuple):
-    """What the report reads of a plan."""
-
-    launches: tuple[object, ...]
-    reason: str
-
-
-def test_report_names_the_kernels_of_a_plan_and_why():
-    launches = FakeLaunch(FakeKernel("msda_scale<float>")), FakeLaunch(FakeKernel("msda_backward"))
-    plans = {
-        "encoder forward": FakePlan(launches[1:], "many queries on grids"),
-        "encoder backward": FakePlan(("a fill", *launches), "deterministic"),
-        "decoder forward": FakePlan((), "nothing to do"),
-    }
-    assert dict(report.plan_lines(plans)) == {
-        "encoder forward": "msda_backward: many queries on grids",
-        "encoder backward": "msda_scale, msda_backward: deterministic",
-        "decoder forward": "nothing: nothing to do",
+def test_report_names_the_kernels_of_a_plan_and_why(monkeypatch):
+    """On a device as large as an H200, which no kernel has to run on for that."""
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(report, "cupy_obstacle", lambda: None)
+    monkeypatch.setattr(launch, "describe", lambda _: Device(132, "90"))
+    persistent = "persistent: enough queries, on known grids, for every multiprocessor"
+    assert dict(report.plans()) == {
+        "encoder forward": f"msda_forward_persistent: {persistent}",
+        "encoder backward": "msda_backward_value_binned, msda_backward_persistent: "
+        f"binned: enough queries on known grids; points {persistent}",
+        "decoder forward": "msda_forward: plain: split-K 4",
+        "decoder backward": "msda_backward: plain: split-K 2",
     }
 
 

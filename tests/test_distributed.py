@@ -602,7 +602,7 @@ def assert_data_parallel(attention):
         attention, list(map(mine, module_inputs())), LEVELS, None
     )
     by_inputs, by_parameters = by_inputs_and_parameters[:3], by_inputs_and_parameters[3:]
-    # The mean is that of a loss a fourth as large, of which the gradients by inputs are, too.
+    # The mean is that of a loss a fourth as large, and so are its gradients by inputs.
     results = [gathered(output), *(gathered(g) / WORLD for g in by_inputs), *by_parameters]
     assert_like_one_process(results, LEVELS, None, scale=1 / WORLD)
 

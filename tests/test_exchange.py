@@ -285,6 +285,12 @@ def test_tensors_without_memory_are_made_real(driver_device):
     escaped = []
     torch.func.grad(lambda value: escaped.append(value) or value.sum())(inputs.value)
     torch.testing.assert_close(call(inputs._replace(value=escaped[0])), call(inputs))
+    leaves = with_grad(inputs, 1, 2)
+    output = call(leaves._replace(value=escaped[0]))
+    points = torch.autograd.grad(output, leaves.tensors[1:], inputs.grad_output)
+    everything = with_grad(inputs)
+    expected = torch.autograd.grad(call(everything), everything.tensors, inputs.grad_output)
+    torch.testing.assert_close(points, expected[1:])
     leaves = with_grad(inputs)
     no_gradient = torch._efficientzerotensor(inputs.grad_output.shape)
     gradients = torch.autograd.grad(call(leaves), leaves.tensors, no_gradient)

@@ -44,7 +44,6 @@ BATCH, QUERIES = Dim("batch"), Dim("queries")
 DYNAMIC = ({0: BATCH}, {0: BATCH, 1: QUERIES}, {0: BATCH, 1: QUERIES})
 # What programs are traced with, and other sizes to run them with.
 TRACED, OTHERS = (2, 6), [(3, 9), (1, 1), (2, 0), (0, 4)]
-OTHER_IDS = [f"n={n},lq={lq}" for n, lq in OTHERS]
 
 
 class Bare(nn.Module):
@@ -565,7 +564,7 @@ def test_the_old_onnx_exporter_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
 def test_packages_of_compiled_code(tmp_path):
-    """With the operator in one piece, and by standard operators, where this package is absent."""
+    """With the operator as one node, and by standard operators, where this package is absent."""
     if shutil.which("g++") is None:
         pytest.skip("AOTInductor needs g++")
     model = Bare()

@@ -44,6 +44,10 @@ _OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
 )
 
 
+class NoMemoryError(RuntimeError):
+    """A tensor has no memory that DLPack could export, as what escaped from a transform."""
+
+
 def current_stream(device: int, arguments: launch.Arguments) -> int:
     """The address of torch's current stream on a device."""
     if _read_stream is None:
@@ -52,17 +56,12 @@ def current_stream(device: int, arguments: launch.Arguments) -> int:
     return arguments.stream.value
 
 
-def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes] | None:
-    """The output for tensors that the call's check accepted, and by what `backward` knows them again.
-
-    None if a tensor has no memory, as what escaped from a transform.
-    """
+def forward(call: Call, operands: Operands) -> tuple[Tensor, bytes]:
+    """The output for tensors that the call's check accepted, and by what `backward` knows them again."""
     value = operands.value
     arguments = launch.thread_arguments()
     # What is kept must live until the launches are queued. From then on, torch keeps memory of copies for the stream.
     kept = _read_inputs(arguments, call, operands)
-    if kept is None:
-        return None
     seen = _seen(arguments, call)
     bound = call.bound.get(None) or _bind(call, value, None)
     output: Tensor = value.new_empty(call.output_shape)
@@ -84,7 +83,7 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
     given = operands.forward
     arguments = launch.thread_arguments()
     kept = _read_inputs(arguments, call, given)
-    if kept is None or (seen is not None and _seen(arguments, call) != seen):
+    if seen is not None and _seen(arguments, call) != seen:
         return None
     value, locations, weights = given.value, given.sampling_locations, given.attention_weights
     needs_value, needs_points = operands.needs_value, operands.needs_points
@@ -127,10 +126,7 @@ def _bind(call: Call, value: Tensor, request: tuple[bool, bool, bool] | None) ->
 
 
 def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
-    """Point to the inputs and to what only the device knows of the level table; what must be kept for that.
-
-    None if a tensor has no memory, which torch says by an error.
-    """
+    """Point to the inputs and to what only the device knows of the level table; what must be kept for that."""
     addresses = arguments.addresses
     try:
         kept = (
@@ -138,8 +134,11 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
             _read(operands.sampling_locations, addresses[_LOCATIONS]),
             _read(operands.attention_weights, addresses[_WEIGHTS]),
         )
-    except RuntimeError:
-        return None
+    except RuntimeError as error:
+        raise NoMemoryError(
+            "value, sampling_locations and attention_weights must be tensors in memory that DLPack can export, "
+            f"got {error}"
+        ) from error
     if call.table_on_host:
         return kept
     shapes, start_index = operands.spatial_shapes, operands.level_start_index

@@ -24,8 +24,8 @@ class Operands(NamedTuple):
     """The arguments of the forward operator, in the order of its schema.
 
     Each half of the level table is a tensor, which is passed on unread, or flat integers (H0, W0, H1, W1, ...); with
-    neither for the starts, levels follow one another. `query_order` holds grids, flat as well; (): queries as they
-    come; None: "auto".
+    neither for the starts, levels follow one another. `query_order` holds grids, flat as well; (): the order
+    given; None: "auto".
     """
 
     value: Any

@@ -61,9 +61,12 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
         call = checked(operands)
         if not call.on_device:
             return _cpu_forward(operands, call), None
-        result = exchange.forward(call, operands)
-        if result is not None:
-            return result[0], (call, result[1])
+        try:
+            output, seen = exchange.forward(call, operands)
+        except exchange.NoMemoryError:
+            pass  # torch's dispatcher unwraps it
+        else:
+            return output, (call, seen)
     refuse_undispatchable(operands)
     return FORWARD(*operands), None
 
@@ -71,20 +74,19 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
 def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gradients:
     """The gradients, by the backward operator where torch must see the call."""
     grad_output = operands.grad_output
-    if (
-        recorded is not None
-        and type(grad_output) is Tensor
-        and not grad_output.is_neg()
-        and not _is_watched()
-    ):
-        call, seen = recorded
-        _check_grad_output(operands, call)
-        # None: hooks on saved tensors, or `tensor.data = ...`, have put other memory in the place of an input.
-        gradients = exchange.backward(call, operands, seen)
-        if gradients is not None:
-            return gradients
-    if _is_plain(operands.forward) and type(grad_output) is Tensor and not grad_output.is_neg():
-        return _backward(operands)
+    if type(grad_output) is Tensor and not grad_output.is_neg() and not _is_watched():
+        try:
+            if recorded is not None:
+                call, seen = recorded
+                _check_grad_output(operands, call)
+                # None: hooks on saved tensors, or `tensor.data = ...`, have put other memory in the place of an input.
+                gradients = exchange.backward(call, operands, seen)
+                if gradients is not None:
+                    return gradients
+            if _is_plain(operands.forward):
+                return _backward(operands)
+        except exchange.NoMemoryError:
+            pass  # torch's dispatcher unwraps it
     return BACKWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
@@ -243,9 +245,7 @@ def _forward(operands: Operands) -> Tensor:
     call = checked(operands)
     if not call.on_device:
         return _cpu_forward(operands, call)
-    result = exchange.forward(call, operands)
-    assert result is not None  # below the dispatcher, tensors have memory
-    return result[0]
+    return exchange.forward(call, operands)[0]
 
 
 def _cpu_forward(operands: Operands, call: Call) -> Tensor:
