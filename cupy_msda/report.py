@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 from cupy_msda.cuda.compile import kernel_dir
-from cupy_msda.cuda.plans import Launch, Plan, plan_backward, plan_forward
+from cupy_msda.cuda.plans import Launch, plan_backward, plan_forward
 from cupy_msda.problem import LevelTable, Problem
 
 
@@ -203,28 +203,18 @@ TYPICAL = {"encoder": _ENCODER, "decoder": _ENCODER._replace(num_queries=300)}
 
 def plans() -> Iterator[tuple[str, str]]:
     """Label and text: the kernels for typical problems on CuPy's current device, and why; empty without a device."""
-    if cupy_obstacle() is None:
-        import cupy
+    if cupy_obstacle() is not None:
+        return
+    import cupy
 
-        yield from plan_lines(_plans(cupy.cuda.runtime.getDevice()))
-
-
-def plan_lines(plans_by_label: Mapping[str, Plan]) -> Iterator[tuple[str, str]]:
-    """Label and text of each plan: the kernels that it launches, in order, and why."""
-    for label, plan in plans_by_label.items():
-        kernels = (step.kernel.name for step in plan.launches if isinstance(step, Launch))
-        names = [name.partition("<")[0] for name in kernels]
-        yield label, f"{', '.join(names) or 'nothing'}: {plan.reason}"
-
-
-def _plans(device: int) -> dict[str, Plan]:
-    """The plans of the typical problems, forward and backward, on the CUDA device of this index."""
-    found = launch.describe(device)
-    return {
-        f"{name} {way}": plan(problem, PYRAMID, found)
-        for name, problem in TYPICAL.items()
-        for way, plan in (("forward", plan_forward), ("backward", plan_backward))
-    }
+    device = launch.describe(cupy.cuda.runtime.getDevice())
+    for name, problem in TYPICAL.items():
+        for way, planner in (("forward", plan_forward), ("backward", plan_backward)):
+            plan = planner(problem, PYRAMID, device)
+            kernels = [
+                s.kernel.name.partition("<")[0] for s in plan.launches if isinstance(s, Launch)
+            ]
+            yield f"{name} {way}", f"{', '.join(kernels)}: {plan.reason}"
 
 
 class _Case(NamedTuple):
