@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ QUERIES_DRAWN = 4
 # disagree there without either being wrong.
 EDGE = 1e-3  # pixels
 
-PICTURE = Path(__file__).parent / "data" / "coffee.jpg"
+PICTURE: Any = resources.files("cupy_msda") / "data" / "coffee.jpg"
 COLOURS = ("#ffe14d", "#3ddc97", "#4cc3ff", "#ff6fb5")
 _DARK = "#16181d"
 WIDTH, FOOTER = 10.24, 0.55  # of the figure, in inches of 100 pixels
@@ -80,7 +81,7 @@ def run(image: Path | None, output: Path) -> int:
 def load_picture(path: Path) -> np.ndarray:
     """The picture as an array (H, W, 3) in [0, 1], no side longer than LONGER_SIDE."""
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as opened, Image.open(opened) as file:
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except OSError as error:
         raise SystemExit(f"the picture {path} cannot be read: {error}") from error

@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,20 +22,24 @@ import cupy_msda
 from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
-from cupy_msda.cuda.compile import kernel_dir
+from cupy_msda.cuda.compile import capability_obstacle, kernel_dir
+from cupy_msda.cuda.importing import (
+    CACHE_DIR,
+    cache_folder,
+    cache_obstacle,
+    distributions,
+    reason,
+    require_cupy,
+)
 from cupy_msda.cuda.plans import Launch, plan_backward, plan_forward
 from cupy_msda.problem import LevelTable, Problem
 
 
 def environment() -> Iterator[tuple[str, str]]:
     """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array."""
-    sources = kernel_dir()
-    cache_dir = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-    cached = [file for file in cache_dir.rglob("*") if file.is_file()]
-    megabytes = sum(file.stat().st_size for file in cached) / 1e6
     yield "cupy-msda", f"{cupy_msda.__version__} in {Path(__file__).parent}"
-    yield "kernel sources", f"{sources} ({len(list(sources.glob('*.cu*')))} files)"
-    yield "kernel cache", f"{cache_dir} ({len(cached)} files, {megabytes:.1f} MB)"
+    yield "kernel sources", _kernel_sources()
+    yield "kernel cache", _kernel_cache()
     yield (
         "python",
         f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors",
@@ -56,21 +62,29 @@ def cupy_obstacle() -> str | None:
     if find_spec("cupy") is None:
         return f"CuPy is not installed: {_cupy_command()}"
     try:
-        import cupy
+        return _device_obstacle(_import_cupy())
+    except ImportError as error:
+        return str(error)
 
-        devices = cupy.cuda.runtime.getDeviceCount()
-        if devices == 0:
+
+def _device_obstacle(cupy: Any) -> str | None:
+    """Why CuPy, which imports, cannot run the kernels on its current device."""
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
             return "the driver offers no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
-        cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        text = _first_line(error)
-        if "nvrtc" in text.lower():
-            return f"the compiler NVRTC does not load ({text}): {_cupy_command()}"
+        text = reason(error)
         if "cudaError" in text:
             return (
                 f"no usable NVIDIA driver or device ({text}): install the driver, or use CPU arrays"
             )
         return f"CuPy is installed and does not work ({text}): {_cupy_command()}"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        return f"the compiler NVRTC does not load ({reason(error)}): {_cupy_command()}"
+    with suppress(Exception):  # what else is wrong with the device, the self-check tells
+        return capability_obstacle(cupy, int(cupy.cuda.Device().compute_capability))
     return None
 
 
@@ -96,6 +110,13 @@ def torch_obstacle() -> str | None:
     return cupy_obstacle()
 
 
+def _import_cupy() -> Any:
+    """CuPy, or an ImportError with the cause; the report tells of its cache in a line of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return require_cupy(_torch_cuda())
+
+
 def _cupy_command() -> str:
     """The pip command for the CuPy that fits torch's CUDA."""
     return f'pip install "cupy-msda[{_extra()}]"'
@@ -103,12 +124,40 @@ def _cupy_command() -> str:
 
 def _extra() -> str:
     """The extra whose CuPy fits torch's CUDA; CUDA 12's where torch names none."""
-    if find_spec("torch") is not None:
-        import torch
+    return "cuda13x" if (_torch_cuda() or "12").startswith("13") else "cuda12x"
 
-        if (torch.version.cuda or "12").startswith("13"):
-            return "cuda13x"
-    return "cuda12x"
+
+def _torch_cuda() -> str | None:
+    """The version of CUDA that torch is built for; None without torch or CUDA."""
+    if find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.version.cuda
+
+
+def _kernel_sources() -> str:
+    """Where the .cu sources are and how many, or that they are missing."""
+    try:
+        sources = kernel_dir()
+    except FileNotFoundError as error:
+        return f"missing: {error}"
+    count = sum(file.name.endswith((".cu", ".cuh")) for file in sources.iterdir())
+    return f"{sources} ({count} files)"
+
+
+def _kernel_cache() -> str:
+    """CuPy's cache of compiled kernels: where, how large, and why it cannot be written."""
+    folder = cache_folder()
+    try:
+        sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+        text = f"{folder} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)"
+    except OSError as error:
+        text = f"{folder} (cannot be read: {reason(error)})"
+    obstacle = None if find_spec("cupy") is None else cache_obstacle()
+    if obstacle is None:
+        return text
+    return f"{text}, cannot be written ({obstacle}): set {CACHE_DIR} to a folder that can"
 
 
 def cpu_backend() -> str:
@@ -116,7 +165,7 @@ def cpu_backend() -> str:
     try:
         found = backend.backend()
     except ImportError as error:
-        return f"cannot run: Numba is installed and does not import ({_first_line(error)})"
+        return f"cannot run: Numba is installed and does not import ({reason(error)})"
     if found is reference:
         return 'the reference, slow, since Numba is not installed: pip install "cupy-msda[cpu]"'
     return "Numba kernels"
@@ -145,15 +194,12 @@ def _cupy_version() -> str:
     """CuPy's version, the distribution that provides it, and whether that fits torch."""
     if find_spec("cupy") is None:
         return "not installed"
-    names = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-    found = [f"{name} {version(name)}" for name in names if _version(name) != "not installed"]
+    found = distributions()
     text = " and ".join(found) or "installed, from no distribution known here"
     if len(found) > 1:
         text += " (uninstall all and install one: they overwrite each other)"
-    elif found and find_spec("torch") is not None:
-        import torch
-
-        cuda = torch.version.cuda
+    elif found:
+        cuda = _torch_cuda()
         if cuda is not None and f"cuda{cuda.partition('.')[0]}x" not in text and "-" in text:
             text += f" (torch is built for CUDA {cuda}: {_cupy_command()} fits it)"
     return text
@@ -164,11 +210,13 @@ def _nvrtc_version() -> str:
     if find_spec("cupy") is None:
         return "none without CuPy"
     try:
-        import cupy
-
+        cupy = _import_cupy()
+    except ImportError:
+        return "unknown: CuPy does not import"
+    try:
         return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
-        return f"does not load ({_first_line(error)}): {_cupy_command()}"
+        return f"does not load ({reason(error)}): {_cupy_command()}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -188,11 +236,6 @@ def _devices() -> Iterator[tuple[str, str]]:
     yield "driver", rows[0][0] if rows else "no device"
     for _, index, *facts in rows:
         yield f"device {index}", ", ".join(facts)
-
-
-def _first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # Deformable-DETR on an image of 800 x 1333, with 300 queries in the decoder.

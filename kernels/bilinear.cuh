@@ -106,13 +106,13 @@ __device__ __forceinline__ Cell<Real> locate(Coordinates<Real> at, const Level& 
 }
 
 // The coefficient of each corner in the output: attention weight times bilinear weight. Products alone: weight - weight *
-// down would be NaN for an infinite weight.
-template <typename Real>
+// down would be NaN for an infinite weight. FINITE: the weight is known to be finite.
+template <bool FINITE = false, typename Real>
 __device__ __forceinline__ Four<Real> corner_coefficients(const Cell<Real>& cell, Real weight) {
   const Real upper = weight * (1 - cell.down), lower = weight * cell.down, left = 1 - cell.right;
   Four<Real> coefficient = {upper * left, upper * cell.right, lower * left, lower * cell.right};
   // For a corner that does not count zero is read, which must not meet infinity.
-  if (is_infinite(weight)) {
+  if (!FINITE && is_infinite(weight)) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (!has_corner(cell.corners, i)) coefficient.at[i] = 0;

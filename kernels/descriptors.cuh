@@ -94,7 +94,7 @@ __device__ __forceinline__ LocatedPoint<float> make_descriptor(Descriptors<THREA
   const LocatedPoint<float> point = locate_point<true, INTERIOR>(loaded);
   float weight = point.weight;
   if (FIXED) weight = is_finite(weight) ? weight * factor : 0.0f;
-  const Four<float> coefficient = corner_coefficients(point.cell, weight);
+  const Four<float> coefficient = corner_coefficients<FIXED>(point.cell, weight);
   const int width = point.level.width, pixel = point.level.start + point.cell.pixel;
   descriptors.coefficients[index] =
       make_float4(coefficient.at[0], coefficient.at[1], coefficient.at[2], coefficient.at[3]);
