@@ -30,7 +30,7 @@ struct Traits {
 template <typename T>
 struct Walk {
   const Descriptors<T::THREADS>* descriptors;
-  int first;          // index of the group's first descriptor
+  int first;          // where the group's first descriptor lies
   int first_lane;     // of the group
   const char* value;  // of the group's (image, head), at the lane's channels
   char* grad_value;   // likewise; FIXED: at the first of the lane's channels that lie G apart
@@ -67,8 +67,8 @@ __device__ __forceinline__ void add_corner(const Walk<T>& walk, const int2& plac
 template <typename T, bool INTERIOR>
 __device__ __forceinline__ Four<float> visit(const Walk<T>& walk, int j) {
   using Value = typename T::Value;
-  const float4 coefficient = walk.descriptors->coefficients[walk.first + j * (WARP / T::G)];
-  const int2 place = walk.descriptors->places[walk.first + j * (WARP / T::G)];
+  const float4 coefficient = walk.descriptors->coefficients[walk.first + padded(j)];
+  const int2 place = walk.descriptors->places[walk.first + padded(j)];
   const float coefficients[4] = {coefficient.x, coefficient.y, coefficient.z, coefficient.w};
   const float (&grad)[VEC] = walk.grad;
   Four<float> dot = {};
@@ -132,7 +132,7 @@ __device__ __forceinline__ void poison_non_finite(const Walk<T>& walk, unsigned 
 #pragma unroll 1
   for (int i = 0; i < COUNT * 4 * VEC; ++i) {
     const int j = i / (4 * VEC), corner = i / VEC % 4, c = i % VEC;
-    const int2 place = walk.descriptors->places[walk.first + j * (WARP / T::G)];
+    const int2 place = walk.descriptors->places[walk.first + padded(j)];
     if (has_corner(place.x, corner) && ((weights >> j | walk.non_finite >> c) & 1u))
       atomicExch(accumulator_pointer<T, false>(walk, place, corner) + c * T::G, NON_FINITE);
   }
@@ -144,7 +144,7 @@ __device__ __forceinline__ void backward_stage(const Walk<T>& walk, Descriptors<
                                                const Level* levels, int member, bool active, int first,
                                                const PointArrays<Location, Weight>& points,
                                                const PointGradientArrays<Location, Weight>& gradients) {
-  const int k = first + member, own = descriptor_index<T::G>(member);
+  const int k = first + member, own = walk.first + padded(member);
   const bool has_point = active && member < COUNT;
   LocatedPoint<float> point;
   if (has_point)
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(BLOCK)
   const long long base = row.template base<D>(p) + row.member * VEC;
   Walk<T> walk = {};
   walk.descriptors = &descriptors;
-  walk.first = descriptor_index<G>(0);
+  walk.first = first_descriptor<G>();
   walk.first_lane = threadIdx.x % WARP - row.member;
   walk.value = reinterpret_cast<const char*>(value + base);
   load(walk.grad, grad_output + index * D + row.member * VEC);
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
   const PointGradientArrays<Location, Weight> gradients = {grad_locations, grad_weights};
   Walk<T> walk = {};
   walk.descriptors = &descriptors;
-  walk.first = descriptor_index<G>(0);
+  walk.first = first_descriptor<G>();
   visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
     walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);

@@ -4,9 +4,10 @@
 //
 // Layout   as in backward.cu: grad_value is a zeroed float32 accumulator, to which other blocks add as well. FIXED: it is
 //          the fixed-point accumulator of fixed_point.cuh. backward.cu computes the other two gradients.
-// Threads  A block takes 256 queries, consecutive in the order of the tile scheduler, of one image and head. It bins their
-//          points by level, row modulo 32 and column modulo 32, and lists them bin by bin. Then every group of G = D / 4
-//          lanes walks through a segment of the list, a lane on four channels: the sums of the four corners stay in
+// Threads  A block takes BINNED_QUERIES queries, consecutive in the order of the tile scheduler, of one image and head. It
+//          bins their points by level, row modulo 32 and column modulo 32, and lists them bin by bin; their rows of
+//          grad_output wait in shared memory where there is room. Then every group of G = D / 4 lanes walks through a
+//          segment of the list, a lane on four channels: the sums of the four corners stay in
 //          registers while consecutive points lie in the same cell. If the next cell is the neighbour to the right, the
 //          sums of the right column become those of its left column. FIXED: the points of a bin are listed in the order
 //          of their rows, so that every sum is bitwise identical in every run; a lane's channels lie G apart.
@@ -18,6 +19,7 @@
 constexpr int VEC = 4, CORNERS = 4;
 constexpr int SIDE = 32, BINS = SIDE * SIDE;  // of a level
 constexpr unsigned NONE = 0xffffffffu, NO_BIN = 0xffffu;
+constexpr int SHARED_BYTES = 48 * 1024;  // that a kernel may declare
 
 // Counters of the bins, two to a word; after the prefix sum, where each bin begins in the list.
 template <int L>
@@ -71,26 +73,45 @@ struct Bins {
   }
 };
 
-// What a block shares.
+// What a block shares. "Row" is one of the batch, from 0 to BINNED_QUERIES.
 template <int L, int K>
 struct Shared {
   Level levels[L];
   TileScheduler scheduler;
-  unsigned rows[BLOCK];  // of the batch, among N * Lq * M; NONE beyond the last
+  unsigned rows[BINNED_QUERIES];  // which of the N * Lq * M each row is; NONE beyond the last
   Bins<L> bins;
   // Points of the batch as row * K + point of the row, bin by bin. Before that, FIXED: each point's bin, then its number
   // within the bin.
-  unsigned short list[BLOCK * K];
+  unsigned short list[BINNED_QUERIES * K];
   Descriptors<BLOCK> descriptors;
-  unsigned descriptor_rows[BLOCK];  // the row of each descriptor
+  unsigned descriptor_rows[Descriptors<BLOCK>::SIZE];  // the row of each descriptor
+};
+
+// The rows of grad_output, copied to shared memory if BYTES is enough for them.
+template <typename Value, int D, int BYTES>
+struct Gradients {
+  static constexpr int PIECES = D * sizeof(Value) / 16;  // of a row
+  static constexpr bool STAGED = BINNED_QUERIES * PIECES * 16 <= BYTES;
+  uint4 staged[STAGED ? BINNED_QUERIES * PIECES : 1];
+
+  __device__ void load(const Value* grad_output, const unsigned* rows) {
+    if constexpr (STAGED) {
+      const uint4* from = reinterpret_cast<const uint4*>(grad_output);
+      for (int i = threadIdx.x; i < BINNED_QUERIES * PIECES; i += BLOCK) {
+        const unsigned row = rows[i / PIECES];
+        if (row != NONE) staged[i] = __ldg(from + static_cast<size_t>(row) * PIECES + i % PIECES);
+      }
+    }
+  }
 };
 
 // Start a batch: its rows, and empty bins.
 template <int L, int K>
 __device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_head, const Shape& p) {
-  const unsigned index = blockIdx.x * BLOCK + threadIdx.x, queries = p.num_queries;
-  shared.rows[threadIdx.x] =
-      index < queries ? ScheduledRow(image_head * queries + index, shared.scheduler, p).row : NONE;
+  const unsigned index = blockIdx.x * BINNED_QUERIES + threadIdx.x, queries = p.num_queries;
+  if (threadIdx.x < BINNED_QUERIES)
+    shared.rows[threadIdx.x] =
+        index < queries ? ScheduledRow(image_head * queries + index, shared.scheduler, p).row : NONE;
   shared.bins.clear();
   __syncthreads();
 }
@@ -102,7 +123,7 @@ __device__ void number_by_rows(Shared<L, K>& shared) {
   const unsigned level = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (level >= L) return;
 #pragma unroll 1
-  for (unsigned point = lane; point < BLOCK * P; point += WARP) {
+  for (unsigned point = lane; point < BINNED_QUERIES * P; point += WARP) {
     const unsigned id = point / P * K + level * P + point % P, bin = shared.list[id];
     const unsigned same = __match_any_sync(ALL_LANES, bin), before = __popc(same & ((1u << lane) - 1));
     if (bin != NO_BIN) shared.list[id] = static_cast<unsigned short>(shared.bins.begin(bin) + before);
@@ -116,11 +137,14 @@ __device__ void number_by_rows(Shared<L, K>& shared) {
 // many there are.
 template <int P, bool STABLE, int L, int K, typename Location, typename Weight>
 __device__ unsigned sort_points(Shared<L, K>& shared, const PointArrays<Location, Weight>& points) {
-  unsigned ranks[K];  // bin << 16 | number within the bin, of every point that this thread takes
+  constexpr int OWN = (BINNED_QUERIES * K + BLOCK - 1) / BLOCK;
+  unsigned ranks[OWN];  // bin << 16 | number within the bin, of every point that this thread takes
 #pragma unroll
-  for (int i = 0; i < K; ++i) {
-    const unsigned id = i * BLOCK + threadIdx.x, row = shared.rows[id / K], k = id % K, l = level_of<P>(k);
+  for (int i = 0; i < OWN; ++i) {
+    const unsigned id = i * BLOCK + threadIdx.x, k = id % K, l = level_of<P>(k);
     ranks[i] = NONE;
+    if (BINNED_QUERIES * K % BLOCK != 0 && id >= BINNED_QUERIES * K) continue;
+    const unsigned row = shared.rows[id / K];
     if (STABLE) shared.list[id] = NO_BIN;
     if (row == NONE) continue;
     const Level level = shared.levels[l];
@@ -135,12 +159,12 @@ __device__ unsigned sort_points(Shared<L, K>& shared, const PointArrays<Location
     number_by_rows<P>(shared);
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < K; ++i)
+    for (int i = 0; i < OWN; ++i)
       if (ranks[i] != NONE) ranks[i] |= shared.list[i * BLOCK + threadIdx.x];
   }
   const unsigned count = shared.bins.exclusive_prefix_sum();
 #pragma unroll
-  for (int i = 0; i < K; ++i)
+  for (int i = 0; i < OWN; ++i)
     if (ranks[i] != NONE)
       shared.list[shared.bins.begin(ranks[i] >> 16) + (ranks[i] & 0xffffu)] = i * BLOCK + threadIdx.x;
   __syncthreads();
@@ -194,31 +218,52 @@ struct CellSums {
   }
 };
 
-// The descriptors of the points at `first` and after it in the list, one by each lane of a group, with weights multiplied
-// by `weight_factor`.
-template <int P, int G, int PIXEL, int L, int K, typename Location, typename Weight>
-__device__ __forceinline__ void make_descriptors(Shared<L, K>& shared, unsigned first, unsigned end,
-                                                 const PointArrays<Location, Weight>& points, float weight_factor) {
+// A point of the list, fetched before it is needed.
+struct Fetched {
+  unsigned id;  // as in the list; NONE: no point
+  Fractions<float> location;
+  float weight;
+};
+
+// Fetch the points at `first` and after it in the list, one by each lane of a group.
+template <int G, int L, int K, typename Location, typename Weight>
+__device__ __forceinline__ Fetched fetch(const Shared<L, K>& shared, unsigned first, unsigned end,
+                                         const PointArrays<Location, Weight>& points) {
+  Fetched point = {NONE, {0.0f, 0.0f}, 0.0f};
   const unsigned member = threadIdx.x % G;
-  const int own = descriptor_index<G>(member);
-  if (first + member >= end) {
-    empty_descriptor(shared.descriptors, own);
-    shared.descriptor_rows[own] = shared.rows[0];
-    return;
+  if (first + member < end) {
+    point.id = shared.list[first + member];
+    const size_t index = static_cast<size_t>(shared.rows[point.id / K]) * K + point.id % K;
+    point.location = points.location(index);
+    point.weight = points.weight(index);
   }
-  const unsigned id = shared.list[first + member], row = shared.rows[id / K], k = id % K;
-  Point<float> point = points.load(static_cast<size_t>(row) * K + k, shared.levels[level_of<P>(k)]);
-  point.weight *= weight_factor;
-  make_descriptor<PIXEL, false>(shared.descriptors, own, point);
-  shared.descriptor_rows[own] = row;
+  return point;
 }
 
-// Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in fixed-point units.
-template <bool FIXED, int G, typename Value>
+// The descriptor of the lane's point, with its weight multiplied by `weight_factor`.
+template <int P, int PIXEL, int L, int K>
+__device__ __forceinline__ void describe(Shared<L, K>& shared, const Fetched& fetched, float weight_factor) {
+  const int own = padded(threadIdx.x);
+  if (fetched.id == NONE) {
+    empty_descriptor(shared.descriptors, own);
+    shared.descriptor_rows[own] = 0;
+    return;
+  }
+  const Level level = shared.levels[level_of<P>(fetched.id % K)];
+  make_descriptor<PIXEL, false>(shared.descriptors, own,
+                                {level, to_pixels(fetched.location, level), fetched.weight * weight_factor});
+  shared.descriptor_rows[own] = fetched.id / K;
+}
+
+// Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in fixed-point units. STAGED: from
+// shared memory.
+template <bool FIXED, bool STAGED, int G, typename Value>
 __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, const Scale<float>& scale) {
   if constexpr (FIXED) {
 #pragma unroll
     for (int c = 0; c < VEC; ++c) to[c] = times_power(widen(from[c * G]), scale.grad);
+  } else if constexpr (STAGED) {
+    load_shared(to, from);
   } else {
     load(to, from);
   }
@@ -226,31 +271,39 @@ __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, c
 
 // The segmented reduction: each group walks through its segment of the list of `count` points, and adds the sums of every
 // cell to memory. `cell` begins as one without corners; `channel` is the lane's first.
-template <int P, int G, int PIXEL, int D, bool FIXED, typename Cell, int L, int K, typename Value, typename Location,
-          typename Weight>
-__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared, unsigned count,
+template <int P, int G, int PIXEL, bool FIXED, typename Cell, int L, int K, typename Value, int D, int BYTES,
+          typename Location, typename Weight>
+__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared,
+                                             const Gradients<Value, D, BYTES>& gradients, unsigned count,
                                              const PointArrays<Location, Weight>& points, const Value* grad_output,
                                              unsigned channel, const Scale<float>& scale) {
   constexpr int AHEAD = G < 4 ? G : 4;  // loads of gradients under way at a time
+  constexpr bool STAGED = Gradients<Value, D, BYTES>::STAGED;
+  if (STAGED) grad_output = reinterpret_cast<const Value*>(gradients.staged);
+  const int group = first_descriptor<G>();
   const unsigned segment = (count + BLOCK / G - 1) / (BLOCK / G);
   const unsigned begin = threadIdx.x / G * segment, end = min(begin + segment, count);
+  Fetched next = fetch<G>(shared, begin, end, points);
 #pragma unroll 1
   for (unsigned first = 0; first < segment; first += G) {  // as often in every group of the warp
-    make_descriptors<P, G, PIXEL>(shared, begin + first, end, points, scale.weight);
+    const Fetched now = next;
+    next = fetch<G>(shared, begin + first + G, end, points);
+    describe<P, PIXEL>(shared, now, scale.weight);
     __syncwarp();
 #pragma unroll 1
     for (int j = 0; j < G; j += AHEAD) {
       float grad[AHEAD][VEC];
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        const size_t row = shared.descriptor_rows[descriptor_index<G>(j + i)];
-        load_grad<FIXED, G>(grad[i], grad_output + row * D + channel, scale);
+        const unsigned row = shared.descriptor_rows[group + padded(j + i)];
+        const size_t index = STAGED ? row : shared.rows[row];
+        load_grad<FIXED, STAGED, G>(grad[i], grad_output + index * D + channel, scale);
       }
 #pragma unroll
       for (int i = 0; i < AHEAD; ++i) {
-        const int2 place = shared.descriptors.places[descriptor_index<G>(j + i)];
+        const int2 place = shared.descriptors.places[group + padded(j + i)];
         if (place.x != cell.place.x || place.y != cell.place.y) cell.move(place);
-        cell.add(shared.descriptors.coefficients[descriptor_index<G>(j + i)], grad[i]);
+        cell.add(shared.descriptors.coefficients[group + padded(j + i)], grad[i]);
       }
     }
     __syncwarp();
@@ -270,14 +323,16 @@ __global__ void __launch_bounds__(BLOCK, 3)
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
   static_assert(L <= MAX_BINNED_LEVELS && K <= MAX_BINNED_POINTS, "plans.py sends the problem elsewhere");
-  static_assert(BLOCK * MAX_BINNED_POINTS < 1 << 16, "a counter has 16 bits");
+  static_assert(BINNED_QUERIES <= BLOCK && BINNED_QUERIES * MAX_BINNED_POINTS < 1 << 16, "a counter has 16 bits");
 
   __shared__ Shared<L, K> shared;
+  __shared__ Gradients<Value, D, SHARED_BYTES - static_cast<int>(sizeof(Shared<L, K>))> gradients;
   const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
   if (image_head >= static_cast<unsigned>(p.batch * M)) return;
   load_levels(shared.levels, sizes, starts, p);
   load_scheduler(shared.scheduler, shared.levels, p);
   load_batch(shared, image_head, p);
+  gradients.load(grad_output, shared.rows);
   const PointArrays<Location, Weight> points = {locations, weights};
   const unsigned count = sort_points<P, FIXED>(shared, points);
 
@@ -287,5 +342,5 @@ __global__ void __launch_bounds__(BLOCK, 3)
   if constexpr (FIXED) scale = read_scale<float>(grad_value, p, image_head);
   CellSums<Addend, PIXEL, sizeof(Addend) / sizeof(Value), G> cell = {
       reinterpret_cast<char*>(grad_value + plane * D + channel), {0, 0}, {}};
-  reduce_cells<P, G, PIXEL, D, FIXED>(cell, shared, count, points, grad_output, channel, scale);
+  reduce_cells<P, G, PIXEL, FIXED>(cell, shared, gradients, count, points, grad_output, channel, scale);
 }

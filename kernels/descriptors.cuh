@@ -9,20 +9,24 @@
 #include "fixed_point.cuh"
 #include "point.cuh"
 
-// The descriptors of a block's warps. Descriptor j of every group of a warp lie side by side: the groups read them
-// together without bank conflicts.
+// Where descriptor i lies: after every eighth one is a gap, so that neither the lanes, which write one each, nor the
+// groups of a warp, which read those of the same number, meet in a bank.
+__device__ constexpr int padded(int i) { return i + i / 8; }
+
+// The descriptors of a block's warps, thread by thread, at `padded` places.
 template <int THREADS>
 struct Descriptors {
-  float4 coefficients[THREADS];  // of the four corners
+  static constexpr int SIZE = padded(THREADS);
+  float4 coefficients[SIZE];  // of the four corners
   // Bytes from the (image, head) base to the top-left corner | corner bits, and bytes per pixel row. INTERIOR: pixels from
   // the base to the top-left and to the bottom-left corner.
-  int2 places[THREADS];
+  int2 places[SIZE];
 };
 
-// The index of descriptor j of this thread's group.
+// Where the first descriptor of this thread's group lies. Descriptor j of the group lies padded(j) after it.
 template <int G>
-__device__ __forceinline__ int descriptor_index(int j) {
-  return threadIdx.x / WARP * WARP + threadIdx.x % WARP / G + j * (WARP / G);
+__device__ __forceinline__ int first_descriptor() {
+  return padded(threadIdx.x / G * G);
 }
 
 // threadIdx.x, read anew: the compiler cannot merge it with an earlier read, which shortens the lives of the registers
@@ -85,7 +89,7 @@ struct GroupRow {
   }
 };
 
-// Write the descriptor of a point. PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are
+// Write the descriptor of a point to the place `index`. PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are
 // known to lie inside the level, and the descriptor counts pixels. FIXED: the coefficients are multiplied by `factor`, and
 // are zero where the weight is non-finite.
 template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>

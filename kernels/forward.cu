@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
   }
 }
 
-// Add COUNT descriptors of every group of the warp. Those of this thread's group begin at `first`.
+// Add COUNT descriptors of every group of the warp. The first of this thread's group lies at `first`.
 template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
 __device__ __forceinline__ void add_descriptors(float (&sum)[VEC], const char* base,
                                                 const Descriptors<THREADS>& descriptors, unsigned first) {
@@ -61,8 +61,8 @@ __device__ __forceinline__ void add_descriptors(float (&sum)[VEC], const char* b
   const int2* places = descriptors.places + first;
   constexpr int UNROLL = INTERIOR ? 8 : 2;  // unrolled further, predicated loads spill registers
 #pragma unroll UNROLL
-  for (int j = 0; j < COUNT * (WARP / G); j += WARP / G)
-    add_corners<INTERIOR, PIXEL, Value>(sum, base, coefficients[j], places[j]);
+  for (int j = 0; j < COUNT; ++j)
+    add_corners<INTERIOR, PIXEL, Value>(sum, base, coefficients[padded(j)], places[padded(j)]);
   __syncwarp();
 }
 
@@ -72,7 +72,7 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, D
                                           const Level* levels, unsigned first, unsigned k,
                                           const PointArrays<Location, Weight>& points) {
   const Point<float> point = points.load(static_cast<size_t>(k), levels[level_of<P>(k)]);
-  const unsigned own = first + threadIdx.x % G * (WARP / G);
+  const unsigned own = first + padded(threadIdx.x % G);
   if (__all_sync(ALL_LANES, is_interior(point.at, point.level))) {
     make_descriptor<UNIT, true>(descriptors, own, point);
     add_descriptors<true, COUNT, G, PIXEL, Value>(sum, base, descriptors, first);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, opaque(descriptor_index<G>(0)),
+  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()),
                                        row.part * PART, points.from(row.index(p) * K));
 
 #pragma unroll
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
   visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
     const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     float sum[VEC] = {};
-    add_points<K, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, descriptor_index<G>(0), 0,
+    add_points<K, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
                                       points.from(static_cast<size_t>(row) * K));
     if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
   });

@@ -106,33 +106,46 @@ struct Word<16> {
   using type = uint4;
 };
 
-// COUNT elements by one memory instruction, from data that no thread of the launch writes.
-template <typename Real, typename T, int COUNT>
-__device__ __forceinline__ void load(Real (&to)[COUNT], const T* from) {
-  using Bits = typename Word<sizeof(T) * COUNT>::type;
+template <typename T, int COUNT>
+using Words = typename Word<sizeof(T) * COUNT>::type;
+
+// COUNT elements of type T from the bits that one memory instruction has moved.
+template <typename T, typename Real, int COUNT>
+__device__ __forceinline__ void unpack(T, Real (&to)[COUNT], Words<T, COUNT> bits) {
   union {
-    Bits bits;
+    Words<T, COUNT> bits;
     T at[COUNT];
   } word;
-  word.bits = __ldg(reinterpret_cast<const Bits*>(from));
+  word.bits = bits;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) to[i] = widen(word.at[i]);
 }
 
 // bfloat16 in pairs, one word each: half the instructions of one by one.
 template <int COUNT>
-__device__ __forceinline__ void load(float (&to)[COUNT], const bfloat16_t* from) {
-  using Bits = typename Word<sizeof(bfloat16_t) * COUNT>::type;
+__device__ __forceinline__ void unpack(bfloat16_t, float (&to)[COUNT], Words<bfloat16_t, COUNT> bits) {
   union {
-    Bits bits;
+    Words<bfloat16_t, COUNT> bits;
     unsigned words[COUNT / 2];
   } pairs;
-  pairs.bits = __ldg(reinterpret_cast<const Bits*>(from));
+  pairs.bits = bits;
 #pragma unroll
   for (int i = 0; i < COUNT / 2; ++i) {
     to[2 * i] = __uint_as_float(pairs.words[i] << 16);
     to[2 * i + 1] = __uint_as_float(pairs.words[i] & 0xffff0000u);
   }
+}
+
+// COUNT elements by one memory instruction, from data that no thread of the launch writes.
+template <typename Real, typename T, int COUNT>
+__device__ __forceinline__ void load(Real (&to)[COUNT], const T* from) {
+  unpack(T{}, to, __ldg(reinterpret_cast<const Words<T, COUNT>*>(from)));
+}
+
+// COUNT elements by one memory instruction, from shared memory.
+template <typename Real, typename T, int COUNT>
+__device__ __forceinline__ void load_shared(Real (&to)[COUNT], const T* from) {
+  unpack(T{}, to, *reinterpret_cast<const Words<T, COUNT>*>(from));
 }
 
 __device__ __forceinline__ void store_words(void* to, const unsigned (&words)[1]) {

@@ -22,7 +22,8 @@ PERSISTENT_BLOCK = 1024  # threads of a persistent block: the most that have 64 
 WARP = 32
 DERIVED_START = -1  # in the level table: the level starts where the one before it ends
 MAX_SPECIALISED_LEVELS = 16
-# backward_value_binned.cu: bounds of its counters and of its list in shared memory.
+# backward_value_binned.cu: queries of a block, and bounds of its counters and of its list in shared memory.
+BINNED_QUERIES = 128
 MAX_BINNED_LEVELS = 8
 MAX_BINNED_POINTS = 32  # of a row, over all levels
 
@@ -35,6 +36,7 @@ CONSTANTS = {
     "MAX_GRIDS": MAX_GRIDS,
     "DERIVED_START": DERIVED_START,
     "MAX_SPECIALISED_LEVELS": MAX_SPECIALISED_LEVELS,
+    "BINNED_QUERIES": BINNED_QUERIES,
     "MAX_BINNED_LEVELS": MAX_BINNED_LEVELS,
     "MAX_BINNED_POINTS": MAX_BINNED_POINTS,
 }

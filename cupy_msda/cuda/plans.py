@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupy_msda.cuda.compile import (
+    BINNED_QUERIES,
     BLOCK,
     DERIVED_START,
     MAX_BINNED_LEVELS,
@@ -251,7 +252,7 @@ def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
     problem = case.problem
     template = (*_shape_arguments(problem), _cpp_bool(deterministic))
     kernel = _kernel(problem, "backward_value_binned.cu", "msda_backward_value_binned", template)
-    grid = _grid(problem, -(-problem.num_queries // BLOCK))
+    grid = _grid(problem, -(-problem.num_queries // BINNED_QUERIES))
     arguments = _with_table(("grad_output", "locations", "weights", target), case.table)
     return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params_with_grids(case))
 

@@ -78,13 +78,13 @@ def test_a_wrong_walk_shows(right: str, wrong: str, walk: str) -> None:
 
 
 def test_sums_reach_memory_once_for_many_points() -> None:
-    """Two batches of 1024 points of one cell, added up by 32 groups each: 64 additions to each of its corners."""
+    """Four batches of points of one cell, added up by 32 groups each: 128 additions to each of its corners."""
     inputs = placed(WALKS["one-cell"], [(8, 8)], lq=512)
     counting = assemble("backward_value_binned.cu").replace(
         "s[0], s[1], s[2],", "1.0f, 1.0f, 1.0f,"
     )
     counts = backward_binned(inputs, source=counting.replace("s[3]);", "1.0f);"))
-    assert counts.unique().tolist() == [0, 64]
+    assert counts.unique().tolist() == [0, 128]
     assert (counts > 0).sum() == 4 * 32
 
 
