@@ -295,7 +295,7 @@ def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     check_budgets(generic, architecture)
 
 
-@pytest.mark.parametrize("architecture", (70, 72, 87, 103, 121))
+@pytest.mark.parametrize("architecture", [70, 72, 87, 103, 121])
 def test_other_architectures_compile(architecture: int) -> None:
     """The least compute capability, and those whose machine code no table counts; not all in every version of NVRTC."""
     if architecture not in nvrtc.getSupportedArchs():
