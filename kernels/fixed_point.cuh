@@ -86,7 +86,7 @@ __device__ inline Scale<Real> read_scale(FixedPoint* accumulator, const Shape& p
   // |grad_output| < 2^of_grad and |weight| < 2^of_weight.
   const int of_grad = max(fields[0], 1) + LOWEST, of_weight = max(fields[1], 1) + LOWEST;
   long long addends = static_cast<long long>(p.num_queries) * p.num_levels * p.num_points;
-  // backward_value_binned.cu adds up to 8192 of them as floats, which makes a sum too large by 2^-11 at most.
+  // backward_value_binned.cu adds up to 4096 of them as floats, which makes a sum too large by 2^-12 at most.
   addends += addends >> 10;
   const int bits = min(MOST_BITS, VALID_BITS - (64 - __clzll(addends)));
   const int taken = min(of_weight, -LOWEST);  // 2^-taken must be a normal number

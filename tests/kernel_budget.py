@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from cupy_msda.cuda.compile import Kernel
+from cupy_msda.cuda.compile import BINNED_QUERIES, Kernel
 from tests import sass, test_nvrtc
 
 TABLE = Path(__file__).parents[1] / "kernels" / "BUDGET.md"
@@ -79,13 +79,16 @@ def _backward(
     return Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
 
 
-def _binned(architecture: int) -> Interior:
-    """Every point in a cell of its own. A turn takes one descriptor of every lane, all turns the points of 32 rows."""
+def _binned(size: int, architecture: int) -> Interior:
+    """Every point in a cell of its own. A turn takes one descriptor of every lane, all turns the points of 16 rows."""
     additions = 1 if architecture >= 90 else 4
-    passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": _GROUP + 2}  # gradients, location, weight
-    turns = _K * 32 // (4 * _GROUP)  # by the 4 groups of a warp
-    once = (("LDG", _K), (r"^ATOMS\.", _K), (r"STS\.U16", _K))
-    return Interior(passes, additions, False, 32, turns, once)
+    passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": 2}  # location and weight of a later turn
+    rows = BINNED_QUERIES // 8  # of the 8 warps
+    turns = _K * rows // (4 * _GROUP)  # by the 4 groups of a warp
+    own = _K * rows // 32  # points of a lane
+    staged = 32 * size * rows // (16 * 32)  # pieces of grad_output that a lane copies
+    once = (("LDG", own + staged + 2), (r"^ATOMS\.", own), (r"STS\.U16", own))
+    return Interior(passes, additions, False, rows, turns, once)
 
 
 def _binned_fixed_point() -> Interior:
@@ -122,7 +125,7 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         "fixed-point-scale": (scale, None),
         "backward-fixed-point": (fixed, _backward(size, on, fixed=True)),
         "fixed-point-finish": (finish, None),
-        "backward-value-binned": (plain["backward-value-binned"], _binned(on)),
+        "backward-value-binned": (plain["backward-value-binned"], _binned(size, on)),
         "backward-value-binned-fixed-point": (binned, _binned_fixed_point()),
         "backward-value-tiled": (test_nvrtc.tiled_kernel("detr", dtype), _tiled()),
         **rounding,
