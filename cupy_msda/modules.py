@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cupy_msda.contract import check, check_module
 from cupy_msda.torch import ms_deform_attn
+from cupy_msda.torch.operands import traceable
 
 # Leaf functions in a graph of torch.fx: they branch on shapes and dtypes, which fx does not know.
 for _name in ("check_module", "_sampling_locations", "ms_deform_attn"):
@@ -146,6 +147,8 @@ class MSDeformAttn(nn.Module):
         value = self._project_value(input_flatten, input_padding_mask)
         offsets, weights = self._project_query(query)
         table = input_spatial_shapes, input_level_start_index
+        if torch.compiler.is_compiling():
+            table = traceable(input_spatial_shapes), traceable(input_level_start_index)
         locations = _sampling_locations(reference_points, offsets, value, weights, *table)
         projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
@@ -193,8 +196,10 @@ def _sampling_locations(
 def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
     """(W, H) of each level, shape (L, 1, 2), for offsets of shape (N, Lq, M, L, P, 2)."""
     shape = (offsets.shape[3], 1, 2)
-    if isinstance(spatial_shapes, Tensor) and spatial_shapes.device == offsets.device:
-        return spatial_shapes.flip(-1).to(offsets.dtype).view(shape)
+    if isinstance(spatial_shapes, Tensor) and (
+        spatial_shapes.device == offsets.device or torch.compiler.is_compiling()
+    ):
+        return spatial_shapes.flip(-1).to(offsets).view(shape)
     pairs = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
     # Fill number by number on the device: a copy from the host would synchronise.
     sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]

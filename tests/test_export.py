@@ -455,18 +455,52 @@ def image_dynamic():
     return by_query, by_query, ({0: BATCH, 2: 2 * h, 3: 2 * w}, {0: BATCH, 2: h, 3: w})
 
 
-def test_level_sizes_may_be_dynamic():
-    model = Images()
-    program = torch.export.export(
-        model, image_arguments(*TRACED, 3, 4), dynamic_shapes=image_dynamic()
-    )
+class Encoder(nn.Module):
+    """The operator over all positions of two feature maps, with every integer taken from their shapes."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, points, weights, *maps):
+        sizes = [tuple(feature.shape[-2:]) for feature in maps]
+        value = torch.cat([feature.flatten(2).transpose(1, 2) for feature in maps], dim=1)
+        value = value.unflatten(-1, (2, 8))
+        starts = [0, sizes[0][0] * sizes[0][1]]
+        points, weights = (
+            t.expand(value.shape[0], value.shape[1], *t.shape[2:]) for t in (points, weights)
+        )
+        if self.way == "order":
+            return ms_deform_attn(value, sizes, starts, points, weights, query_order=sizes)
+        if self.way == "apply":
+            return MSDeformAttnFunction.apply(value, sizes, starts, points, weights, 64)
+        if self.way == "tensors":
+            sizes, starts = torch.tensor(sizes), torch.tensor(starts)
+        return ms_deform_attn(value, sizes, starts, points, weights)
+
+
+def encoder_arguments(n, h, w):
+    maps = torch.randn(n, 16, 2 * h, 2 * w), torch.randn(n, 16, h, w)
+    return torch.rand(1, 1, 2, 2, 3, 2), torch.rand(1, 1, 2, 2, 3), *maps
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", ["module", "starts", "order", "apply", "tensors"])
+def test_level_sizes_may_be_dynamic(way, strict):
+    dynamic = image_dynamic()
+    if way == "module":
+        model = Images()
+        arguments = [image_arguments(n, 9, *size) for n, size in ((2, (3, 4)), (3, (5, 2)))]
+    else:
+        model, dynamic = Encoder(way), (None, None, dynamic[-1])
+        arguments = [encoder_arguments(n, *size) for n, size in ((2, (3, 4)), (3, (5, 2)))]
+    program = torch.export.export(model, arguments[0], dynamic_shapes=dynamic, strict=strict)
     standard = program.run_decompositions(decompositions())
     assert is_standard(standard)
-    for size in ((3, 4), (5, 2)):
-        arguments = image_arguments(3, 9, *size)
-        expected = model(*arguments)
-        assert torch.equal(program.module()(*arguments), expected)
-        torch.testing.assert_close(standard.module()(*arguments), expected)
+    for given in arguments:
+        expected = model(*given)
+        assert torch.equal(program.module()(*given), expected)
+        torch.testing.assert_close(standard.module()(*given), expected)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------

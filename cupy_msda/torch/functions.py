@@ -17,11 +17,13 @@ from cupy_msda.torch.operands import (
     BackwardOperands,
     Operands,
     argument_gradients,
+    arguments_of,
     constants_of,
     flat,
     given_of,
     joined,
     pack,
+    pack_traced,
     tensors_of,
 )
 
@@ -64,9 +66,11 @@ def ms_deform_attn(
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling():
+        # Packed before `apply`, inside which Dynamo cannot break the graph and go on.
+        operands = pack_traced(*inputs, query_order)
         if derivatives.active():
-            return _transformed(pack(*inputs, query_order))
-        return MSDeformAttnFunction.apply(*inputs, None, query_order)  # which Dynamo passes by
+            return _transformed(operands)
+        return _Function.apply(*arguments_of(operands))  # type: ignore[no-any-return,no-untyped-call]
     if derivatives.active():
         return _transformed(pack(*inputs, query_order))
     try:
@@ -80,7 +84,7 @@ def ms_deform_attn(
     if records:
         # Each argument that torch is spared is time on small problems.
         rest = () if query_order is AUTO else (None, query_order)
-        return MSDeformAttnFunction.record(*inputs, *rest)
+        return _record(*inputs, *rest)
     return operators.recorded_forward(pack(*inputs, query_order))[0]
 
 
@@ -167,35 +171,8 @@ def ms_deform_attn_core_pytorch(
     return output.view(n, m * d, lq).transpose(1, 2).to(value.dtype)
 
 
-class MSDeformAttnFunction(torch.autograd.Function):
-    """The autograd Function of Deformable-DETR's `ops`, for code that calls its `apply`.
-
-    ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
-    attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
-    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
-
-    Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
-    not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
-    any order themselves, in both modes and under the transforms of `torch.func`, at the speed of
-    the reference.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
-    """
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Tensor:
-        """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        if torch.compiler.is_compiling():  # torch.export: Dynamo does not come here
-            return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-        *inputs, _, query_order = Arguments(*arguments)
-        return ms_deform_attn(*inputs, query_order=query_order)
-
-    @classmethod
-    def record(cls, *arguments: Any) -> Tensor:
-        """Run `forward` and record it for autograd, outside of transforms: at half the cost of torch's `apply`."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[no-any-return,misc]
+class _Function(torch.autograd.Function):
+    """The operator for autograd. `apply` is torch's: Dynamo can break a graph before it and go on after it."""
 
     # What follows `im2col_step` comes from `ms_deform_attn` alone.
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
@@ -218,10 +195,11 @@ class MSDeformAttnFunction(torch.autograd.Function):
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        operands = pack(*inputs, query_order)
+        operands = (pack_traced if compiling else pack)(*inputs, query_order)
         ctx.constants = constants_of(operands)
         ctx.save_for_backward(*tensors_of(operands))
         if compiling:
+            ctx.recorded = None  # the backward may run eagerly all the same
             return _traced(operands)
         output, ctx.recorded = operators.recorded_forward(operands)
         return output
@@ -251,6 +229,34 @@ class MSDeformAttnFunction(torch.autograd.Function):
             by_locations if needed.sampling_locations else None,
             by_weights if needed.attention_weights else None,
         )
+
+
+class MSDeformAttnFunction(_Function):
+    """The autograd Function of Deformable-DETR's `ops`, for code that calls its `apply`.
+
+    ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
+    attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
+    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
+
+    Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
+    not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
+    any order themselves, in both modes and under the transforms of `torch.func`, at the speed of
+    the reference.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Tensor:
+        """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
+        *inputs, _, query_order = Arguments(*arguments)
+        return ms_deform_attn(*inputs, query_order=query_order)
+
+
+# Runs `forward` and records it, outside of transforms: at half the cost of torch's `apply`.
+_record = super(torch.autograd.Function, MSDeformAttnFunction).apply
 
 
 def _transformed(operands: Operands) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,6 +173,11 @@ class Arguments(NamedTuple):
     query_order: Any = AUTO
 
 
+def arguments_of(operands: Operands) -> tuple[Any, ...]:
+    """The arguments of `apply` that `pack` makes these operands of."""
+    return (*given_of(operands), None, _order_of(operands))
+
+
 def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
     """What the backward of `apply` returns: None where there is no gradient."""
     # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
@@ -210,6 +216,44 @@ def pack(
     return Operands(
         value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
     )
+
+
+def pack_traced(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    query_order: Any,
+) -> Operands:
+    """`pack` in a graph."""
+    table = traceable(spatial_shapes), traceable(level_start_index)
+    order = traceable(query_order)
+    if isinstance(order, Tensor):
+        order = order.tolist()  # the operators take no tensor for it, so this breaks the graph
+    return pack(value, *table, sampling_locations, attention_weights, order)
+
+
+def traceable(numbers: Any) -> Any:
+    """Integers for a graph: those in arrays, which a tracer does not know, become one tensor, unread."""
+    if isinstance(numbers, np.ndarray):
+        return torch.as_tensor(numbers)
+    if numbers is None or isinstance(numbers, (Tensor, str)):
+        return numbers
+    rows = list(numbers)
+    return torch.stack(list(map(_row, rows))) if any(map(_holds_array, rows)) else rows
+
+
+def _holds_array(row: Any) -> bool:
+    """Whether numbers of a level are in an array."""
+    numbers = row if isinstance(row, (list, tuple)) else (row,)
+    return any(isinstance(number, (Tensor, np.ndarray, np.generic)) for number in numbers)
+
+
+def _row(row: Any) -> Tensor:
+    """The numbers of a level as a tensor."""
+    several = isinstance(row, (list, tuple))
+    return torch.stack([torch.as_tensor(n) for n in row]) if several else torch.as_tensor(row)
 
 
 def _order(query_order: Any, sampling_locations: Tensor) -> Sequence[int] | None:
@@ -258,12 +302,19 @@ def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTa
     return problem, table, grids
 
 
-def check_traced(operands: Operands) -> None:
+def check_traced(operands: Operands, grad_output: Any = None) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
-    contract.check(*given_of(operands), traced=True)
-    num_queries = operands.sampling_locations.shape[1]
-    if all(isinstance(number, int) for number in (num_queries, *(operands.query_order or ()))):
-        contract.check_query_order(_order_of(operands), num_queries)
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        problem, _ = contract.check(*given_of(operands), traced=True)
+        numbers = (problem.num_queries, *(operands.query_order or ()))
+        if all(isinstance(number, int) for number in numbers):
+            contract.check_query_order(_order_of(operands), problem.num_queries)
+        if grad_output is not None:
+            contract.check_grad_output(problem, grad_output, operands.value)
+    except GuardOnDataDependentSymNode:
+        pass  # a size that is known when the operator runs, which checks it
 
 
 def levels_of(operands: Operands) -> list[Level]:

@@ -32,6 +32,7 @@ from cupy_msda.torch.operands import (
     Operands,
     backward_operands,
     check,
+    check_traced,
     constants_of,
     flat,
     inputs_of,
@@ -140,7 +141,10 @@ def refuse_undispatchable(operands: Operands) -> None:
     ):
         check(operands)  # where only shapes are computed, nothing else does
     numbers = (*(operands.sizes or ()), *(operands.starts or ()), *(operands.query_order or ()))
-    if any(type(number) is int and abs(number) > INT32_MAX for number in numbers):
+    # In a graph, to compare an integer would limit its range.
+    if not torch.compiler.is_compiling() and any(
+        type(number) is int and abs(number) > INT32_MAX for number in numbers
+    ):
         check(operands)  # the dispatcher takes no larger ones
 
 
@@ -323,8 +327,9 @@ def _dispatched_backward(*arguments: Any) -> Gradients:
 
 
 def _fake_forward(*arguments: Any) -> Tensor:
-    """Shape, dtype and device of the output; the operator checks its inputs when it runs."""
+    """Shape, dtype and device of the output."""
     operands = Operands(*arguments)
+    check_traced(operands)
     n, _, m, d = operands.value.shape
     return operands.value.new_empty((n, operands.sampling_locations.shape[1], m * d))  # type: ignore[no-any-return]
 
@@ -332,6 +337,7 @@ def _fake_forward(*arguments: Any) -> Tensor:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and devices of the gradients."""
     operands = backward_operands(arguments)
+    check_traced(operands.forward, operands.grad_output)
     return tuple(
         tensor.new_empty(tensor.shape if need else 0)
         for tensor, need in zip(inputs_of(operands.forward), needs_of(operands), strict=True)
