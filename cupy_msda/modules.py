@@ -150,6 +150,13 @@ class MSDeformAttn(nn.Module):
         projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which asks this of every module and cannot compile the checks."""
+        raise TypeError(
+            "torch.jit.script must not be used on a model with MSDeformAttn, got such a model: use torch.jit.trace, "
+            "torch.export or torch.compile"
+        )
+
     def _project_value(self, input_flatten: Tensor, input_padding_mask: Tensor | None) -> Tensor:
         """The value of the operator, shape (N, S, M, D), zero at padding."""
         value = self.value_proj(input_flatten)

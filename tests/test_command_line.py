@@ -253,7 +253,9 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def demonstrated(picture):
     output = picture.with_name("out.png")
-    return command("demo", "--image", picture, "--output", output), output
+    # As in a notebook, https://github.com/googlecolab/colabtools/issues/5148: matplotlib does not import with it.
+    notebook = {"MPLBACKEND": "module://not_installed.backend_inline"}
+    return command("demo", "--image", picture, "--output", output, **notebook), output
 
 
 def test_demo_compares_and_times(demonstrated):

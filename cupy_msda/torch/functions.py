@@ -115,7 +115,13 @@ def ms_deform_attn_backward(
     if not operators.is_dense(grad_output) or grad_output.is_meta:
         problem, _ = contract.check(*given_of(operands))
         contract.check_grad_output(problem, grad_output, value)
-    return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    try:
+        return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    except RuntimeError as error:
+        named = dict(zip(Arguments._fields, inputs, strict=False), query_order=query_order)
+        grad_output, *given = _savable({"grad_output": grad_output, **named}, error)
+        operands = pack(*given)
+        return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
 
 
 def ms_deform_attn_core_pytorch(
@@ -195,7 +201,12 @@ class MSDeformAttnFunction(torch.autograd.Function):
     @classmethod
     def record(cls, *arguments: Any) -> Tensor:
         """Run `forward` and record it for autograd, outside of transforms: at half the cost of torch's `apply`."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[no-any-return,misc]
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        try:
+            return apply(*arguments)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            named = dict(zip(Arguments._fields, arguments, strict=False))
+            return apply(*_savable(named, error))  # type: ignore[no-any-return]
 
     # What follows `im2col_step` comes from `ms_deform_attn` alone.
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
@@ -251,6 +262,26 @@ class MSDeformAttnFunction(torch.autograd.Function):
             by_locations if needed.sampling_locations else None,
             by_weights if needed.attention_weights else None,
         )
+
+
+def _savable(arguments: dict[str, Any], error: RuntimeError) -> list[Any]:
+    """The arguments with copies of level tables that were made in inference mode, which autograd does not save.
+
+    Raises `error` if it has another cause.
+    """
+    made = {
+        name
+        for name, argument in arguments.items()
+        if isinstance(argument, Tensor) and argument.is_inference()
+    }
+    if not made:
+        raise error
+    for name in made - {"spatial_shapes", "level_start_index"}:
+        raise ValueError(
+            f"{name} must not be made in torch.inference_mode() where gradients are recorded, got such a "
+            "tensor: pass a clone of it"
+        ) from error
+    return [part.clone() if name in made else part for name, part in arguments.items()]
 
 
 def _transformed(operands: Operands) -> Tensor:
