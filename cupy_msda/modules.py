@@ -201,7 +201,7 @@ def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
     """(W, H) of each level, shape (L, 1, 2), for offsets of shape (N, Lq, M, L, P, 2)."""
     shape = (offsets.shape[3], 1, 2)
     if isinstance(spatial_shapes, Tensor) and spatial_shapes.device == offsets.device:
-        return spatial_shapes.flip(-1).to(offsets.dtype).view(shape)
+        return spatial_shapes.to(offsets.dtype).flip(-1).view(shape)  # torch flips no uint16
     pairs = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
     # Fill number by number on the device: a copy from the host would synchronise.
     sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]

@@ -7,6 +7,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -161,7 +162,14 @@ def test_padding_has_no_influence():
     assert torch.equal(output, module(query, points, flat, SIZES, None, mask))
 
 
-@pytest.mark.parametrize("form", [list, torch.tensor, lambda s: torch.tensor(s, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        torch.tensor,
+        *(partial(torch.tensor, dtype=dtype) for dtype in (torch.int32, torch.uint8, torch.uint16)),
+    ],
+)
 def test_level_sizes_in_any_form(form):
     module = trained()
     inputs = example()
