@@ -566,6 +566,65 @@ def test_the_function_takes_the_arguments_of_the_original(step):
     assert all(tensor.grad is not None for tensor in inputs.tensors)
 
 
+class Doubled(MSDeformAttnFunction):
+    """Twice the output, with a backward that fits."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return 2 * MSDeformAttnFunction.forward(ctx, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return MSDeformAttnFunction.backward(ctx, 2 * grad_output)
+
+
+class Wide(torch.autograd.Function):
+    """In float32 also under autocast, as forks decorate theirs: https://github.com/IDEA-Research/detrex/pull/198."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, *arguments):
+        return MSDeformAttnFunction.forward(ctx, *arguments)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad_output):
+        return MSDeformAttnFunction.backward(ctx, grad_output)
+
+
+def test_a_subclass_of_the_function_runs_its_own_methods():
+    inputs = with_grad(random_inputs())
+    expected = call(inputs)
+    arguments = (inputs.value, inputs.shapes(), None, inputs.locations, inputs.weights, 64)
+    output = Doubled.apply(*arguments)
+    assert torch.equal(output, 2 * expected)
+    gradients = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
+    doubled = torch.autograd.grad(expected, inputs.tensors, 2 * inputs.grad_output)
+    assert all(map(torch.equal, gradients, doubled))
+
+    class Renamed(MSDeformAttnFunction):
+        pass
+
+    assert torch.equal(Renamed.apply(*arguments), expected)
+
+
+def test_the_functions_methods_inside_another():
+    inputs = with_grad(random_inputs())
+    expected = call(inputs)
+    halves = [tensor.half() for tensor in inputs.tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = Wide.apply(halves[0], inputs.shapes(), None, *halves[1:], 64)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)
+    gradients = torch.autograd.grad(output, halves, inputs.grad_output)
+    wanted = torch.autograd.grad(expected, inputs.tensors, inputs.grad_output)
+    for gradient, one in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == torch.float16
+        assert (
+            torch.nn.functional.cosine_similarity(gradient.float().ravel(), one.ravel(), 0) > 0.99
+        )
+
+
 def test_backward_on_another_thread():
     inputs = with_grad(random_inputs())
     expected = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)

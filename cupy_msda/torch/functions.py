@@ -190,6 +190,12 @@ class MSDeformAttnFunction(torch.autograd.Function):
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let torch's own `apply` run a subclass with a forward or backward of its own, which ours would pass by."""
+        super().__init_subclass__(**keywords)
+        if {"forward", "backward"} & vars(cls).keys():
+            cls.apply = super().apply  # type: ignore[method-assign]
+
     @classmethod
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
