@@ -260,6 +260,8 @@ def test_modules_may_be_loaded_again(again):
     """As a notebook's autoreload does: https://github.com/pytorch/pytorch/issues/125183."""
     code = f"""
         import importlib, sys, torch, cupy_msda
+        if torch.__version__ >= (2, 5):
+            import cupy_msda.distributed
         value = torch.arange(24.0).reshape(1, 6, 1, 4).requires_grad_()
         points = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.full((1, 1, 1, 1, 1), 2.0)
         def run():

@@ -36,18 +36,17 @@ from cupy_msda.torch.operands import (
     flat,
     inputs_of,
     needs_of,
+    register_once,
     tensors_of,
 )
 
-# An operator can be registered once in a process, but this file may be imported again, as by a notebook's autoreload.
-# A module that is reloaded keeps its namespace, so what is registered calls the new functions.
-_REGISTERED = hasattr(torch.ops.cupy_msda, "ms_deform_attn_backward")
-
-if not _REGISTERED:
-    for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
-        torch.library.define(
-            f"cupy_msda::ms_deform_attn_{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
-        )
+for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
+    register_once(
+        torch.library.define,
+        f"cupy_msda::ms_deform_attn_{_name}",
+        _schema,
+        tags=torch.Tag.pt2_compliant_tag,
+    )
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 
@@ -348,11 +347,11 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-if not _REGISTERED:
-    for _name, _run, _fake in (
-        ("forward", _dispatched_forward, _fake_forward),
-        ("backward", _dispatched_backward, _fake_backward),
-    ):
-        # One function for both: a table on a GPU with host values dispatches as CUDA.
-        torch.library.impl(f"cupy_msda::ms_deform_attn_{_name}", ("cpu", "cuda"), _run)
-        torch.library.register_fake(f"cupy_msda::ms_deform_attn_{_name}", _fake)
+for _name, _run, _fake in (
+    ("forward", _dispatched_forward, _fake_forward),
+    ("backward", _dispatched_backward, _fake_backward),
+):
+    # One function for both: a table on a GPU with host values dispatches as CUDA.
+    _operator = f"cupy_msda::ms_deform_attn_{_name}"
+    register_once(torch.library.impl, _operator, ("cpu", "cuda"), _run)
+    register_once(torch.library.register_fake, _operator, _fake)
