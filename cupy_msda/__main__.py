@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ _NEEDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status of the process: 0, or 1 if a check failed."""
+    # Pictures go to files. In a notebook a command inherits the notebook's backend, which need not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     parser = argparse.ArgumentParser(
         prog="python -m cupy_msda",
         description="Without a command: report the environment and the backend of each kind of array, and check "

@@ -153,6 +153,13 @@ class MSDeformAttn(nn.Module):
         projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
 
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script, which asks this of every module and cannot compile the checks."""
+        raise TypeError(
+            "torch.jit.script must not be used on a model with MSDeformAttn, got such a model: use torch.jit.trace, "
+            "torch.export or torch.compile"
+        )
+
     def _project_value(self, input_flatten: Tensor, input_padding_mask: Tensor | None) -> Tensor:
         """The value of the operator, shape (N, S, M, D), zero at padding."""
         value = self.value_proj(input_flatten)
@@ -199,7 +206,7 @@ def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
     if isinstance(spatial_shapes, Tensor) and (
         spatial_shapes.device == offsets.device or torch.compiler.is_compiling()
     ):
-        return spatial_shapes.flip(-1).to(offsets).view(shape)
+        return spatial_shapes.to(offsets).flip(-1).view(shape)  # torch flips no uint16
     pairs = spatial_shapes.tolist() if hasattr(spatial_shapes, "tolist") else spatial_shapes
     # Fill number by number on the device: a copy from the host would synchronise.
     sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]

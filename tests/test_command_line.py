@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import cupy_msda
 from cupy_msda import __main__, demo, report
@@ -253,7 +253,9 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def demonstrated(picture):
     output = picture.with_name("out.png")
-    return command("demo", "--image", picture, "--output", output), output
+    # As in a notebook, https://github.com/googlecolab/colabtools/issues/5148: matplotlib does not import with it.
+    notebook = {"MPLBACKEND": "module://not_installed.backend_inline"}
+    return command("demo", "--image", picture, "--output", output, **notebook), output
 
 
 def test_demo_compares_and_times(demonstrated):
@@ -303,6 +305,139 @@ def test_demo_takes_any_size(size, tmp_path):
     height, width, _ = pixels(tmp_path / "out.png").shape
     assert width == 1024
     assert 55 < height <= 2 * 1024 + 55
+
+
+GREY = np.add.outer(np.arange(0, 96, 2), np.arange(0, 128, 2)).astype(np.uint8)  # 48, 64; to 220
+COLOURED = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
+# Grey of more than 8 bits, which PIL's `convert` clips to 0 to 255.
+DEEP = {
+    "16 bits": (GREY * np.uint16(257), "png"),
+    "16 bits, big-endian": ((GREY * np.uint16(257)).astype(">u2"), "tif"),
+    "12 bits in 16": ((GREY * (4095 / 255)).astype(np.uint16), "png"),
+    "32 bits": (GREY * np.int32(257), "tif"),
+    "8 bits in 32": (GREY.astype(np.int32), "tif"),
+    "fractions": (GREY / np.float32(255), "tif"),
+    "floats to 255": (GREY.astype(np.float32), "tif"),
+}
+
+
+def opened(pixels: Image.Image | np.ndarray, path: Path, **options) -> np.ndarray:
+    """A picture as the demo reads it from a file, in 8 bits."""
+    picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    picture.save(path, **options)
+    return (demo.load_picture(path) * 255).round().astype(int)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_demo_scales_deep_grey(kind, tmp_path):
+    grey, extension = DEEP[kind]
+    shown = opened(grey, tmp_path / f"deep.{extension}")
+    assert np.abs(shown - GREY[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (-1000, 3000, np.int32),
+        (0, 10**7, np.int32),
+        (-0.25, 0.75, np.float32),
+        (0, 1e7, np.float32),
+    ],
+)
+def test_demo_stretches_grey_beyond_any_white(low, high, dtype, tmp_path):
+    ramp = GREY / GREY.max()
+    shown = opened((low + (high - low) * ramp).astype(dtype), tmp_path / "deep.tif")
+    assert np.abs(shown - 255 * ramp[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(("number", "shade"), [(0, 0), (1, 255), (-7, 0), (70_000, 0)])
+def test_demo_takes_deep_grey_of_one_shade(number, shade, tmp_path):
+    assert (opened(np.full((5, 7), number, np.int32), tmp_path / "plain.tif") == shade).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_demo_refuses_grey_that_is_not_finite(bad, tmp_path):
+    grey = GREY.astype(np.float32)
+    grey[0, 0] = bad
+    with pytest.raises(SystemExit, match=r"deep\.tif cannot be read: .*its pixels must be finite"):
+        opened(grey, tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension", "tolerance"),
+    [
+        ("CMYK", "tif", 1),
+        ("YCbCr", "tif", 4),
+        ("P", "png", 48),  # a palette of 216 colours
+        ("P", "gif", 48),
+    ],
+)
+def test_demo_shows_the_colours_of_every_mode(mode, extension, tolerance, tmp_path):
+    picture = Image.fromarray(COLOURED).convert(mode)
+    shown = opened(picture, tmp_path / f"coloured.{extension}")
+    assert np.abs(shown - COLOURED).max() <= tolerance
+
+
+def test_demo_shows_pictures_in_lab(tmp_path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    soft = Image.fromarray(COLOURED // 2 + 64)  # LAB of 8 bits is coarse where colours are strong
+    picture = ImageCms.profileToProfile(soft, srgb, lab, outputMode="LAB")
+    assert np.abs(opened(picture, tmp_path / "lab.tif") - np.asarray(soft)).max() <= 8
+
+
+def test_demo_shows_black_and_white(tmp_path):
+    shown = opened(Image.fromarray(GREY > 99), tmp_path / "bits.png")
+    assert np.array_equal(shown, np.repeat(255 * (GREY > 99)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparent", "opaque", "option"),
+    [
+        ("LA", (0, 0), (99, 255), None),
+        ("RGBA", (200, 0, 0, 0), (99, 99, 99, 255), None),
+        ("L", 0, 99, 0),
+        ("RGB", (0, 0, 0), (99, 99, 99), (0, 0, 0)),
+        ("P", 0, 1, 0),
+    ],
+)
+def test_demo_shows_transparency_over_white(mode, transparent, opaque, option, tmp_path):
+    """What `convert("RGB")` shows there is whatever the file has under it."""
+    picture = Image.new(mode, (6, 4), transparent)
+    picture.paste(opaque, (3, 0, 6, 4))
+    if mode == "P":
+        picture.putpalette([200, 0, 0, 99, 99, 99])
+    options = {} if option is None else {"transparency": option}
+    shown = opened(picture, tmp_path / "transparent.png", **options)
+    assert (shown[:, :3] == 255).all()
+    assert (shown[:, 3:] == 99).all()
+
+
+def test_demo_blends_what_is_half_transparent(tmp_path):
+    picture = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
+    assert (opened(picture, tmp_path / "half.png") == (255, 204, 204)).all()
+
+
+@pytest.mark.parametrize(("pixels", "extension"), [(COLOURED, "jpg"), (DEEP["16 bits"][0], "png")])
+def test_demo_turns_pictures_as_their_camera_was_held(pixels, extension, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise
+    turned = opened(pixels, tmp_path / f"turned.{extension}", exif=exif)
+    upright = opened(pixels, tmp_path / f"upright.{extension}")
+    assert np.array_equal(turned, np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "tif", "webp"])
+def test_demo_shows_the_first_frame(extension, tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if extension == "webp" else {}
+    shown = opened(
+        frames[0],
+        tmp_path / f"moving.{extension}",
+        save_all=True,
+        append_images=frames[1:],
+        **options,
+    )
+    assert (shown == (255, 0, 0)).all()
 
 
 def test_demo_ships_a_photograph():

@@ -255,6 +255,39 @@ def test_unknown_name():
         cupy_msda.ms_deform  # noqa: B018
 
 
+@pytest.mark.parametrize("again", ["reload each", "import anew"])
+def test_modules_may_be_loaded_again(again):
+    """As a notebook's autoreload does: https://github.com/pytorch/pytorch/issues/125183."""
+    code = f"""
+        import importlib, sys, torch, cupy_msda
+        if torch.__version__ >= (2, 5):
+            import cupy_msda.distributed
+        value = torch.arange(24.0).reshape(1, 6, 1, 4).requires_grad_()
+        points = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.full((1, 1, 1, 1, 1), 2.0)
+        def run():
+            output = cupy_msda.ms_deform_attn(value, [(2, 3)], None, *points)
+            (gradient,) = torch.autograd.grad(output.sum(), value)
+            of_transform = torch.func.grad(
+                lambda value: cupy_msda.ms_deform_attn(value, [(2, 3)], None, *points).sum()
+            )(value)
+            assert torch.equal(gradient, of_transform)
+            print(output.tolist(), cupy_msda.MSDeformAttn(8, 1, 1, 1).d_model)
+        run()
+        loaded = [name for name in sys.modules if name.startswith("cupy_msda")]
+        assert "cupy_msda.torch.operators" in loaded
+        if {again == "reload each"}:
+            for name in loaded:
+                importlib.reload(sys.modules[name])
+                run()
+        else:
+            for name in loaded:
+                del sys.modules[name]
+            import cupy_msda
+            run()
+    """
+    assert set(output(code).splitlines()) == {"[[[20.0, 22.0, 24.0, 26.0]]] 8"}
+
+
 SMALL_CALL = """
     import numpy as np
     from cupy_msda import ms_deform_attn, ms_deform_attn_backward

@@ -7,11 +7,15 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
 from cupy_msda import modules as module_file
@@ -29,6 +33,9 @@ STATE = {
     "output_proj.weight": (C, C),
     "output_proj.bias": (C,),
 }
+
+
+PROJECTIONS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
 class Inputs(NamedTuple):
@@ -155,7 +162,14 @@ def test_padding_has_no_influence():
     assert torch.equal(output, module(query, points, flat, SIZES, None, mask))
 
 
-@pytest.mark.parametrize("form", [list, torch.tensor, lambda s: torch.tensor(s, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        torch.tensor,
+        *(partial(torch.tensor, dtype=dtype) for dtype in (torch.int32, torch.uint8, torch.uint16)),
+    ],
+)
 def test_level_sizes_in_any_form(form):
     module = trained()
     inputs = example()
@@ -273,12 +287,71 @@ def test_copies_compute_the_same():
     unpickled = pickle.loads(pickle.dumps(module))
     for other in (
         copy.deepcopy(module),
+        torch.optim.swa_utils.AveragedModel(module).module,
         loaded,
         torch.load(whole, weights_only=False),
         unpickled,
     ):
         assert torch.equal(other(*inputs, SIZES, None), expected)
         assert other.extra_repr() == module.extra_repr()
+
+
+class LowRank(nn.Module):
+    """A frozen projection with a trained addition, as PEFT's LoRA puts it in the place of a Linear."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [LowRank, weight_norm, lambda x: prune.l1_unstructured(x, "weight", 0)]
+)
+def test_projections_may_be_wrapped(wrap):
+    """Nothing but their forward is used: https://github.com/pytorch/pytorch/issues/32590 tells of attention that
+    reads `weight`."""
+    module, inputs = trained(), example()
+    expected = module(*inputs, SIZES, None)
+    for name in PROJECTIONS:
+        setattr(module, name, wrap(getattr(module, name)))
+    output = module(*inputs, SIZES, None)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")  # as all that quantises in torch itself
+def test_projections_may_be_quantised():
+    module, inputs = trained().eval(), example()
+    expected = module(*inputs, SIZES, None)
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(child) is nn.Linear for child in quantised.modules())
+    error = (quantised(*inputs, SIZES, None) - expected).abs().max()
+    assert 0 < error < 0.1 * expected.abs().max()
+
+
+def test_gradients_of_each_sample():
+    module, inputs = trained(torch.float64), example(dtype=torch.float64)
+    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+
+    def loss(parameters, *sample):
+        arguments = (*(tensor[None] for tensor in sample), SIZES, None)
+        return torch.func.functional_call(module, parameters, arguments).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, *inputs)
+    for index in range(2):
+        sample = (tensor[index : index + 1] for tensor in inputs)
+        module.zero_grad()
+        module(*sample, SIZES, None).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(got[name][index], parameter.grad)
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -354,6 +427,16 @@ def test_d_model_must_be_a_multiple_of_n_heads():
 def test_sizes_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         MSDeformAttn(**{name: 0})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripting_is_refused():
+    """https://github.com/IDEA-Research/DINO/issues/96: TorchScript's own error tells nothing of what to do."""
+    model = nn.Sequential(nn.Linear(3, 3), MSDeformAttn(C, L, M, P))
+    with pytest.raises(
+        TypeError, match=r"torch.jit.script must not be used on .* use torch.jit.trace, "
+    ):
+        torch.jit.script(model)
 
 
 BAD = {

@@ -66,11 +66,7 @@ def ms_deform_attn(
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling():
-        # Packed before `apply`, inside which Dynamo cannot break the graph and go on.
-        operands = pack_traced(*inputs, query_order)
-        if derivatives.active():
-            return _transformed(operands)
-        return _Function.apply(*arguments_of(operands))  # type: ignore[no-any-return,no-untyped-call]
+        return _in_graph(pack_traced(*inputs, query_order))
     if derivatives.active():
         return _transformed(pack(*inputs, query_order))
     try:
@@ -84,7 +80,11 @@ def ms_deform_attn(
     if records:
         # Each argument that torch is spared is time on small problems.
         rest = () if query_order is AUTO else (None, query_order)
-        return _record(*inputs, *rest)
+        try:
+            return _record(*inputs, *rest)
+        except RuntimeError as error:
+            named = dict(zip(Arguments._fields, (*inputs, *rest), strict=False))
+            return _record(*_savable(named, error))
     return operators.recorded_forward(pack(*inputs, query_order))[0]
 
 
@@ -119,7 +119,13 @@ def ms_deform_attn_backward(
     if not operators.is_dense(grad_output) or grad_output.is_meta:
         problem, _ = contract.check(*given_of(operands))
         contract.check_grad_output(problem, grad_output, value)
-    return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    try:
+        return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    except RuntimeError as error:
+        named = dict(zip(Arguments._fields, inputs, strict=False), query_order=query_order)
+        grad_output, *given = _savable({"grad_output": grad_output, **named}, error)
+        operands = pack(*given)
+        return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
 
 
 def ms_deform_attn_core_pytorch(
@@ -248,6 +254,12 @@ class MSDeformAttnFunction(_Function):
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let torch's own `apply` run a subclass with a forward or backward of its own, which ours would pass by."""
+        super().__init_subclass__(**keywords)
+        if {"forward", "backward"} & vars(cls).keys():
+            cls.apply = super().apply  # type: ignore[method-assign]
+
     @classmethod
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
@@ -257,6 +269,33 @@ class MSDeformAttnFunction(_Function):
 
 # Runs `forward` and records it, outside of transforms: at half the cost of torch's `apply`.
 _record = super(torch.autograd.Function, MSDeformAttnFunction).apply
+
+
+def _savable(arguments: dict[str, Any], error: RuntimeError) -> list[Any]:
+    """The arguments with copies of level tables that were made in inference mode, which autograd does not save.
+
+    Raises `error` if it has another cause.
+    """
+    made = {
+        name
+        for name, argument in arguments.items()
+        if isinstance(argument, Tensor) and argument.is_inference()
+    }
+    if not made:
+        raise error
+    for name in made - {"spatial_shapes", "level_start_index"}:
+        raise ValueError(
+            f"{name} must not be made in torch.inference_mode() where gradients are recorded, got such a "
+            "tensor: pass a clone of it"
+        ) from error
+    return [part.clone() if name in made else part for name, part in arguments.items()]
+
+
+def _in_graph(operands: Operands) -> Tensor:
+    """The call of a compiled or exported function. It is packed before `apply`, inside which Dynamo can break no graph."""
+    if derivatives.active():
+        return _transformed(operands)
+    return _Function.apply(*arguments_of(operands))  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _transformed(operands: Operands) -> Tensor:

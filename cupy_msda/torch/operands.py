@@ -7,7 +7,7 @@ The fields of `Operands` are the only list of them: schemas, packing and unpacki
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -159,6 +159,19 @@ _BACKWARD_FIELDS = BackwardOperands(
     "bool needs_points",
 )
 BACKWARD_SCHEMA = f"({', '.join(flat(_BACKWARD_FIELDS))}) -> (Tensor, Tensor, Tensor)"
+
+
+def register_once(register: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+    """Call a function of `torch.library`, unless an earlier import of the calling file has done so.
+
+    torch refuses a second registration, and a notebook's autoreload imports again. A module that is reloaded keeps
+    its namespace, so what is registered calls the new functions.
+    """
+    done: set[Any] = vars(torch.ops.cupy_msda).setdefault("_registered", set())
+    key = register.__name__, *(part for part in arguments if isinstance(part, str | tuple))
+    if key not in done:
+        register(*arguments, **keywords)
+        done.add(key)
 
 
 class Arguments(NamedTuple):

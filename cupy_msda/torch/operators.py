@@ -37,12 +37,16 @@ from cupy_msda.torch.operands import (
     flat,
     inputs_of,
     needs_of,
+    register_once,
     tensors_of,
 )
 
 for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
-    torch.library.define(
-        f"cupy_msda::ms_deform_attn_{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
+    register_once(
+        torch.library.define,
+        f"cupy_msda::ms_deform_attn_{_name}",
+        _schema,
+        tags=torch.Tag.pt2_compliant_tag,
     )
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
@@ -297,7 +301,12 @@ def _numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
     if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
-    return tensor.detach().contiguous().numpy()
+    try:
+        return tensor.detach().contiguous().numpy()
+    except RuntimeError as error:
+        raise exchange.NoMemoryError(
+            f"grad_output and inputs must be in memory, got {error}"
+        ) from error
 
 
 def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
@@ -349,5 +358,6 @@ for _name, _run, _fake in (
     ("backward", _dispatched_backward, _fake_backward),
 ):
     # One function for both: a table on a GPU with host values dispatches as CUDA.
-    torch.library.impl(f"cupy_msda::ms_deform_attn_{_name}", ("cpu", "cuda"), _run)
-    torch.library.register_fake(f"cupy_msda::ms_deform_attn_{_name}", _fake)
+    _operator = f"cupy_msda::ms_deform_attn_{_name}"
+    register_once(torch.library.impl, _operator, ("cpu", "cuda"), _run)
+    register_once(torch.library.register_fake, _operator, _fake)
