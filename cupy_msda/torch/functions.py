@@ -292,7 +292,7 @@ def _savable(arguments: dict[str, Any], error: RuntimeError) -> list[Any]:
 
 
 def _in_graph(operands: Operands) -> Tensor:
-    """The call of a compiled or exported function. It is packed before `apply`, inside which Dynamo can break no graph."""
+    """The call of a compiled or exported function, packed before `apply`, inside which Dynamo can break no graph."""
     if derivatives.active():
         return _transformed(operands)
     return _Function.apply(*arguments_of(operands))  # type: ignore[no-any-return,no-untyped-call]
