@@ -43,7 +43,7 @@ def ms_deform_attn(
     ----------
     value : Tensor, shape (N, S, M, D)
     spatial_shapes : sequence of (H, W) or integer tensor, shape (L, 2), in pixels
-    level_start_index : sequence of ints or integer tensor, shape (L,), or None
+    level_start_index : sequence of ints or integer tensor, shape (L,), or None: levels fill all S
     sampling_locations : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     attention_weights : Tensor, shape (N, Lq, M, L, P)
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16, in queries

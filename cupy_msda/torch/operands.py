@@ -197,6 +197,7 @@ def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, .
     return value, None, None, locations, weights, None, None
 
 
+_SEQUENCES = (tuple, list)
 NO_OPERANDS = Operands(*(None,) * len(Operands._fields))
 
 
@@ -210,22 +211,24 @@ def pack(
 ) -> Operands:
     """The operands for arguments of the public functions; an error for what no operator can be given."""
     shapes, start_index, sizes, starts = None, None, None, None
-    try:
-        if isinstance(spatial_shapes, Tensor):
-            shapes = spatial_shapes
-        else:
-            sizes = _integers([number for h, w in spatial_shapes for number in (h, w)])
-        if isinstance(level_start_index, Tensor):
-            start_index = level_start_index
-        elif level_start_index is not None:
-            starts = _integers(level_start_index)
-    except (TypeError, ValueError):
-        # Says which argument is wrong, and in what.
-        contract.check(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        )
-        raise
-    order = None if query_order is AUTO else _order(query_order, sampling_locations)
+    if isinstance(spatial_shapes, Tensor):
+        shapes = spatial_shapes
+    else:
+        sizes = _plain_pairs(spatial_shapes)
+        if sizes is None:
+            given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+            sizes = _read("spatial_shapes", spatial_shapes, given)
+    if isinstance(level_start_index, Tensor):
+        start_index = level_start_index
+    elif level_start_index is not None:
+        starts = _plain(level_start_index)
+        if starts is None:
+            given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+            starts = _read("level_start_index", level_start_index, given)
+    order = None
+    if query_order is not AUTO:
+        given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        order = _order(query_order, given)
     return Operands(
         value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
     )
@@ -251,7 +254,7 @@ def traceable(numbers: Any) -> Any:
     """Integers for a graph: those in arrays, which a tracer does not know, become one tensor, unread."""
     if isinstance(numbers, np.ndarray):
         return torch.as_tensor(numbers)
-    if numbers is None or isinstance(numbers, (Tensor, str)):
+    if not isinstance(numbers, (list, tuple, range)):
         return numbers
     rows = list(numbers)
     return torch.stack(list(map(_row, rows))) if any(map(_holds_array, rows)) else rows
@@ -269,36 +272,67 @@ def _row(row: Any) -> Tensor:
     return torch.stack([torch.as_tensor(n) for n in row]) if several else torch.as_tensor(row)
 
 
-def _order(query_order: Any, sampling_locations: Tensor) -> Sequence[int] | None:
+def _order(query_order: Any, given: Sequence[Any]) -> Sequence[int] | None:
     """query_order as the operators take it."""
     if isinstance(query_order, str) and query_order == AUTO:
         return None
     if query_order is None:
         return ()
-    try:
-        numbers = [number for h, w in query_order for number in (h, w)]
-        order = _integers(numbers)
-    except (TypeError, ValueError):
-        contract.check_query_order(query_order, sampling_locations.shape[1])  # says what is wrong
-        raise
-    # Like ints to the operator, which would not know them.
-    if not order or any(isinstance(number, (bool, Tensor)) for number in numbers):
-        contract.check_query_order(query_order, sampling_locations.shape[1])
-    return order
+    order = _plain_pairs(query_order)
+    if order:
+        return order
+    problem, _ = contract.check(*given)
+    return _flat(contract.check_query_order(query_order, problem.num_queries) or ())
 
 
-def _integers(numbers: Iterable[Any]) -> tuple[Any, ...]:
-    """As ints that an operator may be given, or the symbols that a tracer has for them."""
-    numbers = tuple(numbers)
+def _plain_pairs(given: Any) -> tuple[Any, ...] | None:
+    """Flat, if it is a list or tuple of pairs of plain ints or of a tracer's symbols; else None."""
+    if not isinstance(given, _SEQUENCES):
+        return None
+    # Not by unpacking pairs (h, w), which would take sets, too.
+    numbers = [
+        number for row in given if isinstance(row, _SEQUENCES) and len(row) == 2 for number in row
+    ]
+    if len(numbers) != 2 * len(given):
+        return None
     if all([type(number) is int for number in numbers]):  # noqa: C419 - a list takes half the time
-        return numbers
-    return tuple([_integer(number) for number in numbers])
+        return tuple(numbers)
+    return _plain(numbers)
+
+
+def _plain(given: Any) -> tuple[Any, ...] | None:
+    """As a tuple, if it is a list or tuple of plain ints or of a tracer's symbols; else None."""
+    if not isinstance(given, _SEQUENCES):
+        return None
+    if all([type(number) is int for number in given]):  # noqa: C419
+        return tuple(given)
+    return tuple(given) if all(map(_is_plain, given)) else None
+
+
+def _is_plain(number: Any) -> bool:
+    """Whether an operator can be given the number as it is."""
+    return type(number) is int or isinstance(number, torch.SymInt)
+
+
+def _read(name: str, half: Any, given: Sequence[Any]) -> tuple[int, ...]:
+    """What is no such list of half a level table, by the contract's reader, among all that `check` takes."""
+    rows = contract.read_table(name, half, _integer)
+    if (
+        rows is None
+    ):  # on a device, perhaps of another library: the contract knows whether to read it
+        _, table = contract.check(*given)
+        rows = table.sizes if name == "spatial_shapes" else table.starts
+    return _flat(rows) if name == "spatial_shapes" else tuple(rows)
 
 
 def _integer(number: Any) -> Any:
-    """One of them."""
-    # `__index__` of a symbol would make it a constant.
+    """An int; a symbol stays one, of which `__index__` would make a constant."""
     return number if isinstance(number, torch.SymInt) else operator.index(number)
+
+
+def _flat(pairs: Iterable[Any]) -> tuple[Any, ...]:
+    """Pairs as flat integers."""
+    return tuple([number for pair in pairs for number in pair])
 
 
 def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:

@@ -133,16 +133,15 @@ def refuse_undispatchable(operands: Operands) -> None:
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
     value, locations, weights = inputs_of(operands)
-    if not (is_dense(value) and is_dense(locations) and is_dense(weights)):
+    tables = (operands.spatial_shapes, operands.level_start_index)
+    given = (value, locations, weights, *[half for half in tables if half is not None])
+    if not all([is_dense(tensor) for tensor in given]):  # noqa: C419 - as Dynamo takes it
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
     if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise contract.unsupported_device(str(value.device))
     _refuse_rocm(value)
-    tables = (operands.spatial_shapes, operands.level_start_index)
-    if any(
-        tensor is not None and tensor.is_meta for tensor in (value, locations, weights, *tables)
-    ):
+    if any(tensor.is_meta for tensor in given):
         check(operands)  # where only shapes are computed, nothing else does
     numbers = (*(operands.sizes or ()), *(operands.starts or ()), *(operands.query_order or ()))
     # In a graph, to compare an integer would limit its range.
@@ -160,7 +159,12 @@ def _refuse_rocm(value: Tensor) -> None:
 
 def is_dense(array: Any) -> bool:
     """Whether it is a torch tensor of a layout that the operators take."""
-    return isinstance(array, Tensor) and array.layout is torch.strided and not array.is_nested
+    return (
+        isinstance(array, Tensor)
+        and array.layout is torch.strided
+        and not array.is_nested
+        and not array.is_quantized
+    )
 
 
 # --- the memoised check --------------------------------------------------------------------------
@@ -216,7 +220,10 @@ def checked(operands: Operands) -> Call:
             _contents(value, shapes, start_index),
             *constants_of(operands),
         )
-    except RuntimeError:  # a nested tensor has no shape, a meta tensor no contents
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # a nested tensor has no shape, others have no contents for NumPy
         check(operands)
         raise
     call = _calls.get(key)
