@@ -26,7 +26,7 @@ from cupy_msda.problem import LevelTable, Problem
 def obstacle() -> str | None:
     """Why the Numba kernels cannot run, or None if they can; with a warning where Numba is installed."""
     if find_spec("numba") is None:
-        return "Numba is not installed"
+        return 'Numba is not installed: pip install "cupy-msda[cpu]"'
     try:
         import_module("cupy_msda.cpu.kernels")  # which compiles a small one
     except Exception as error:

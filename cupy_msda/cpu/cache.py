@@ -2,7 +2,7 @@
 """Numba's disk cache of a kernel, whose failures cost one warning and never a result."""
 
 # Numba ships no types.
-# mypy: disable-error-code="import-untyped, misc, no-untyped-call"
+# mypy: disable-error-code="attr-defined, import-untyped, misc, no-untyped-call"
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from contextlib import suppress
 from hashlib import sha256
 from typing import Any
 
+from numba import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
 from numba.core.serialize import dumps
 
@@ -20,10 +21,20 @@ from cupy_msda.faults import first_line, warn_once
 def disk_cache(function: Any) -> Any:
     """The disk cache of a function to compile, or one that keeps nothing where no folder is to be had."""
     try:
-        return _DiskCache(function)
+        found = _DiskCache(function)
     except Exception as error:
-        _warn("Numba's cache must have a folder that can be written", error)
+        _warn("Numba's cache must have a folder that can be written", first_line(error))
         return NullCache()
+    if not found.cache_path.startswith(config.CACHE_DIR):
+        contract = "NUMBA_CACHE_DIR must be a folder that can be written"
+        _warn(contract, f"{config.CACHE_DIR!r} and keeps kernels in {found.cache_path}")
+    return found
+
+
+def _warn(contract: str, fact: str) -> None:
+    """Warn of the first failure in a process."""
+    remedy = "kernels that it lacks are compiled, in seconds; NUMBA_CACHE_DIR names another folder"
+    warn_once("cache", f"{contract}, got {fact}: {remedy}")
 
 
 class _Format(CompileResultCacheImpl):
@@ -65,10 +76,5 @@ class _DiskCache(FunctionCache):
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        _warn(f"Numba's cache in {self.cache_path} must be readable and writable", error)
-
-
-def _warn(contract: str, error: Exception) -> None:
-    """Warn of the first failure in a process."""
-    remedy = "kernels are compiled anew; NUMBA_CACHE_DIR names another folder"
-    warn_once("cache", f"{contract}, got {first_line(error)}: {remedy}")
+        contract = f"Numba's cache in {self.cache_path} must be readable and writable"
+        _warn(contract, first_line(error))
