@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging  # noqa: F401  # for its hook before a fork: see the last lines
 import os
 import sys
 import threading
@@ -169,5 +170,6 @@ def _let_go() -> None:
     _forking.held.close()
 
 
+# The hook that is registered last runs first: Numba's import waits for the lock that logging's takes.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_finish_first_calls, after_in_parent=_let_go, after_in_child=_let_go)

@@ -24,12 +24,12 @@ def limit() -> int:
         limits.append(chosen())
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
-    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")  # of nested levels
-    if first.strip().isdecimal():
-        limits.append(int(first))
+    outermost = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if outermost.isdecimal() and int(outermost) > 0:
+        limits.append(int(outermost))
     if "threadpoolctl" in sys.modules:
         limits += (pool.num_threads for pool in _pools())
-    return max(1, min(limits))
+    return min(limits)
 
 
 # BLIS and FlexiBLAS are left out: they say 1 where nobody has set anything.

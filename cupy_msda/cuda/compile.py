@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from functools import cache
@@ -91,6 +92,16 @@ def _expand(file: str, seen: set[str]) -> str:
 
 _functions: dict[tuple[Kernel, int], Any] = {}
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked child, whose parent may have been compiling in another thread."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def load(kernel: Kernel, device: int) -> Any:
