@@ -128,6 +128,41 @@ thread.join()
 
 
 @forks
+def test_a_process_forked_while_another_thread_imports_the_part_for_torch() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    program = """
+import torch, cupy_msda.api
+tensors = [torch.from_numpy(array) for array in (value, *points)]
+def forward():
+    return ms_deform_attn(tensors[0], [(15, 20)], None, *tensors[1:])
+thread = threading.Thread(target=forward)
+thread.start()
+while 'cupy_msda.torch.functions' not in sys.modules:
+    time.sleep(1e-4)
+assert thread.is_alive()
+assert forked(lambda: forward().any())
+"""
+    python(FORK + PROGRAM + program)
+
+
+@forks
+def test_a_child_may_compile_for_cuda_though_another_thread_of_its_parent_did() -> None:
+    program = """
+from cupy_msda.cuda import compile
+held, done = threading.Event(), threading.Event()
+def compile_long():
+    with compile._lock:
+        held.set()
+        done.wait()
+threading.Thread(target=compile_long).start()
+held.wait()
+assert forked(lambda: compile._lock.acquire())
+done.set()
+"""
+    python(FORK + program)
+
+
+@forks
 @pytest.mark.parametrize(
     "lock",
     [

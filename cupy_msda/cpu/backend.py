@@ -151,12 +151,12 @@ def _finish_first_calls() -> None:
     In a child those threads are gone: what they had locked or half imported would stay so.
     """
     _forking.held = ExitStack()
-    loaded = {name for name, module in list(sys.modules.items()) if module is not None}
-    for name in loaded:
-        if name == "numba" or name.startswith("cupy_msda."):
+    ours = [name for name in list(sys.modules) if name.startswith("cupy_msda.")]
+    for name in (*ours, "numba"):  # Numba last: ours import it
+        if sys.modules.get(name) is not None:
             with suppress(Exception):  # whoever imports it gets its error
                 import_module(name)
-    if "numba" in loaded:
+    if sys.modules.get("numba") is not None:
         with suppress(Exception):
             from llvmlite.binding import ffi  # type: ignore[import-untyped]
             from numba.core.compiler_lock import global_compiler_lock

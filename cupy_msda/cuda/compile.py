@@ -91,17 +91,12 @@ def _expand(file: str, seen: set[str]) -> str:
 
 
 _functions: dict[tuple[Kernel, int], Any] = {}
-_lock = threading.Lock()
+_lock: Any = threading.Lock()
 
 
-def _renew_lock() -> None:
-    """In a forked child, whose parent may have been compiling in another thread."""
-    global _lock
-    _lock = threading.Lock()
-
-
+# A forked child gets a lock that no thread of its parent holds.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)
 
 
 def load(kernel: Kernel, device: int) -> Any:
