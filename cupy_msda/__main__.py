@@ -8,8 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+from cupy_msda.faults import first_line
 
 _NEEDS = {
     "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_bench(commands)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
     if options.command is None:
         return _report()
     needs = _NEEDS[options.command]
@@ -38,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = 'pip install "cupy-msda[torch,cpu,plot]"'
         what = " and ".join(missing)
         parser.exit(1, f"{parser.prog} {options.command}: {what} must be installed: {remedy}\n")
+    try:
+        if options.command == "bench":
+            from cupy_msda.bench import runner
+        else:
+            from cupy_msda import demo
+    except Exception as error:
+        parser.exit(1, f"{parser.prog} {options.command}: cannot start: {first_line(error)}\n")
     if options.command == "bench":
-        from cupy_msda.bench import runner
-
         return runner.run(options.device, options.quick, options.output)
-    from cupy_msda import demo
-
     return demo.run(options.image, options.output)
 
 
@@ -106,4 +114,10 @@ def _report() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

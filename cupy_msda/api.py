@@ -38,7 +38,10 @@ def ms_deform_attn(
     """Multi-scale deformable attention: weighted bilinear samples of a feature pyramid.
 
     CUDA arrays run the CUDA kernels on the current stream without synchronising; host arrays run
-    the Numba kernels where Numba is installed, else the reference. torch tensors are differentiable.
+    the Numba kernels where Numba is installed and works, else the reference. Their threads: for torch
+    tensors `torch.get_num_threads()`; for other arrays the least of NUMBA_NUM_THREADS,
+    `numba.set_num_threads`, OMP_NUM_THREADS, the limits by threadpoolctl (of OpenBLAS, MKL and OpenMP)
+    and the CPUs that the process may use. torch tensors are differentiable.
     Besides torch, CuPy and NumPy, any library will do that has DLPack and the array API standard's
     namespace (JAX, outside `jit`).
 

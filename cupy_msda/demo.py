@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cupy_msda import MSDeformAttn, budget, ms_deform_attn, ms_deform_attn_core_pytorch, report
+from cupy_msda.faults import first_line
 
 D_MODEL, LEVELS, HEADS, POINTS = 256, 4, 8, 4
 STRIDES = (8, 16, 32, 64)
@@ -83,9 +84,9 @@ def load_picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             picture = _in_rgb(ImageOps.exif_transpose(file))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"the picture {path} cannot be read: {error}") from error
-    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+            picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        raise SystemExit(f"the picture {path} cannot be read: {first_line(error)}") from error
     return np.asarray(picture, np.float32) / 255
 
 
@@ -335,8 +336,8 @@ def draw(scene: Scene, module: MSDeformAttn, output: Path) -> None:
     _legend(figure, scene.shapes)
     try:
         figure.savefig(output, format="png")
-    except OSError as error:
-        raise SystemExit(f"the picture {output} cannot be written: {error}") from error
+    except Exception as error:
+        raise SystemExit(f"the picture {output} cannot be written: {first_line(error)}") from error
 
 
 def salient_queries(scene: Scene) -> list[int]:

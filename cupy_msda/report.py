@@ -22,32 +22,62 @@ from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 from cupy_msda.cuda.compile import kernel_dir
 from cupy_msda.cuda.plans import Launch, plan_backward, plan_forward
+from cupy_msda.faults import first_line
 from cupy_msda.problem import LevelTable, Problem
 
 
 def environment() -> Iterator[tuple[str, str]]:
-    """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array."""
-    sources = kernel_dir()
-    cache_dir = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-    cached = [file for file in cache_dir.rglob("*") if file.is_file()]
-    megabytes = sum(file.stat().st_size for file in cached) / 1e6
+    """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array.
+
+    What cannot be found out is said in its line, whatever the reason.
+    """
     yield "cupy-msda", f"{cupy_msda.__version__} in {Path(__file__).parent}"
-    yield "kernel sources", f"{sources} ({len(list(sources.glob('*.cu*')))} files)"
-    yield "kernel cache", f"{cache_dir} ({len(cached)} files, {megabytes:.1f} MB)"
-    yield (
-        "python",
-        f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors",
-    )
+    yield "kernel sources", _told(_kernel_sources)
+    yield "kernel cache", _told(_kernel_cache)
+    yield "python", _told(_python)
     for name in ("numpy", "array-api-compat", "numba"):
-        yield name, _version(name)
-    yield "torch", _torch_version()
-    yield "cupy", _cupy_version()
-    yield "nvrtc", _nvrtc_version()
+        yield name, _told(_version, name)
+    yield "torch", _told(_torch_version)
+    yield "cupy", _told(_cupy_version)
+    yield "nvrtc", _told(_nvrtc_version)
     yield from _devices()
     yield "", ""
-    yield "CPU arrays", cpu_backend()
-    for label, obstacle in (("torch on CUDA", torch_obstacle()), ("CuPy arrays", cupy_obstacle())):
-        yield label, "CUDA kernels" if obstacle is None else f"cannot run: {obstacle}"
+    yield "CPU arrays", _told(cpu_backend)
+    for label, find in (("torch on CUDA", torch_obstacle), ("CuPy arrays", cupy_obstacle)):
+        yield label, _told(_cuda_backend, find)
+
+
+def _told(describe: Callable[..., str], *arguments: Any) -> str:
+    """What `describe` returns, or why it cannot."""
+    try:
+        return describe(*arguments)
+    except Exception as error:
+        return f"cannot be told ({first_line(error)})"
+
+
+def _kernel_sources() -> str:
+    """The folder of the CUDA sources."""
+    sources = kernel_dir()
+    return f"{sources} ({len(list(sources.glob('*.cu*')))} files)"
+
+
+def _kernel_cache() -> str:
+    """CuPy's disk cache."""
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    cached = [file for file in folder.rglob("*") if file.is_file()]
+    megabytes = sum(file.stat().st_size for file in cached) / 1e6
+    return f"{folder} ({len(cached)} files, {megabytes:.1f} MB)"
+
+
+def _python() -> str:
+    """Python, the system and its processors."""
+    return f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors"
+
+
+def _cuda_backend(find: Callable[[], str | None]) -> str:
+    """Whether arrays on a GPU run, or the obstacle."""
+    obstacle = find()
+    return "CUDA kernels" if obstacle is None else f"cannot run: {obstacle}"
 
 
 @cache
@@ -63,7 +93,7 @@ def cupy_obstacle() -> str | None:
             return "the driver offers no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        text = _first_line(error)
+        text = first_line(error)
         if "nvrtc" in text.lower():
             return f"the compiler NVRTC does not load ({text}): {_cupy_command()}"
         if "cudaError" in text:
@@ -79,6 +109,15 @@ def torch_obstacle() -> str | None:
     """Why CUDA tensors of torch cannot run the CUDA kernels, and the remedy; None if they can."""
     if find_spec("torch") is None:
         return 'torch is not installed: pip install "cupy-msda[torch]"'
+    try:
+        obstacle = _torch_build_obstacle()
+    except Exception as error:
+        return f"torch is installed and does not work ({first_line(error)}): install it again"
+    return obstacle or cupy_obstacle()
+
+
+def _torch_build_obstacle() -> str | None:
+    """What keeps torch itself from a GPU of NVIDIA."""
     import torch
 
     if torch.version.hip is not None:
@@ -93,7 +132,7 @@ def torch_obstacle() -> str | None:
             f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no usable device: install an NVIDIA driver "
             "that is new enough, or a torch build for an older CUDA (https://pytorch.org/get-started)"
         )
-    return cupy_obstacle()
+    return None
 
 
 def _cupy_command() -> str:
@@ -103,23 +142,22 @@ def _cupy_command() -> str:
 
 def _extra() -> str:
     """The extra whose CuPy fits torch's CUDA; CUDA 12's where torch names none."""
-    if find_spec("torch") is not None:
-        import torch
+    return "cuda13x" if (_torch_cuda() or "12").startswith("13") else "cuda12x"
 
-        if (torch.version.cuda or "12").startswith("13"):
-            return "cuda13x"
-    return "cuda12x"
+
+def _torch_cuda() -> str | None:
+    """The CUDA that torch is built for; None for other builds, and without a torch that imports."""
+    try:
+        import torch
+    except Exception:
+        return None
+    return torch.version.cuda
 
 
 def cpu_backend() -> str:
-    """Which backend runs NumPy arrays and CPU tensors, or why none does."""
-    try:
-        found = backend.backend()
-    except ImportError as error:
-        return f"cannot run: Numba is installed and does not import ({_first_line(error)})"
-    if found is reference:
-        return 'the reference, slow, since Numba is not installed: pip install "cupy-msda[cpu]"'
-    return "Numba kernels"
+    """Which backend runs NumPy arrays and CPU tensors, and why."""
+    obstacle = backend.obstacle()
+    return "Numba kernels" if obstacle is None else f"the reference, slow: {obstacle}"
 
 
 def _version(distribution: str) -> str:
@@ -150,10 +188,8 @@ def _cupy_version() -> str:
     text = " and ".join(found) or "installed, from no distribution known here"
     if len(found) > 1:
         text += " (uninstall all and install one: they overwrite each other)"
-    elif found and find_spec("torch") is not None:
-        import torch
-
-        cuda = torch.version.cuda
+    elif found:
+        cuda = _torch_cuda()
         if cuda is not None and f"cuda{cuda.partition('.')[0]}x" not in text and "-" in text:
             text += f" (torch is built for CUDA {cuda}: {_cupy_command()} fits it)"
     return text
@@ -168,7 +204,7 @@ def _nvrtc_version() -> str:
 
         return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
-        return f"does not load ({_first_line(error)}): {_cupy_command()}"
+        return f"does not load ({first_line(error)}): {_cupy_command()}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -178,21 +214,25 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "driver", "none: nvidia-smi is not on PATH"
         return
     query = "--query-gpu=driver_version,index,name,compute_cap,memory.total"
-    answer = subprocess.run(
-        [command, query, "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    if answer.returncode != 0:
-        yield "driver", f"nvidia-smi failed: {(answer.stdout + answer.stderr).strip()}"
+    try:
+        answer = subprocess.run(
+            [command, query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=60,
+        )
+    except Exception as error:  # not a program, or one that hangs
+        yield "driver", f"nvidia-smi failed: {first_line(error)}"
         return
     rows = [line.split(", ") for line in answer.stdout.splitlines()]
+    if answer.returncode != 0 or any(len(row) != query.count(",") + 1 for row in rows):
+        yield "driver", f"nvidia-smi failed: {(answer.stdout + answer.stderr).strip()}"
+        return
     yield "driver", rows[0][0] if rows else "no device"
     for _, index, *facts in rows:
         yield f"device {index}", ", ".join(facts)
-
-
-def _first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 # Deformable-DETR on an image of 800 x 1333, with 300 queries in the decoder.
@@ -205,9 +245,13 @@ def plans() -> Iterator[tuple[str, str]]:
     """Label and text: the kernels for typical problems on CuPy's current device, and why; empty without a device."""
     if cupy_obstacle() is not None:
         return
-    import cupy
+    try:
+        import cupy
 
-    device = launch.describe(cupy.cuda.runtime.getDevice())
+        device = launch.describe(cupy.cuda.runtime.getDevice())
+    except Exception as error:
+        yield "plans", f"cannot be told ({first_line(error)})"
+        return
     for name, problem in TYPICAL.items():
         for way, planner in (("forward", plan_forward), ("backward", plan_backward)):
             plan = planner(problem, PYRAMID, device)

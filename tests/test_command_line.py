@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m cupy_msda: the report with its self-check, and the demo."""
 
+import io
 import os
+import random
 import re
 import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 import cupy_msda
 from cupy_msda import __main__, demo, report
@@ -23,14 +26,16 @@ from cupy_msda.cuda.plans import Device
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments, absent=(), **environment) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments, absent=(), warnings="error", **environment
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in which some modules cannot be imported."""
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({list(absent)})); "
         "runpy.run_module('cupy_msda', run_name='__main__', alter_sys=True)"
     )
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        [sys.executable, "-W", warnings, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -88,6 +93,94 @@ def test_report_without_optional_packages():
     assert "NumPy arrays: ok" in finished.stdout
 
 
+def raising(message: str):
+    def function(*_):
+        raise RuntimeError(message)
+
+    return function
+
+
+def broken(folder: Path, module: str, error: str) -> dict[str, str]:
+    """An environment in which the import of a module raises."""
+    (folder / f"{module}.py").write_text(f"raise {error}")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("error", ["OSError('no library')", "ImportError('ABI')", "KeyError(1)"])
+def test_report_names_a_torch_that_does_not_import(error, tmp_path):
+    finished = command(**broken(tmp_path, "torch", error))
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    said = fields(finished.stdout)
+    name = error.partition("(")[0]
+    assert said["torch"].startswith(f"cannot be told ({name}")
+    assert f"torch is installed and does not work ({name}" in said["torch on CUDA"]
+    assert "NumPy arrays: ok" in finished.stdout
+    assert "torch on the CPU: FAILED" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"NUMBA_NUM_THREADS": "0"}, r"ValueError: Number of threads"),
+        ({"NUMBA_DISABLE_JIT": "1"}, r"NUMBA_DISABLE_JIT is set"),
+        (None, r"SystemError: llvmlite"),
+    ],
+)
+def test_report_names_a_numba_that_does_not_work(environment, reason, tmp_path):
+    if environment is None:
+        environment = broken(tmp_path, "llvmlite", "SystemError('llvmlite')")
+    finished = command(absent=("torch", "cupy"), warnings="always", **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert len(re.findall("RuntimeWarning: Numba must import and compile", finished.stderr)) == 1
+    assert re.search(f"the reference, slow: .*{reason}", fields(finished.stdout)["CPU arrays"])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {
+            "PYTHONIOENCODING": "ascii",
+            "CUPY_CACHE_DIR": "/gr\u00fcn",
+            "NUMBA_CACHE_DIR": "/dev/null",
+        },
+        {"HOME": "/nowhere", "CUPY_CACHE_DIR": "/dev/null", "NUMBA_THREADING_LAYER": "none"},
+    ],
+)
+def test_report_ends_in_no_traceback(environment):
+    finished = command(absent=("torch",), warnings="ignore", **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert not finished.stderr
+
+
+def test_report_without_a_home(monkeypatch):
+    """Of a user whom the system does not know, as in many containers."""
+    monkeypatch.delenv("CUPY_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", raising("Could not determine home directory."))
+    said = dict(report.environment())["kernel cache"]
+    assert said == "cannot be told (RuntimeError: Could not determine home directory.)"
+
+
+def test_report_ends_quietly_when_its_reader_leaves():
+    with subprocess.Popen(
+        [sys.executable, "-m", "cupy_msda"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_commands_name_a_package_that_does_not_import(name, tmp_path):
+    finished = command(name, **broken(tmp_path, "torch", "OSError('no library')"))
+    assert finished.returncode == 1
+    said = f"python -m cupy_msda {name}: cannot start: OSError: no library\n"
+    assert finished.stderr == said
+
+
 def test_report_counts_the_kernel_cache(tmp_path):
     (tmp_path / "a.cubin").write_bytes(bytes(1_500_000))
     said = dict(entry for entry in _environment_with_cache(tmp_path) if entry[0] == "kernel cache")
@@ -113,11 +206,19 @@ def test_report_reads_nvidia_smi(tmp_path, monkeypatch):
     assert said["device 1"] == "B, 10.0, 1 MiB"
 
 
-def raising(message: str):
-    def function():
-        raise RuntimeError(message)
-
-    return function
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("#!/bin/sh\necho 'No devices were found'", "failed: No devices were found"),
+        ("#!/bin/sh\nprintf '\\377'; exit 3", "failed: \ufffd"),
+        ("#!/no/such/shell", "failed: FileNotFoundError"),
+    ],
+)
+def test_report_says_what_nvidia_smi_says_instead(script, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(script)
+    (tmp_path / "nvidia-smi").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert f"nvidia-smi {expected}" in dict(report.environment())["driver"]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +554,7 @@ def test_demo_ships_a_photograph():
         (["--image", "no_such.jpg"], r"the picture no_such\.jpg cannot be read: .*No such file"),
         (
             ["--image", "pyproject.toml"],
-            r"the picture pyproject\.toml cannot be read: cannot identify",
+            r"the picture pyproject\.toml cannot be read: .*cannot identify",
         ),
     ],
 )
@@ -462,6 +563,52 @@ def test_demo_names_a_picture_that_cannot_be_read(arguments, message):
     assert finished.returncode == 1
     assert re.search(message, finished.stderr)
     assert "Traceback" not in finished.stderr
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size; its pixels are absent."""
+    parts = b"\x89PNG\r\n\x1a\n"
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"):
+        parts += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return parts
+
+
+def test_demo_names_a_picture_that_is_too_large(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000))
+    finished = command("demo", "--image", tmp_path / "bomb.png")
+    assert finished.returncode == 1
+    assert re.fullmatch(
+        r"the picture \S+bomb\.png cannot be read: .*400000000 pixels.*\n", finished.stderr
+    )
+
+
+FORMATS = ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "ICO", "PPM", "TGA"]
+FORMATS += ["AVIF"] if "avif" in features.get_supported_modules() else []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_demo_reads_a_damaged_picture_or_names_it(form, tmp_path):
+    rng = random.Random(0)
+    noise = np.frombuffer(rng.randbytes(24 * 40 * 3), np.uint8).reshape(24, 40, 3)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, form)
+    path = tmp_path / "damaged"
+    said = []
+    for _ in range(40):
+        damaged = bytearray(whole.getvalue())
+        for _ in range(rng.choice([0, 1, 20])):
+            damaged[rng.randrange(min(len(damaged), 400))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.randrange(len(damaged))])
+        try:
+            picture = demo.load_picture(path)
+        except SystemExit as error:
+            said.append(str(error))
+        else:
+            assert picture.ndim == 3
+    assert said
+    for line in said:
+        assert re.fullmatch(r"the picture \S+/damaged cannot be read: \w+: .+", line)
 
 
 def test_demo_names_an_output_that_cannot_be_written(picture, tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from functools import cache
@@ -90,7 +91,12 @@ def _expand(file: str, seen: set[str]) -> str:
 
 
 _functions: dict[tuple[Kernel, int], Any] = {}
-_lock = threading.Lock()
+_lock: Any = threading.Lock()
+
+
+# A forked child gets a lock that no thread of its parent holds.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)
 
 
 def load(kernel: Kernel, device: int) -> Any:
