@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from cupy_msda.faults import first_line
+from cupy_msda.faults import reason
 
 _NEEDS = {
     "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from cupy_msda import demo
     except Exception as error:
-        parser.exit(1, f"{parser.prog} {options.command}: cannot start: {first_line(error)}\n")
+        parser.exit(1, f"{parser.prog} {options.command}: cannot start: {reason(error)}\n")
     if options.command == "bench":
         return runner.run(options.device, options.quick, options.output)
     return demo.run(options.image, options.output)

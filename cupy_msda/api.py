@@ -83,9 +83,9 @@ def ms_deform_attn(
     ValueError
         A shape, level size, grid or device violates the contract.
     KernelCompileError
-        The CUDA compiler refused a kernel.
-    ModuleNotFoundError
-        The arrays are on a CUDA device and CuPy is not installed.
+        The CUDA compiler refused a kernel, or the GPU has a compute capability below 7.0.
+    ImportError
+        The arrays are on a CUDA device and CuPy does not import; ModuleNotFoundError: it is not installed.
 
     References
     ----------
@@ -131,7 +131,7 @@ def ms_deform_attn_backward(
 
     Raises
     ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+    TypeError, ValueError, KernelCompileError, ImportError
         As `ms_deform_attn`.
 
     References
@@ -191,7 +191,7 @@ def warmup(
 
     Raises
     ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+    TypeError, ValueError, KernelCompileError, ImportError
         As `ms_deform_attn`; a ValueError for a device that is none of these.
     """
     problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cupy_msda import MSDeformAttn, budget, ms_deform_attn, ms_deform_attn_core_pytorch, report
-from cupy_msda.faults import first_line
+from cupy_msda.faults import reason
 
 D_MODEL, LEVELS, HEADS, POINTS = 256, 4, 8, 4
 STRIDES = (8, 16, 32, 64)
@@ -35,7 +36,7 @@ QUERIES_DRAWN = 4
 # disagree there without either being wrong.
 EDGE = 1e-3  # pixels
 
-PICTURE = Path(__file__).parent / "data" / "coffee.jpg"
+PICTURE: Any = resources.files("cupy_msda") / "data" / "coffee.jpg"
 COLOURS = ("#ffe14d", "#3ddc97", "#4cc3ff", "#ff6fb5")
 _DARK = "#16181d"
 WIDTH, FOOTER = 10.24, 0.55  # of the figure, in inches of 100 pixels
@@ -82,11 +83,11 @@ def run(image: Path | None, output: Path) -> int:
 def load_picture(path: Path) -> np.ndarray:
     """The picture as an array (H, W, 3) in [0, 1], no side longer than LONGER_SIDE."""
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as opened, Image.open(opened) as file:
             picture = _in_rgb(ImageOps.exif_transpose(file))
             picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
     except Exception as error:  # Pillow raises errors of many types for damaged files
-        raise SystemExit(f"the picture {path} cannot be read: {first_line(error)}") from error
+        raise SystemExit(f"the picture {path} cannot be read: {reason(error)}") from error
     return np.asarray(picture, np.float32) / 255
 
 
@@ -337,7 +338,7 @@ def draw(scene: Scene, module: MSDeformAttn, output: Path) -> None:
     try:
         figure.savefig(output, format="png")
     except Exception as error:
-        raise SystemExit(f"the picture {output} cannot be written: {first_line(error)}") from error
+        raise SystemExit(f"the picture {output} cannot be written: {reason(error)}") from error
 
 
 def salient_queries(scene: Scene) -> list[int]:

@@ -6,9 +6,11 @@ from __future__ import annotations
 import warnings
 
 
-def first_line(error: Exception) -> str:
-    """The type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def reason(error: BaseException) -> str:
+    """The type and the first line of the error that was the first cause of this one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 _told: set[str] = set()

@@ -57,8 +57,14 @@ def forward(
     def samples(xp: Any, flat: Any, cells: _Cells, _: int) -> Any:
         sampled = 0
         for corner in cells.corners:
-            sampled = sampled + _coefficient(cells, corner)[..., None] * _gather(xp, flat, corner)
-        return cells.weight[..., None] * sampled
+            # Both factors are zero where the corner does not count: infinity must not meet the zero
+            # that is gathered there, nor in derivatives of any order.
+            weight, coefficient = (
+                _masked(xp, corner.valid, factor)
+                for factor in (cells.weight, _coefficient(cells, corner))
+            )
+            sampled = sampled + (weight * coefficient)[..., None] * _gather(xp, flat, corner)
+        return sampled
 
     return _sum_of_levels(samples, value, levels, sampling_locations, attention_weights)
 
@@ -185,7 +191,7 @@ def _gradients_of_points(
     """Gradients by the locations (N, Lq, M, P, 2) and weights (N, Lq, M, P) of one level."""
     by_weight, by_x, by_y = 0, 0, 0
     for corner in cells.corners:
-        dot = xp.sum(grad * _gather(xp, flat, corner), axis=-1)
+        dot = _masked(xp, corner.valid, xp.sum(grad * _gather(xp, flat, corner), axis=-1))
         by_weight = by_weight + _coefficient(cells, corner) * dot
         by_x = by_x + _slope_x(cells, corner) * dot
         by_y = by_y + _slope_y(cells, corner) * dot

@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,9 +22,16 @@ import cupy_msda
 from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
-from cupy_msda.cuda.compile import kernel_dir
+from cupy_msda.cuda.compile import capability_obstacle, kernel_dir
+from cupy_msda.cuda.importing import (
+    CACHE_DIR,
+    cache_folder,
+    cache_obstacle,
+    distributions,
+    require_cupy,
+)
 from cupy_msda.cuda.plans import Launch, plan_backward, plan_forward
-from cupy_msda.faults import first_line
+from cupy_msda.faults import reason
 from cupy_msda.problem import LevelTable, Problem
 
 
@@ -52,21 +61,7 @@ def _told(describe: Callable[..., str], *arguments: Any) -> str:
     try:
         return describe(*arguments)
     except Exception as error:
-        return f"cannot be told ({first_line(error)})"
-
-
-def _kernel_sources() -> str:
-    """The folder of the CUDA sources."""
-    sources = kernel_dir()
-    return f"{sources} ({len(list(sources.glob('*.cu*')))} files)"
-
-
-def _kernel_cache() -> str:
-    """CuPy's disk cache."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-    cached = [file for file in folder.rglob("*") if file.is_file()]
-    megabytes = sum(file.stat().st_size for file in cached) / 1e6
-    return f"{folder} ({len(cached)} files, {megabytes:.1f} MB)"
+        return f"cannot be told ({reason(error)})"
 
 
 def _python() -> str:
@@ -86,21 +81,29 @@ def cupy_obstacle() -> str | None:
     if find_spec("cupy") is None:
         return f"CuPy is not installed: {_cupy_command()}"
     try:
-        import cupy
+        return _device_obstacle(_import_cupy())
+    except ImportError as error:
+        return str(error)
 
-        devices = cupy.cuda.runtime.getDeviceCount()
-        if devices == 0:
+
+def _device_obstacle(cupy: Any) -> str | None:
+    """Why CuPy, which imports, cannot run the kernels on its current device."""
+    try:
+        if cupy.cuda.runtime.getDeviceCount() == 0:
             return "the driver offers no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
-        cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        text = first_line(error)
-        if "nvrtc" in text.lower():
-            return f"the compiler NVRTC does not load ({text}): {_cupy_command()}"
+        text = reason(error)
         if "cudaError" in text:
             return (
                 f"no usable NVIDIA driver or device ({text}): install the driver, or use CPU arrays"
             )
         return f"CuPy is installed and does not work ({text}): {_cupy_command()}"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        return f"the compiler NVRTC does not load ({reason(error)}): {_cupy_command()}"
+    with suppress(Exception):  # what else is wrong with the device, the self-check tells
+        return capability_obstacle(cupy, int(cupy.cuda.Device().compute_capability))
     return None
 
 
@@ -112,7 +115,7 @@ def torch_obstacle() -> str | None:
     try:
         obstacle = _torch_build_obstacle()
     except Exception as error:
-        return f"torch is installed and does not work ({first_line(error)}): install it again"
+        return f"torch is installed and does not work ({reason(error)}): install it again"
     return obstacle or cupy_obstacle()
 
 
@@ -135,6 +138,13 @@ def _torch_build_obstacle() -> str | None:
     return None
 
 
+def _import_cupy() -> Any:
+    """CuPy, or an ImportError with the cause; the report tells of its cache in a line of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return require_cupy(_torch_cuda())
+
+
 def _cupy_command() -> str:
     """The pip command for the CuPy that fits torch's CUDA."""
     return f'pip install "cupy-msda[{_extra()}]"'
@@ -152,6 +162,30 @@ def _torch_cuda() -> str | None:
     except Exception:
         return None
     return torch.version.cuda
+
+
+def _kernel_sources() -> str:
+    """Where the .cu sources are and how many, or that they are missing."""
+    try:
+        sources = kernel_dir()
+    except FileNotFoundError as error:
+        return f"missing: {error}"
+    count = sum(file.name.endswith((".cu", ".cuh")) for file in sources.iterdir())
+    return f"{sources} ({count} files)"
+
+
+def _kernel_cache() -> str:
+    """CuPy's cache of compiled kernels: where, how large, and why it cannot be written."""
+    folder = cache_folder()
+    try:
+        sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+        text = f"{folder} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)"
+    except OSError as error:
+        text = f"{folder} (cannot be read: {reason(error)})"
+    obstacle = None if find_spec("cupy") is None else cache_obstacle()
+    if obstacle is None:
+        return text
+    return f"{text}, cannot be written ({obstacle}): set {CACHE_DIR} to a folder that can"
 
 
 def cpu_backend() -> str:
@@ -183,8 +217,7 @@ def _cupy_version() -> str:
     """CuPy's version, the distribution that provides it, and whether that fits torch."""
     if find_spec("cupy") is None:
         return "not installed"
-    names = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-    found = [f"{name} {version(name)}" for name in names if _version(name) != "not installed"]
+    found = distributions()
     text = " and ".join(found) or "installed, from no distribution known here"
     if len(found) > 1:
         text += " (uninstall all and install one: they overwrite each other)"
@@ -200,11 +233,13 @@ def _nvrtc_version() -> str:
     if find_spec("cupy") is None:
         return "none without CuPy"
     try:
-        import cupy
-
+        cupy = _import_cupy()
+    except ImportError:
+        return "unknown: CuPy does not import"
+    try:
         return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
     except Exception as error:
-        return f"does not load ({first_line(error)}): {_cupy_command()}"
+        return f"does not load ({reason(error)}): {_cupy_command()}"
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -224,7 +259,7 @@ def _devices() -> Iterator[tuple[str, str]]:
             timeout=60,
         )
     except Exception as error:  # not a program, or one that hangs
-        yield "driver", f"nvidia-smi failed: {first_line(error)}"
+        yield "driver", f"nvidia-smi failed: {reason(error)}"
         return
     rows = [line.split(", ") for line in answer.stdout.splitlines()]
     if answer.returncode != 0 or any(len(row) != query.count(",") + 1 for row in rows):
@@ -250,7 +285,7 @@ def plans() -> Iterator[tuple[str, str]]:
 
         device = launch.describe(cupy.cuda.runtime.getDevice())
     except Exception as error:
-        yield "plans", f"cannot be told ({first_line(error)})"
+        yield "plans", f"cannot be told ({reason(error)})"
         return
     for name, problem in TYPICAL.items():
         for way, planner in (("forward", plan_forward), ("backward", plan_backward)):

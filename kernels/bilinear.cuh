@@ -5,12 +5,14 @@
 #pragma once
 
 #include "levels.cuh"
+#include "scalar.cuh"
 
 constexpr unsigned ALL_CORNERS = 15u;
 
 template <typename Real>
 struct Cell {
   int column, row;   // of the top-left corner; -1 where the point lies left of or above the first pixel
+  int pixel;         // row * width + column; only if the level is SMALL
   Real right, down;  // fractions of the way to the right and lower corners
   unsigned corners;  // 0: the point contributes nothing
 };
@@ -23,14 +25,18 @@ struct Four {
 // Whether corner i lies inside the level. `corners` may hold other bits above the four.
 __device__ __forceinline__ bool has_corner(unsigned corners, int i) { return corners >> i & 1u; }
 
-// x = index + fraction. SMALL: |x| < 2^22, and two additions replace the slow conversions: next to 1.5 * 2^23 a float
-// has no fraction bits left, so adding it rounded down leaves floor(x) in the low bits.
+// Between 2^23 and 2^24 a float counts in ones: for |x| < 2^22, x + ONES has no fraction bits, and rounded down its low bits
+// hold floor(x). Two additions so replace the slow conversions.
+constexpr float ONES = 12582912.0f;  // 1.5 * 2^23
+constexpr unsigned ONES_BITS = 0x4b400000u;
+
+// x = index + fraction. SMALL: |x| < 2^22.
 template <bool SMALL>
 __device__ __forceinline__ void floor_and_fraction(float x, int& index, float& fraction) {
   if constexpr (SMALL) {
-    const float shifted = __fadd_rd(x, 12582912.0f);
-    index = static_cast<int>(__float_as_uint(shifted) - 0x4b400000u);
-    fraction = x - (shifted - 12582912.0f);
+    const float shifted = __fadd_rd(x, ONES);
+    index = static_cast<int>(__float_as_uint(shifted) - ONES_BITS);
+    fraction = x - (shifted - ONES);
   } else {
     const float whole = floorf(x);
     index = static_cast<int>(whole);
@@ -60,6 +66,13 @@ __device__ __forceinline__ Coordinates<Real> to_pixels(const Fractions<Real>& at
   return {at.u * static_cast<Real>(level.width) - half, at.v * static_cast<Real>(level.height) - half};
 }
 
+// row * width + column of the point's cell, in a level of fewer than 2^22 positions. One multiplication of floats, which are
+// at hand, instead of three instructions on integers.
+__device__ __forceinline__ int cell_pixel(const Coordinates<float>& at, const Level& level) {
+  const float column = __fadd_rd(at.x, ONES), row = __fadd_rd(at.y, ONES) - ONES;
+  return static_cast<int>(__float_as_uint(row * static_cast<float>(level.width) + column) - ONES_BITS);
+}
+
 // Whether the point contributes anything. The comparisons are false for NaN and infinity, here and below.
 template <typename Real>
 __device__ __forceinline__ bool is_inside(const Coordinates<Real>& at, const Level& level) {
@@ -67,15 +80,12 @@ __device__ __forceinline__ bool is_inside(const Coordinates<Real>& at, const Lev
   return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) && at.y < static_cast<Real>(level.height);
 }
 
-// Whether all four corners lie inside a level of fewer than 2^22 positions. floor_and_fraction turns NaN, infinity and
-// large numbers into an index that is negative or beyond every such level.
+// Whether all four corners lie inside the level: 0 <= x < W - 1, and so for y, by one comparison each. The bits of positive
+// floats have the order of the floats; those of negative numbers, infinity and NaN are greater than any width's.
 __device__ __forceinline__ bool is_interior(const Coordinates<float>& at, const Level& level) {
-  int column, row;
-  float right, down;
-  floor_and_fraction<true>(at.x, column, right);
-  floor_and_fraction<true>(at.y, row, down);
-  const bool between_columns = static_cast<unsigned>(column) < static_cast<unsigned>(level.width - 1);
-  const bool between_rows = static_cast<unsigned>(row) < static_cast<unsigned>(level.height - 1);
+  const float last_column = static_cast<float>(level.width) - 1.0f, last_row = static_cast<float>(level.height) - 1.0f;
+  const bool between_columns = __float_as_uint(at.x) < __float_as_uint(last_column);
+  const bool between_rows = __float_as_uint(at.y) < __float_as_uint(last_row);
   return between_columns & between_rows;  // without a branch
 }
 
@@ -88,18 +98,26 @@ __device__ __forceinline__ Cell<Real> locate(Coordinates<Real> at, const Level& 
   Cell<Real> cell;
   floor_and_fraction<SMALL>(at.x, cell.column, cell.right);
   floor_and_fraction<SMALL>(at.y, cell.row, cell.down);
+  if constexpr (SMALL) cell.pixel = cell_pixel(at, level);
   const unsigned columns = (cell.column >= 0 ? 5u : 0u) | (cell.column + 1 < level.width ? 10u : 0u);
   const unsigned rows = (cell.row >= 0 ? 3u : 0u) | (cell.row + 1 < level.height ? 12u : 0u);
   cell.corners = INTERIOR ? ALL_CORNERS : inside ? columns & rows : 0u;
   return cell;
 }
 
-// The coefficient of each corner in the output: attention weight times bilinear weight.
-template <typename Real>
+// The coefficient of each corner in the output: attention weight times bilinear weight. Products alone: weight - weight *
+// down would be NaN for an infinite weight. FINITE: the weight is known to be finite.
+template <bool FINITE = false, typename Real>
 __device__ __forceinline__ Four<Real> corner_coefficients(const Cell<Real>& cell, Real weight) {
-  const Real lower = weight * cell.down, upper = weight - lower;
-  const Real upper_right = upper * cell.right, lower_right = lower * cell.right;
-  return {upper - upper_right, upper_right, lower - lower_right, lower_right};
+  const Real upper = weight * (1 - cell.down), lower = weight * cell.down, left = 1 - cell.right;
+  Four<Real> coefficient = {upper * left, upper * cell.right, lower * left, lower * cell.right};
+  // For a corner that does not count zero is read, which must not meet infinity.
+  if (!FINITE && is_infinite(weight)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!has_corner(cell.corners, i)) coefficient.at[i] = 0;
+  }
+  return coefficient;
 }
 
 template <typename Real>
@@ -107,15 +125,29 @@ struct PointGradient {
   Real x, y, weight;
 };
 
-// dot[i] is the sum over D of grad_output times corner i; the gradient of corner i is its coefficient * grad_output.
+// By the equations of README.md, of a point with an attention weight of 1 in a level of 1 x 1.
+template <typename Real>
+__device__ __forceinline__ PointGradient<Real> unit_gradient(const Cell<Real>& cell, const Four<Real>& dot) {
+  Real at[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) at[i] = has_corner(cell.corners, i) ? dot.at[i] : 0;
+  const Real right = cell.right, left = 1 - right, down = cell.down, up = 1 - down;
+  return {up * (at[1] - at[0]) + down * (at[3] - at[2]), left * (at[2] - at[0]) + right * (at[3] - at[1]),
+          up * (left * at[0] + right * at[1]) + down * (left * at[2] + right * at[3])};
+}
+
+// dot[i] is the sum over D of grad_output times corner i, or times zero if the corner does not count; the gradient of
+// corner i is its coefficient * grad_output.
 template <typename Real>
 __device__ __forceinline__ PointGradient<Real> point_gradient(const Cell<Real>& cell, Real weight, const Level& level,
                                                               const Four<Real>& dot) {
-  if (cell.corners == 0u) return {0, 0, 0};
-  const Real upper = dot.at[0] + cell.right * (dot.at[1] - dot.at[0]);
-  const Real lower = dot.at[2] + cell.right * (dot.at[3] - dot.at[2]);
   const Real across_upper = dot.at[1] - dot.at[0], across_lower = dot.at[3] - dot.at[2];
-  const Real across = across_upper + cell.down * (across_lower - across_upper);
-  return {static_cast<Real>(level.width) * weight * across, static_cast<Real>(level.height) * weight * (lower - upper),
-          upper + cell.down * (lower - upper)};
+  const Real upper = dot.at[0] + cell.right * across_upper, lower = dot.at[2] + cell.right * across_lower;
+  PointGradient<Real> unit = {across_upper + cell.down * (across_lower - across_upper), lower - upper,
+                              upper + cell.down * (lower - upper)};
+  // These are fewer operations than in the equations. Where a dot product is not finite they may give NaN instead of
+  // infinity, always by the weight too; and a corner that does not count has NaN there if grad_output is not finite.
+  if (unit.weight != unit.weight) unit = unit_gradient(cell, dot);
+  return {static_cast<Real>(level.width) * weight * unit.x, static_cast<Real>(level.height) * weight * unit.y,
+          unit.weight};
 }

@@ -94,8 +94,8 @@ __device__ __forceinline__ LocatedPoint<float> make_descriptor(Descriptors<THREA
   const LocatedPoint<float> point = locate_point<true, INTERIOR>(loaded);
   float weight = point.weight;
   if (FIXED) weight = is_finite(weight) ? weight * factor : 0.0f;
-  const Four<float> coefficient = corner_coefficients(point.cell, weight);
-  const int width = point.level.width, pixel = point.level.start + point.cell.row * width + point.cell.column;
+  const Four<float> coefficient = corner_coefficients<FIXED>(point.cell, weight);
+  const int width = point.level.width, pixel = point.level.start + point.cell.pixel;
   descriptors.coefficients[index] =
       make_float4(coefficient.at[0], coefficient.at[1], coefficient.at[2], coefficient.at[3]);
   descriptors.places[index] = INTERIOR ? make_int2(pixel, pixel + width)
@@ -108,7 +108,7 @@ template <int THREADS>
 __device__ __forceinline__ LocatedPoint<float> empty_descriptor(Descriptors<THREADS>& descriptors, int index) {
   descriptors.coefficients[index] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   descriptors.places[index] = make_int2(0, 0);
-  return {{0, 0, 0.0f, 0.0f, 0u}, {0, 0, 0}, 0.0f};
+  return {{0, 0, 0, 0.0f, 0.0f, 0u}, {0, 0, 0}, 0.0f};
 }
 
 // Address of corner i of a descriptor. WIDER: size of the array's elements over that of Value, which the descriptor was

@@ -87,6 +87,9 @@ __device__ __forceinline__ T narrow_to(typename Compute<T>::type x) {
 __device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < __int_as_float(0x7f800000); }
 __device__ __forceinline__ bool is_finite(double x) { return fabs(x) < __longlong_as_double(0x7ff0000000000000ll); }
 
+__device__ __forceinline__ bool is_infinite(float x) { return fabsf(x) == __int_as_float(0x7f800000); }
+__device__ __forceinline__ bool is_infinite(double x) { return fabs(x) == __longlong_as_double(0x7ff0000000000000ll); }
+
 // The type that one memory instruction of BYTES bytes moves.
 template <int BYTES>
 struct Word;

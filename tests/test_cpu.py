@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from cupy_msda import reference
 from cupy_msda.budget import assert_within_budget
 from cupy_msda.problem import Level
+from tests.non_finite import non_finite_inputs
 
 pytest.importorskip("numba")
 
@@ -261,6 +263,15 @@ def test_nan_and_infinity_inside_go_where_they_go_in_the_reference() -> None:
     case.weights[0, 7, 1, 0, 0] = np.nan
     case.grad_output[0, 11, 5] = np.nan
     check(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_non_finite_inputs(dtype: torch.dtype) -> None:
+    inputs = non_finite_inputs(dtypes=(dtype, dtype))
+    arrays = (tensor.numpy() for tensor in inputs[1:])
+    value, locations, weights, grad_output = arrays
+    with np.errstate(invalid="ignore"):
+        check(Case(value, tuple(inputs.levels), locations, weights, grad_output))
 
 
 EMPTY: dict[str, dict[str, Any]] = {

@@ -24,6 +24,7 @@ from cupy_msda import (
     reference,
 )
 from cupy_msda.budget import assert_within_budget
+from tests.non_finite import non_finite_inputs
 from tests.problems import check_against_reference, random_inputs
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
@@ -281,8 +282,12 @@ def test_numbers_by_standard_operators(form, dtypes):
 class Gradients(nn.Module):
     """The array function of the gradients."""
 
+    def __init__(self, sizes=SIZES) -> None:
+        super().__init__()
+        self.sizes = sizes
+
     def forward(self, grad_output, value, locations, weights):
-        inputs = (value, SIZES, None, locations, weights)
+        inputs = (value, self.sizes, None, locations, weights)
         return tuple(ms_deform_attn_backward(grad_output, *inputs))
 
 
@@ -299,6 +304,19 @@ def test_gradients_by_standard_operators():
         gradients = program.module()(problem.grad_output, *problem.tensors)
         output = ms_deform_attn(problem.value, SIZES, None, *problem.tensors[1:])
         check_against_reference(problem, output, gradients)
+
+
+def test_non_finite_numbers_by_standard_operators():
+    inputs = non_finite_inputs()
+    cases = (
+        (Bare("input"), (*inputs.tensors, inputs.shapes())),
+        (Gradients(inputs.sizes), (inputs.grad_output, *inputs.tensors)),
+    )
+    output, gradients = (
+        torch.export.export(*case).run_decompositions(decompositions()).module()(*case[1])
+        for case in cases
+    )
+    check_against_reference(inputs, output, gradients)
 
 
 @pytest.mark.parametrize("flags", [(True, False), (False, True), (False, False)], ids=str)

@@ -97,7 +97,7 @@ LAYERS = {
     "faults": set(),
     "contract": {"problem", "arrays"},
     "reference": {"problem"},
-    "cuda": {"problem"},
+    "cuda": {"problem", "faults"},
     "cpu": {"reference", "contract", "problem", "arrays", "faults"},
     "torch": {"cuda", "cpu", "reference", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},

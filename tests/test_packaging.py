@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shipped, and that what is shipped is found."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -167,3 +168,57 @@ def test_editable_install_finds_the_kernels_of_the_checkout(tmp_path):
     copy_checkout(checkout)
     install(target, "--editable", checkout)
     assert found_in(target, tmp_path) == (checkout / "cupy_msda", checkout / "kernels")
+
+
+# A wheel on sys.path is imported from the zip file that it is, without being unpacked.
+IN_A_ZIP = """
+import site, sys
+sys.path.insert(0, sys.argv[1])
+site.addsitedir(sys.argv[2])
+import numpy as np
+import cupy_msda
+from cupy_msda import __main__, ms_deform_attn, ms_deform_attn_backward
+from cupy_msda.cpu import backend
+from cupy_msda.cuda.compile import assemble, kernel_dir
+assert cupy_msda.__file__.startswith(sys.argv[1]), cupy_msda.__file__
+for file in kernel_dir().iterdir():
+    if file.name.endswith(".cu"):
+        assert "__global__" in assemble(file.name)
+value, locations = np.ones((1, 4, 1, 2), np.float32), np.full((1, 1, 1, 1, 1, 2), 0.5, np.float32)
+arguments = value, [(2, 2)], None, locations, np.ones((1, 1, 1, 1, 1), np.float32)
+output = ms_deform_attn(*arguments)
+assert (output == 1).all()
+ms_deform_attn_backward(output, *arguments)
+print(backend.backend().__name__)
+sys.exit(__main__.main(sys.argv[3:]))
+"""
+
+
+def test_the_package_runs_from_a_zip_file(archives, tmp_path):
+    """Kernel sources, the Numba kernels without a cache folder of their own, and the report."""
+    others = sysconfig.get_path("purelib")
+    said = run(sys.executable, "-I", "-S", "-c", IN_A_ZIP, archives[0], others, cwd=tmp_path)
+    assert f"in {archives[0]}" in said
+    assert re.search(r"kernel sources +\S+kernels/? \(14 files\)", said)
+    if importlib.util.find_spec("numba"):
+        assert said.startswith("cupy_msda.cpu.kernels\n")
+    assert "self-check       NumPy arrays: ok" in said
+
+
+def test_a_zipped_checkout_finds_its_kernels(tmp_path):
+    archive = tmp_path / "checkout.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in package_files():
+            file.write(ROOT / name, name)
+    assert found_in(archive, tmp_path) == (archive / "cupy_msda", archive / "kernels")
+
+
+def test_the_demo_from_a_zip_file(archives, tmp_path):
+    for module in ("torch", "matplotlib", "PIL"):
+        pytest.importorskip(module)
+    others = sysconfig.get_path("purelib")
+    picture = tmp_path / "drawn.png"
+    command = (sys.executable, "-I", "-S", "-c", IN_A_ZIP, archives[0], others)
+    said = run(*command, "demo", "--output", picture, cwd=tmp_path)
+    assert "coffee.jpg (" in said
+    assert picture.is_file()

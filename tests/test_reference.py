@@ -12,6 +12,7 @@ from cupy_msda.problem import Level
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from cupy_msda.torch import ms_deform_attn_core_pytorch  # noqa: E402
+from tests.non_finite import non_finite_inputs  # noqa: E402
 
 LIBRARIES = {"numpy": np.asarray, "torch": torch.from_numpy}
 
@@ -318,6 +319,70 @@ def test_nothing_is_multiplied_at_an_outside_point(point, to_array):
 
 def test_a_weight_that_is_no_number_shows_where_its_point_counts(to_array):
     assert np.isnan(sample(to_array, [(0.5, 0.5)], [np.nan])).all()
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(np.inf, np.inf), (-np.inf, -np.inf)])
+def test_an_infinite_weight_gives_infinity(weight, expected, to_array):
+    ones = np.ones((1, 4, 1, 1))
+    for point in ((0.4, 0.4), (-0.125, 0.4), (1.125, 1.125)):
+        arrays = map(
+            to_array, (ones, np.reshape(point, (1,) * 5 + (2,)), np.full((1,) * 5, weight))
+        )
+        output = reference.forward(next(arrays), [Level(2, 2, 0)], *arrays)
+        assert np.asarray(output).tolist() == [[[expected]]]
+
+
+def by_the_equations(inputs, image, query):
+    """Output and gradients of one query of one head, number by number, as kernels/README.md has them."""
+    value, locations, weights, grad = (
+        array.numpy() for array in (inputs.value[image, :, 0], inputs.locations[image, query, 0],
+        inputs.weights[image, query, 0], inputs.grad_output[image, query])
+    )  # fmt: skip
+    output, by_value = np.zeros_like(grad), np.zeros_like(value)
+    by_locations, by_weights = np.zeros_like(locations), np.zeros_like(weights)
+    for level, point in np.ndindex(weights.shape):
+        height, width, start = inputs.levels[level]
+        x, y = locations[level, point] * (width, height) - 0.5
+        if not (-1 < x < width and -1 < y < height):
+            continue
+        a, column, row = weights[level, point], int(np.floor(x)), int(np.floor(y))
+        r, d, dots = x - column, y - row, []
+        sides = [(1 - d) * (1 - r), (1 - d) * r, d * (1 - r), d * r]
+        for corner, b in enumerate(sides):
+            at_column, at_row = column + corner % 2, row + corner // 2
+            if not (0 <= at_column < width and 0 <= at_row < height):
+                dots.append(0.0)
+                continue
+            at = start + at_row * width + at_column
+            output += a * b * value[at]
+            by_value[at] += a * b * grad
+            dots.append((grad * value[at]).sum())
+        by_weights[level, point] = sum(b * dot for b, dot in zip(sides, dots, strict=True))
+        by_locations[level, point] = (
+            width * a * ((1 - d) * (dots[1] - dots[0]) + d * (dots[3] - dots[2])),
+            height * a * ((1 - r) * (dots[2] - dots[0]) + r * (dots[3] - dots[1])),
+        )
+    return output, by_value, by_locations, by_weights
+
+
+@np.errstate(invalid="ignore")
+def test_non_finite_inputs_by_the_equations(to_array):
+    inputs = non_finite_inputs(3, (torch.float64, torch.float64))
+    grad, value, *points = (
+        to_array(tensor.numpy()) for tensor in (inputs.grad_output, *inputs.tensors)
+    )
+    output = np.asarray(reference.forward(value, inputs.levels, *points))
+    gradients = reference.backward(grad, value, inputs.levels, *points)
+    by_value, *by_points = (np.asarray(gradient)[:, :, 0] for gradient in gradients)
+    for image in range(len(value)):
+        total = 0
+        for query in range(output.shape[1]):
+            same_output, same_value, *same_points = by_the_equations(inputs, image, query)
+            total = total + same_value
+            got = [array[image, query] for array in (output, *by_points)]
+            for array, same in zip(got, (same_output, *same_points), strict=True):
+                np.testing.assert_allclose(array, same, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(by_value[image], total, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

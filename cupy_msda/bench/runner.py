@@ -25,7 +25,7 @@ from cupy_msda.bench import (
 )
 from cupy_msda.bench.cases import Case, Inputs
 from cupy_msda.bench.implementations import OURS, Function
-from cupy_msda.faults import first_line
+from cupy_msda.faults import reason
 
 SCHEMA = 2
 _LIMITS = {
@@ -77,7 +77,7 @@ def _plot(results: Row, file: Path) -> None:
     except ImportError as error:
         print(f'no plot ({error}): pip install "cupy-msda[plot]"')
     except Exception as error:
-        print(f"no plot ({first_line(error)})")
+        print(f"no plot ({reason(error)})")
     else:
         print(f"wrote {file}")
 
@@ -164,7 +164,7 @@ def _judge(
         function = implementations.make(name, inputs)
         errors = correctness.errors(function, inputs, expected)
     except Exception as error:  # a baseline may fail in any way; its error is the result
-        return _verdict("raised", first_line(error)), None
+        return _verdict("raised", reason(error)), None
     most = 1 if name == OURS else correctness.BASELINE_BUDGETS
     outside = [f"{part} {error:.2g}" for part, error in errors.items() if not error <= most]
     if outside:

@@ -19,7 +19,7 @@ from array_api_compat import array_namespace
 
 from cupy_msda import reference
 from cupy_msda.arrays import dtype_name
-from cupy_msda.faults import first_line, warn_once
+from cupy_msda.faults import reason, warn_once
 from cupy_msda.problem import LevelTable, Problem
 
 
@@ -32,7 +32,7 @@ def obstacle() -> str | None:
         import_module("cupy_msda.cpu.kernels")  # which compiles a small one
     except Exception as error:
         _warn(error)
-        return f"Numba is installed and does not work ({first_line(error)})"
+        return f"Numba is installed and does not work ({reason(error)})"
     return None
 
 
@@ -57,7 +57,7 @@ def _warn(error: Exception) -> None:
     """Warn that the reference runs."""
     warn_once(
         "numba",
-        f"Numba must import and compile the kernels of CPU arrays, got {first_line(error)}: the slow "
+        f"Numba must import and compile the kernels of CPU arrays, got {reason(error)}: the slow "
         "reference runs instead",
     )
 

@@ -15,7 +15,7 @@ from numba import config
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, NullCache
 from numba.core.serialize import dumps
 
-from cupy_msda.faults import first_line, warn_once
+from cupy_msda.faults import reason, warn_once
 
 
 def disk_cache(function: Any) -> Any:
@@ -23,7 +23,7 @@ def disk_cache(function: Any) -> Any:
     try:
         found = _DiskCache(function)
     except Exception as error:
-        _warn("Numba's cache must have a folder that can be written", first_line(error))
+        _warn("Numba's cache must have a folder that can be written", reason(error))
         return NullCache()
     if not found.cache_path.startswith(config.CACHE_DIR):
         contract = "NUMBA_CACHE_DIR must be a folder that can be written"
@@ -77,4 +77,4 @@ class _DiskCache(FunctionCache):
 
     def _warn(self, error: Exception) -> None:
         contract = f"Numba's cache in {self.cache_path} must be readable and writable"
-        _warn(contract, first_line(error))
+        _warn(contract, reason(error))

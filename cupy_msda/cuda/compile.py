@@ -7,12 +7,17 @@ import os
 import re
 import threading
 from functools import cache
-from pathlib import Path
+from importlib import resources
 from typing import Any, NamedTuple
 
+from cupy_msda.cuda.importing import in_memory, require_cupy, without_disk_cache
+from cupy_msda.faults import reason
 from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS
 
 OPTIONS = ("-std=c++17",)
+# Compute capabilities, times ten.
+LOWEST_CAPABILITY = 70  # of `__grid_constant__`
+LOWEST_OF_CUDA_13 = 75  # of its compiler
 
 BLOCK = 256  # threads of a block
 PERSISTENT_BLOCK = 1024  # threads of a persistent block: the most that have 64 registers each
@@ -47,16 +52,19 @@ class Kernel(NamedTuple):
 
 
 class KernelCompileError(RuntimeError):
-    """The CUDA compiler refused a kernel, or could not be loaded.
+    """The CUDA compiler refused a kernel or could not be loaded, or the GPU is too old for the kernels.
 
     The message names the kernel with its template arguments, the architecture and the options, and ends with the
-    compiler's log.
+    compiler's log; for an old GPU it names the compute capabilities.
     """
 
 
-def kernel_dir() -> Path:
-    """The folder of the .cu and .cuh files: in the installed package, else beside it in a source tree."""
-    package = Path(__file__).resolve().parents[1]
+def kernel_dir() -> Any:
+    """The folder of the .cu and .cuh files: in the installed package, else beside it in a source tree.
+
+    A path or, where the package is imported from a zip file, what `importlib.resources` has instead.
+    """
+    package: Any = resources.files("cupy_msda")
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "forward.cu").is_file():
             return folder
@@ -111,17 +119,48 @@ def load(kernel: Kernel, device: int) -> Any:
 
 
 def _compile(kernel: Kernel) -> Any:
-    """Compile for CuPy's current device, or find it in CuPy's disk cache."""
-    import cupy
-
+    """Compile for CuPy's current device, or find it in CuPy's disk cache, which is given up if it fails."""
+    cupy = require_cupy()
+    arch = int(cupy.cuda.Device().compute_capability)
+    obstacle = capability_obstacle(cupy, arch)
+    if obstacle is not None:
+        raise KernelCompileError(obstacle)
     try:
-        module = cupy.RawModule(
-            code=assemble(kernel.file), options=OPTIONS, name_expressions=(kernel.name,)
-        )
-        return module.get_function(kernel.name)
+        try:
+            return _build(cupy, kernel)
+        except Exception as error:
+            if in_memory():
+                raise
+            with without_disk_cache(reason(error)):
+                return _build(cupy, kernel)
     except Exception as error:
-        arch = cupy.cuda.Device().compute_capability
         raise KernelCompileError(
             f"{kernel.name} from kernels/{kernel.file} must compile for sm_{arch} with options "
             f"{' '.join(OPTIONS)}, and did not:\n{error}"
         ) from error
+
+
+def _build(cupy: Any, kernel: Kernel) -> Any:
+    """The function of a kernel, by CuPy."""
+    module = cupy.RawModule(
+        code=assemble(kernel.file), options=OPTIONS, name_expressions=(kernel.name,)
+    )
+    return module.get_function(kernel.name)
+
+
+def capability_obstacle(cupy: Any, capability: int) -> str | None:
+    """Why the kernels cannot be compiled for a compute capability, times ten; None if they can."""
+    if capability >= LOWEST_OF_CUDA_13:
+        return None
+    got = f"got {capability // 10}.{capability % 10}"
+    if capability < LOWEST_CAPABILITY:
+        return (
+            "the CUDA kernels need a GPU of compute capability 7.0 or later (7.5 or later with CUDA 13), "
+            f"{got}: use arrays on the CPU"
+        )
+    if cupy.cuda.nvrtc.getVersion()[0] >= 13:
+        return (
+            f"the compiler of CUDA 13 needs a GPU of compute capability 7.5 or later, {got}: "
+            'pip install "cupy-msda[cuda12x]", whose compiler takes 7.0 and later'
+        )
+    return None

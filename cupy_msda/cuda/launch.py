@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_msda.cuda import dlpack
+from cupy_msda.cuda import dlpack, importing
 from cupy_msda.cuda.compile import load
 from cupy_msda.cuda.plans import ARRAYS, Device, Fill, Launch, Plan, plan_backward, plan_forward
 from cupy_msda.problem import NO_TABLE, Grids, LevelTable, Problem
@@ -25,21 +25,7 @@ SLOT = {name: number for number, name in enumerate(ARRAYS)}
 _NULL = len(ARRAYS)  # the slot of null pointers
 _MAX_TABLES = 4096
 
-
-def require_cupy(torch_cuda: str | None = None) -> Any:
-    """CuPy, or an error that says what to install, for a torch of this CUDA version if given."""
-    try:
-        import cupy
-    except ModuleNotFoundError as error:
-        what = '"cupy-msda[cuda12x]" or, for a driver and torch of CUDA 13, "cupy-msda[cuda13x]"'
-        if torch_cuda is not None:
-            major = torch_cuda.partition(".")[0]
-            what = f'"cupy-msda[cuda{major}x]" fits this torch, built for CUDA {major}'
-        raise ModuleNotFoundError(
-            f"the CUDA kernels run through CuPy, which is not installed: pip install {what}",
-            name="cupy",
-        ) from error
-    return cupy
+require_cupy = importing.require_cupy  # whose errors say what to install
 
 
 class Arguments:

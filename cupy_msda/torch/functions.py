@@ -55,7 +55,7 @@ def ms_deform_attn(
 
     Raises
     ------
-    TypeError, ValueError, KernelCompileError, ModuleNotFoundError
+    TypeError, ValueError, KernelCompileError, ImportError
         As `cupy_msda.ms_deform_attn`.
 
     References
