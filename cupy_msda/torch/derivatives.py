@@ -29,7 +29,7 @@ from cupy_msda.torch.operands import (
     tensors_of,
     with_inputs,
 )
-from cupy_msda.torch.operators import BACKWARD, FORWARD
+from cupy_msda.torch.operators import BACKWARD, DIFFERENTIABLE_BACKWARD, FORWARD
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
 _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -43,9 +43,22 @@ def active() -> bool:
     return transforming or forward_ad._current_level >= 0
 
 
+def _is_traced() -> bool:
+    """Whether torch.jit.trace records the call, which it cannot where `active()` holds."""
+    if torch._C._get_tracing_state() is None:
+        return False
+    if active():
+        raise RuntimeError(
+            "torch.jit.trace cannot record cupy_msda.ms_deform_attn in forward mode or under a transform of "
+            "torch.func: trace the function that is transformed, or use torch.export"
+        )
+    return True
+
+
 def attention(operands: Operands) -> Tensor:
     """The output, for calls where `active()` holds."""
     if not torch.compiler.is_compiling():
+        _is_traced()
         return Attention.apply(*operands)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
     return reference.forward(  # type: ignore[no-any-return]
@@ -59,6 +72,8 @@ def attention(operands: Operands) -> Tensor:
 def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
+        if _is_traced():
+            return DIFFERENTIABLE_BACKWARD(*flat(operands))  # type: ignore[no-any-return]
         return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     if not active():
         return _CompiledGradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
@@ -277,3 +292,13 @@ def _refuse_batched_table(dims: Operands) -> None:
                 f"{name} must be the same for all samples of torch.func.vmap (in_dims None), "
                 f"got one for each along dimension {dim}"
             )
+
+
+def _differentiable_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a trace of torch.jit runs for `gradients`."""
+    return gradients(backward_operands(arguments))
+
+
+torch.library.impl(
+    "cupy_msda::ms_deform_attn_gradients", "CompositeImplicitAutograd", _differentiable_backward
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import contract
@@ -21,6 +22,7 @@ from cupy_msda.torch.operands import (
     flat,
     given_of,
     joined,
+    order_of,
     pack,
     tensors_of,
 )
@@ -74,7 +76,7 @@ def ms_deform_attn(
             value.requires_grad
             or sampling_locations.requires_grad
             or attention_weights.requires_grad
-        )
+        ) and _get_tracing_state() is None
     except AttributeError:  # one of them is no tensor, which the check will say
         records = False
     if records:
@@ -265,3 +267,14 @@ def _traced(operands: Operands) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         return export.forward(operands)
     return operators.FORWARD(*operands)  # type: ignore[no-any-return]
+
+
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    """What a trace of torch.jit runs for `ms_deform_attn`."""
+    operands = Operands(*arguments)
+    return ms_deform_attn(*given_of(operands), query_order=order_of(operands))
+
+
+torch.library.impl(
+    "cupy_msda::ms_deform_attn", "CompositeImplicitAutograd", _differentiable_forward
+)

@@ -135,7 +135,7 @@ def _table_of(operands: Operands) -> tuple[Any, Any]:
     )
 
 
-def _order_of(operands: Operands) -> Any:
+def order_of(operands: Operands) -> Any:
     """query_order as the public functions take it."""
     return AUTO if operands.query_order is None else _pairs(operands.query_order) or None
 
@@ -252,7 +252,7 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
     problem, table = contract.check(*given_of(operands))
-    grids = contract.check_query_order(_order_of(operands), problem.num_queries)
+    grids = contract.check_query_order(order_of(operands), problem.num_queries)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
     return problem, table, grids
@@ -263,7 +263,7 @@ def check_traced(operands: Operands) -> None:
     contract.check(*given_of(operands), traced=True)
     num_queries = operands.sampling_locations.shape[1]
     if all(isinstance(number, int) for number in (num_queries, *(operands.query_order or ()))):
-        contract.check_query_order(_order_of(operands), num_queries)
+        contract.check_query_order(order_of(operands), num_queries)
 
 
 def levels_of(operands: Operands) -> list[Level]:

@@ -39,12 +39,19 @@ from cupy_msda.torch.operands import (
     tensors_of,
 )
 
-for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
-    torch.library.define(
-        f"cupy_msda::ms_deform_attn_{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
-    )
+for _name, _schema in (
+    ("ms_deform_attn_forward", FORWARD_SCHEMA),
+    ("ms_deform_attn_backward", BACKWARD_SCHEMA),
+    # The same with autograd, which costs a call more: what torch.jit.trace records, since a trace may be run with
+    # gradients. The modules that differentiate implement them, by the operators above.
+    ("ms_deform_attn", FORWARD_SCHEMA),
+    ("ms_deform_attn_gradients", BACKWARD_SCHEMA),
+):
+    torch.library.define(f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
+DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -68,6 +75,8 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
         else:
             return output, (call, seen)
     refuse_undispatchable(operands)
+    if _get_tracing_state() is not None:
+        return DIFFERENTIABLE_FORWARD(*operands), None
     return FORWARD(*operands), None
 
 
