@@ -27,6 +27,9 @@ from cupy_msda.torch.operands import (
     tensors_of,
 )
 
+# value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+_Inputs = tuple[Any, Any, Any, Any, Any]
+
 
 def ms_deform_attn(
     value: Tensor,
@@ -66,24 +69,32 @@ def ms_deform_attn(
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling():
+        return _compiled(_promoted(inputs), query_order)
+    try:
         if derivatives.active():
             return _transformed(pack(*inputs, query_order))
-        return MSDeformAttnFunction.apply(*inputs, None, query_order)  # which Dynamo passes by
-    if derivatives.active():
-        return _transformed(pack(*inputs, query_order))
-    try:
-        records = torch.is_grad_enabled() and (
-            value.requires_grad
-            or sampling_locations.requires_grad
-            or attention_weights.requires_grad
-        ) and _get_tracing_state() is None
-    except AttributeError:  # one of them is no tensor, which the check will say
-        records = False
-    if records:
-        # Each argument that torch is spared is time on small problems.
-        rest = () if query_order is AUTO else (None, query_order)
-        return MSDeformAttnFunction.record(*inputs, *rest)
-    return operators.recorded_forward(pack(*inputs, query_order))[0]
+        try:
+            records = (
+                torch.is_grad_enabled()
+                and (
+                    value.requires_grad
+                    or sampling_locations.requires_grad
+                    or attention_weights.requires_grad
+                )
+                and _get_tracing_state() is None
+            )
+        except AttributeError:  # one of them is no tensor, which the check will say
+            records = False
+        if records:
+            # Each argument that torch is spared is time on small problems.
+            rest = () if query_order is AUTO else (None, query_order)
+            return MSDeformAttnFunction.record(*inputs, *rest)
+        return operators.recorded_forward(pack(*inputs, query_order))[0]
+    except TypeError:
+        promoted = _promoted(inputs)  # only now, since asking for autocast takes time
+        if promoted is inputs:
+            raise
+    return ms_deform_attn(*promoted, query_order=query_order)
 
 
 def ms_deform_attn_backward(
@@ -112,12 +123,18 @@ def ms_deform_attn_backward(
     Errors and source: as `ms_deform_attn`.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    operands = pack(*inputs, query_order)
+    operands = pack(*_promoted(inputs), query_order)
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:
         problem, _ = contract.check(*given_of(operands))
         contract.check_grad_output(problem, grad_output, value)
-    return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    by_value, by_locations, by_weights = gradients
+    return (
+        by_value,
+        by_locations.to(sampling_locations.dtype),
+        by_weights.to(attention_weights.dtype),
+    )
 
 
 def ms_deform_attn_core_pytorch(
@@ -220,6 +237,10 @@ class MSDeformAttnFunction(torch.autograd.Function):
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+        if (
+            compiling
+        ):  # Dynamo comes here from `apply`; autograd gives gradients the dtypes of the arguments
+            inputs = _promoted(inputs)
         operands = pack(*inputs, query_order)
         ctx.constants = constants_of(operands)
         ctx.save_for_backward(*tensors_of(operands))
@@ -253,6 +274,44 @@ class MSDeformAttnFunction(torch.autograd.Function):
             by_locations if needed.sampling_locations else None,
             by_weights if needed.attention_weights else None,
         )
+
+
+def _promoted(inputs: _Inputs) -> _Inputs:
+    """The inputs with what autocast changes: points in 16 bits and of another dtype than value become float32."""
+    value, shapes, start_index, *points = inputs
+    narrow = [_is_narrow(one, value) for one in points]
+    if not any(narrow) or not _autocasts(value):
+        return inputs
+    locations, weights = (
+        one.float() if is_narrow else one for one, is_narrow in zip(points, narrow, strict=True)
+    )
+    return value, shapes, start_index, locations, weights
+
+
+def _is_narrow(points: Any, value: Any) -> bool:
+    """Whether these are locations or weights in 16 bits beside a value of another dtype."""
+    return (
+        isinstance(points, Tensor)
+        and isinstance(value, Tensor)
+        and points.dtype in operators.HALF
+        and points.dtype != value.dtype
+    )
+
+
+def _autocasts(value: Tensor) -> bool:
+    """Whether autocast is on for the device of value; it leaves float64 alone."""
+    return (
+        value.dtype != torch.float64
+        and value.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(value.device.type)
+    )
+
+
+def _compiled(inputs: _Inputs, query_order: Any) -> Tensor:
+    """`ms_deform_attn` as torch compiles or exports it."""
+    if derivatives.active():
+        return _transformed(pack(*inputs, query_order))
+    return MSDeformAttnFunction.apply(*inputs, None, query_order)  # which Dynamo passes by
 
 
 def _transformed(operands: Operands) -> Tensor:

@@ -53,7 +53,7 @@ BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
 DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 # --- eager calls ---------------------------------------------------------------------------------
 
@@ -143,6 +143,11 @@ def refuse_undispatchable(operands: Operands) -> None:
     if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise contract.unsupported_device(str(value.device))
     _refuse_rocm(value)
+    mixed = any(
+        p.dtype is not torch.float32 and p.dtype is not value.dtype for p in (locations, weights)
+    )
+    if mixed and not torch.compiler.is_compiling():
+        check(operands)  # before a mode or a tracer records the call
     tables = (operands.spatial_shapes, operands.level_start_index)
     if any(
         tensor is not None and tensor.is_meta for tensor in (value, locations, weights, *tables)
@@ -300,7 +305,7 @@ def _check_grad_output(operands: BackwardOperands, call: Call) -> None:
 
 def _numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
-    if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
+    if tensor.dtype in HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
     return tensor.detach().contiguous().numpy()
 
