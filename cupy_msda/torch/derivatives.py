@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
 from cupy_msda.problem import MAX_GRIDS
+from cupy_msda.torch import flops
 from cupy_msda.torch.operands import (
     NO_OPERANDS,
     BackwardOperands,
@@ -58,6 +59,7 @@ def _is_traced() -> bool:
 def attention(operands: Operands) -> Tensor:
     """The output, for calls where `active()` holds."""
     if not torch.compiler.is_compiling():
+        flops.register()
         _is_traced()
         return Attention.apply(*operands)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
@@ -72,6 +74,7 @@ def attention(operands: Operands) -> Tensor:
 def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
+        flops.register()
         if _is_traced():
             return DIFFERENTIABLE_BACKWARD(*flat(operands))  # type: ignore[no-any-return]
         return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]

@@ -23,7 +23,7 @@ from torch._C._autograd import _profiler_enabled
 from cupy_msda import contract
 from cupy_msda.cpu import backend
 from cupy_msda.problem import INT32_MAX
-from cupy_msda.torch import exchange
+from cupy_msda.torch import exchange, flops
 from cupy_msda.torch.exchange import Gradients
 from cupy_msda.torch.operands import (
     BACKWARD_SCHEMA,
@@ -77,6 +77,7 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
     refuse_undispatchable(operands)
     if _get_tracing_state() is not None:
         return DIFFERENTIABLE_FORWARD(*operands), None
+    flops.register()
     return FORWARD(*operands), None
 
 
@@ -96,6 +97,7 @@ def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gr
                 return _backward(operands)
         except exchange.NoMemoryError:
             pass  # torch's dispatcher unwraps it
+    flops.register()
     return BACKWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
@@ -352,6 +354,7 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+flops.register()
 for _name, _run, _fake in (
     ("forward", _dispatched_forward, _fake_forward),
     ("backward", _dispatched_backward, _fake_backward),
