@@ -12,7 +12,13 @@ from array_api_compat import array_namespace
 
 import cupy_msda
 from cupy_msda.arrays import library, on_host
-from cupy_msda.contract import check, check_described, check_grad_output, check_query_order
+from cupy_msda.contract import (
+    check,
+    check_described,
+    check_grad_output,
+    check_query_order,
+    refuse_scripting,
+)
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 
@@ -25,6 +31,7 @@ class MSDeformAttnGradients(NamedTuple):
     attention_weights: Any
 
 
+@refuse_scripting
 def ms_deform_attn(
     value: Any,
     spatial_shapes: Any,
@@ -97,6 +104,7 @@ def ms_deform_attn(
     return _like(value, launch.forward_arrays(problem, table, grids, *arrays))
 
 
+@refuse_scripting
 def ms_deform_attn_backward(
     grad_output: Any,
     value: Any,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cupy_msda.contract import check, check_module
+from cupy_msda.contract import NO_SCRIPT, check, check_module
 from cupy_msda.torch import ms_deform_attn
 
 # Leaf functions in a graph of torch.fx: they branch on shapes and dtypes, which fx does not know.
@@ -84,6 +84,10 @@ class MSDeformAttn(nn.Module):
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this."""
+        raise RuntimeError(NO_SCRIPT)
 
     def extra_repr(self) -> str:
         """The sizes, as printed by ``print(module)``."""

@@ -22,8 +22,9 @@ _CORNERS, _MULTIPLY_ADD = 4, 2
 
 def _once(operands: Operands) -> int:
     """One multiply-add for each channel of each corner."""
-    channels = operands.value.shape[3]
-    return _MULTIPLY_ADD * _CORNERS * prod(operands.attention_weights.shape) * channels  # type: ignore[no-any-return]
+    points: int = prod(operands.attention_weights.shape)  # N, Lq, M, L, P
+    channels: int = operands.value.shape[3]
+    return _MULTIPLY_ADD * _CORNERS * points * channels
 
 
 def forward(*arguments: Any, out_val: Any = None) -> int:
@@ -34,7 +35,8 @@ def forward(*arguments: Any, out_val: Any = None) -> int:
 def backward(*arguments: Any, out_val: Any = None) -> int:
     """FLOPs of the backward operator."""
     operands = backward_operands(arguments)
-    return (operands.needs_value + operands.needs_points) * _once(operands.forward)  # type: ignore[no-any-return]
+    passes: int = operands.needs_value + operands.needs_points
+    return passes * _once(operands.forward)
 
 
 def register() -> None:
@@ -46,7 +48,7 @@ def register() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None:
         return
-    modes = _get_current_dispatch_mode_stack()  # type: ignore[no-untyped-call]
+    modes = _get_current_dispatch_mode_stack()
     counters = [module, *(getattr(mode, "counter", mode) for mode in modes)]
     # Not by `register_flop_formula`: under the keys that it uses in torch 2.4, the counter finds no operator.
     for counter in counters:

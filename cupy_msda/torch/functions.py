@@ -31,6 +31,7 @@ from cupy_msda.torch.operands import (
 _Inputs = tuple[Any, Any, Any, Any, Any]
 
 
+@contract.refuse_scripting
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Any,
@@ -97,6 +98,7 @@ def ms_deform_attn(
     return ms_deform_attn(*promoted, query_order=query_order)
 
 
+@contract.refuse_scripting
 def ms_deform_attn_backward(
     grad_output: Tensor,
     value: Tensor,
@@ -248,11 +250,6 @@ class MSDeformAttnFunction(torch.autograd.Function):
             return _traced(operands)
         output, ctx.recorded = operators.recorded_forward(operands)
         return output
-
-    @staticmethod
-    def symbolic(*_: Any) -> None:
-        """Refuse the old exporter to ONNX, which calls this and cannot look into a Function."""
-        raise RuntimeError(operators.NO_OLD_EXPORTER)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:

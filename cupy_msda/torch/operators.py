@@ -39,14 +39,15 @@ from cupy_msda.torch.operands import (
     tensors_of,
 )
 
-for _name, _schema in (
-    ("ms_deform_attn_forward", FORWARD_SCHEMA),
-    ("ms_deform_attn_backward", BACKWARD_SCHEMA),
+_SCHEMAS = {
+    "ms_deform_attn_forward": FORWARD_SCHEMA,
+    "ms_deform_attn_backward": BACKWARD_SCHEMA,
     # The same with autograd, which costs a call more: what torch.jit.trace records, since a trace may be run with
     # gradients. The modules that differentiate implement them, by the operators above.
-    ("ms_deform_attn", FORWARD_SCHEMA),
-    ("ms_deform_attn_gradients", BACKWARD_SCHEMA),
-):
+    "ms_deform_attn": FORWARD_SCHEMA,
+    "ms_deform_attn_gradients": BACKWARD_SCHEMA,
+}
+for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
@@ -322,6 +323,11 @@ def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
 # --- registration --------------------------------------------------------------------------------
 
 
+def _refuse_old_exporter(*_: Any) -> None:
+    """What the old exporter to ONNX calls for an operator in the graph of a traced module."""
+    raise RuntimeError(NO_OLD_EXPORTER)
+
+
 def _hashable(operands: Operands) -> Operands:
     """The operands with tuples for the lists that the dispatcher makes."""
     return Operands(*(tuple(part) if isinstance(part, list) else part for part in operands))
@@ -354,6 +360,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+for _name in _SCHEMAS:
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        f"cupy_msda::{_name}", _refuse_old_exporter, 9
+    )
 flops.register()
 for _name, _run, _fake in (
     ("forward", _dispatched_forward, _fake_forward),
