@@ -65,6 +65,8 @@ def ms_deform_attn(
         outside read zero.
     attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
         Used as given: not normalised here.
+        Under torch's autocast, 16-bit locations and weights of another dtype than `value` become
+        float32; elsewhere they are a TypeError.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
         A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
         grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in

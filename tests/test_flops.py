@@ -101,20 +101,24 @@ def test_the_module_counts():
 
 # torch 2.13's own tracer makes a Function and warns about it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.4."),
+    reason="torch 2.4 itself compiles no autograd Function under a counter",
+)
 def test_compiled_calls_count():
     inputs = with_grad(INPUTS)
     torch.compiler.reset()
 
     def run(value, locations, weights):
-        return ms_deform_attn(value, SIZES, None, locations, weights)
+        return ms_deform_attn(value * 1, SIZES, None, locations, weights)
 
     compiled = torch.compile(run, backend="aot_eager")
 
     def step():
         compiled(*inputs.tensors).sum().backward()
 
-    step()  # torch 2.4 cannot compile under a counter
-    assert counted(step) == (ONCE, 2 * ONCE)
+    for _ in range(2):
+        assert counted(step) == (ONCE, 2 * ONCE)
 
 
 def test_a_counter_that_is_loaded_later_counts():

@@ -50,6 +50,8 @@ def ms_deform_attn(
     level_start_index : sequence of ints or integer tensor, shape (L,), or None
     sampling_locations : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     attention_weights : Tensor, shape (N, Lq, M, L, P)
+        Under autocast, locations and weights may have another 16-bit dtype than value: they become
+        float32. Value keeps its dtype, and gradients have the dtypes of the arguments.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16, in queries
         A hint about time: the grids on which the Lq queries lie one after another.
 
