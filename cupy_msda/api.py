@@ -13,7 +13,13 @@ from array_api_compat import array_namespace
 
 import cupy_msda
 from cupy_msda.arrays import library, on_host
-from cupy_msda.contract import check, check_described, check_grad_output, check_query_order
+from cupy_msda.contract import (
+    check,
+    check_described,
+    check_grad_output,
+    check_query_order,
+    refuse_scripting,
+)
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 
@@ -26,6 +32,7 @@ class MSDeformAttnGradients(NamedTuple):
     attention_weights: Any
 
 
+@refuse_scripting
 def ms_deform_attn(
     value: Any,
     spatial_shapes: Any,
@@ -63,6 +70,8 @@ def ms_deform_attn(
         outside read zero.
     attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
         Used as given: not normalised here.
+        Under torch's autocast, 16-bit locations and weights of another dtype than `value` become
+        float32; elsewhere they are a TypeError.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
         A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
         grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
@@ -102,6 +111,7 @@ def ms_deform_attn(
     return _like(value, launch.forward_arrays(problem, table, grids, *arrays))
 
 
+@refuse_scripting
 def ms_deform_attn_backward(
     grad_output: Any,
     value: Any,

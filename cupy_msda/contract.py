@@ -14,7 +14,7 @@ from itertools import accumulate
 from math import isfinite
 from numbers import Integral, Real
 from reprlib import repr as short_repr
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,16 @@ _INTEGERS = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32,
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # Results become arrays of the caller's library by its namespace's from_dlpack.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
+
+# torch.jit.script compiles Python that it knows, which this package's is not.
+NO_SCRIPT = "cupy_msda cannot be compiled by torch.jit.script: use torch.jit.trace, torch.export or torch.compile"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def refuse_scripting(function: _Function) -> _Function:
+    """Mark a function as one that torch.jit.script refuses with `NO_SCRIPT`."""
+    vars(function)["__script_unsupported"] = NO_SCRIPT
+    return function
 
 
 def check(

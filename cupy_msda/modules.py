@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cupy_msda.contract import check, check_module, check_projected, check_sizes, read_table
+from cupy_msda.contract import (
+    NO_SCRIPT,
+    check,
+    check_module,
+    check_projected,
+    check_sizes,
+    read_table,
+)
 from cupy_msda.torch import ms_deform_attn
 from cupy_msda.torch.operands import traceable
 
@@ -108,6 +115,10 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
+    def __prepare_scriptable__(self) -> None:
+        """Refuse torch.jit.script, which calls this."""
+        raise RuntimeError(NO_SCRIPT)
+
     def extra_repr(self) -> str:
         """The sizes, as printed by ``print(module)``."""
         text = (
@@ -180,13 +191,6 @@ class MSDeformAttn(nn.Module):
         )
         projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
         return projected
-
-    def __prepare_scriptable__(self) -> Any:
-        """Refuse torch.jit.script, which asks this of every module and cannot compile the checks."""
-        raise TypeError(
-            "torch.jit.script must not be used on a model with MSDeformAttn, got such a model: use torch.jit.trace, "
-            "torch.export or torch.compile"
-        )
 
     def _project_value(self, input_flatten: Tensor, input_padding_mask: Tensor | None) -> Tensor:
         """The value of the operator, shape (N, S, M, D), zero at padding."""

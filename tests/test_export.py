@@ -231,7 +231,7 @@ def test_saved_programs_run_in_a_new_process(tmp_path):
             runnable = arguments if dynamic else arguments[:1]
             expected[path] = saved(program, path, model, runnable)
     checkout = str(Path(__file__).parents[1])
-    imports = f"import sys; sys.path.append({checkout!r}); import torch, cupy_msda.torch"
+    imports = f"import sys; sys.path.append({checkout!r}); import torch, cupy_msda"
     run(imports + textwrap.dedent(LOAD_AND_RUN), *expected, cwd=tmp_path)
     for path, outputs in expected.items():
         for got, output in zip(torch.load(f"{path}.out"), outputs, strict=True):
@@ -605,10 +605,33 @@ def test_dynamic_level_sizes_in_onnxruntime(to_onnx):
         torch.testing.assert_close(infer(*arguments), model(*arguments).detach())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it is deprecated, part by part
-def test_the_old_onnx_exporter_is_refused(tmp_path):
+OLD_EXPORTER = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",  # it is deprecated, part by part
+    "ignore::torch.jit.TracerWarning",  # it makes sizes constants
+)
+
+
+@OLD_EXPORTER
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("entry", ["list", "function", "module"])
+def test_the_old_onnx_exporter_is_refused(entry, grad, mode, tmp_path):
+    if entry == "module":
+        model, arguments = Attention("list", grad).train(grad), attention_arguments(*TRACED)
+    else:
+        model, arguments = Bare(entry), bare_arguments(*TRACED)
+        arguments = tuple(tensor.requires_grad_(grad) for tensor in arguments)
+    with mode(), pytest.raises(RuntimeError, match=r"torch\.onnx\.export needs dynamo=True"):
+        torch.onnx.export(model, arguments, tmp_path / "model.onnx", dynamo=False)
+
+
+@OLD_EXPORTER
+@pytest.mark.filterwarnings("ignore:no signature found for <torch.ScriptMethod:UserWarning")
+def test_the_old_onnx_exporter_is_refused_for_a_traced_model(tmp_path):
+    arguments = bare_arguments(*TRACED)
+    traced = torch.jit.trace(Bare(), arguments)
     with pytest.raises(RuntimeError, match=r"torch\.onnx\.export needs dynamo=True"):
-        torch.onnx.export(Bare(), bare_arguments(*TRACED), tmp_path / "model.onnx", dynamo=False)
+        torch.onnx.export(traced, arguments, tmp_path / "model.onnx", dynamo=False)
 
 
 # --- AOTInductor -----------------------------------------------------------------------------------

@@ -110,8 +110,9 @@ TORCH_LAYERS = {
     "operands": set(),
     "exchange": {"operands"},
     "dtensor": {"operands"},
-    "operators": {"exchange", "dtensor", "operands"},
-    "derivatives": {"operators", "operands"},
+    "flops": {"operands"},
+    "operators": {"exchange", "dtensor", "flops", "operands"},
+    "derivatives": {"operators", "flops", "operands"},
     "export": {"operators", "operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
     "": {"functions"},
@@ -246,6 +247,17 @@ def test_the_part_for_torch_is_loaded_when_it_is_asked():
     assert finished.stderr.splitlines()[-1].startswith("ModuleNotFoundError: ")
 
 
+REGISTERED = "hasattr(torch.ops.cupy_msda, 'ms_deform_attn_forward')"
+
+
+def test_importing_the_package_beside_torch_registers_the_operators():
+    light = f"sys.modules.keys().isdisjoint({[*HEAVY[1:], 'triton', 'torch.utils.flop_counter']})"
+    assert output(f"import sys, torch, cupy_msda; print({REGISTERED}, {light})") == "True True"
+    assert output(f"import cupy_msda, torch, cupy_msda.torch; print({REGISTERED})") == "True"
+    # No submodule of the package is an exception.
+    assert output(f"import torch, cupy_msda.contract; print({REGISTERED})") == "True"
+
+
 def test_the_rule_for_dtensors_comes_with_the_module_for_them():
     code = "import sys, cupy_msda.distributed; print('cupy_msda.torch.dtensor' in sys.modules)"
     assert output(code) == "True"
@@ -301,6 +313,16 @@ SMALL_CALL = """
 """
 # The centre of a 2 x 3 level is halfway between rows 1 and 4 of value, which start at 4 and 16.
 SMALL_RESULT = "[20.0, 22.0, 24.0, 26.0] 8.0"
+
+
+def test_a_torch_that_does_not_fit_is_no_obstacle_to_numpy_arrays():
+    old = "import types, warnings; sys.modules['torch'] = types.ModuleType('torch')\n"
+    finished = run(old + "import cupy_msda")
+    assert "cupy_msda cannot register its operators with torch" in finished.stderr  # an error by -W
+    assert (
+        output(old + "warnings.simplefilter('ignore')" + textwrap.dedent(SMALL_CALL))
+        == SMALL_RESULT
+    )
 
 
 @pytest.mark.parametrize(

@@ -585,16 +585,6 @@ def test_sizes_must_be_positive(name):
         MSDeformAttn(**{name: 0})
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_scripting_is_refused():
-    """https://github.com/IDEA-Research/DINO/issues/96: TorchScript's own error tells nothing of what to do."""
-    model = nn.Sequential(nn.Linear(3, 3), MSDeformAttn(C, L, M, P))
-    with pytest.raises(
-        TypeError, match=r"torch.jit.script must not be used on .* use torch.jit.trace, "
-    ):
-        torch.jit.script(model)
-
-
 @pytest.mark.parametrize("ratio", [0, -1.0, 0.3, 1.1, float("nan"), float("inf"), 1e30])
 def test_ratio_must_keep_heads_whole(ratio):
     with pytest.raises(

@@ -136,7 +136,7 @@ def _table_of(operands: Operands) -> tuple[Any, Any]:
     )
 
 
-def _order_of(operands: Operands) -> Any:
+def order_of(operands: Operands) -> Any:
     """query_order as the public functions take it."""
     return AUTO if operands.query_order is None else _pairs(operands.query_order) or None
 
@@ -188,7 +188,7 @@ class Arguments(NamedTuple):
 
 def arguments_of(operands: Operands) -> tuple[Any, ...]:
     """The arguments of `apply` that `pack` makes these operands of."""
-    return (*given_of(operands), None, _order_of(operands))
+    return (*given_of(operands), None, order_of(operands))
 
 
 def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
@@ -343,7 +343,7 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
     problem, table = contract.check(*given_of(operands))
-    grids = contract.check_query_order(_order_of(operands), problem.num_queries)
+    grids = contract.check_query_order(order_of(operands), problem.num_queries)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
     return problem, table, grids
@@ -357,7 +357,7 @@ def check_traced(operands: Operands, grad_output: Any = None) -> None:
         problem, _ = contract.check(*given_of(operands), traced=True)
         numbers = (problem.num_queries, *(operands.query_order or ()))
         if all(isinstance(number, int) for number in numbers):
-            contract.check_query_order(_order_of(operands), problem.num_queries)
+            contract.check_query_order(order_of(operands), problem.num_queries)
         if grad_output is not None:
             contract.check_grad_output(problem, grad_output, operands.value)
     except GuardOnDataDependentSymNode:

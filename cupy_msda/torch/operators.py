@@ -23,7 +23,7 @@ from torch._C._autograd import _profiler_enabled
 from cupy_msda import contract
 from cupy_msda.cpu import backend
 from cupy_msda.problem import INT32_MAX
-from cupy_msda.torch import exchange
+from cupy_msda.torch import exchange, flops
 from cupy_msda.torch.exchange import Gradients
 from cupy_msda.torch.operands import (
     BACKWARD_SCHEMA,
@@ -41,17 +41,24 @@ from cupy_msda.torch.operands import (
     tensors_of,
 )
 
-for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
+_SCHEMAS = {
+    "ms_deform_attn_forward": FORWARD_SCHEMA,
+    "ms_deform_attn_backward": BACKWARD_SCHEMA,
+    # The same with autograd, which costs a call more: what torch.jit.trace records, since a trace may be run with
+    # gradients. The modules that differentiate implement them, by the operators above.
+    "ms_deform_attn": FORWARD_SCHEMA,
+    "ms_deform_attn_gradients": BACKWARD_SCHEMA,
+}
+for _name, _schema in _SCHEMAS.items():
     register_once(
-        torch.library.define,
-        f"cupy_msda::ms_deform_attn_{_name}",
-        _schema,
-        tags=torch.Tag.pt2_compliant_tag,
+        torch.library.define, f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
     )
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
+DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 # --- eager calls ---------------------------------------------------------------------------------
 
@@ -73,6 +80,9 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
         else:
             return output, (call, seen)
     refuse_undispatchable(operands)
+    if _get_tracing_state() is not None:
+        return DIFFERENTIABLE_FORWARD(*operands), None
+    flops.register()
     return FORWARD(*operands), None
 
 
@@ -92,6 +102,7 @@ def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gr
                 return _backward(operands)
         except exchange.NoMemoryError:
             pass  # torch's dispatcher unwraps it
+    flops.register()
     return BACKWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
@@ -141,6 +152,11 @@ def refuse_undispatchable(operands: Operands) -> None:
     if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise contract.unsupported_device(str(value.device))
     _refuse_rocm(value)
+    mixed = any(
+        p.dtype is not torch.float32 and p.dtype is not value.dtype for p in (locations, weights)
+    )
+    if mixed and not torch.compiler.is_compiling():
+        check(operands)  # before a mode or a tracer records the call
     if any(tensor.is_meta for tensor in given):
         check(operands)  # where only shapes are computed, nothing else does
     numbers = (*(operands.sizes or ()), *(operands.starts or ()), *(operands.query_order or ()))
@@ -306,7 +322,7 @@ def _check_grad_output(operands: BackwardOperands, call: Call) -> None:
 
 def _numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
-    if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
+    if tensor.dtype in HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
     try:
         return tensor.detach().contiguous().numpy()
@@ -324,6 +340,11 @@ def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
 
 
 # --- registration --------------------------------------------------------------------------------
+
+
+def _refuse_old_exporter(*_: Any) -> None:
+    """What the old exporter to ONNX calls for an operator in the graph of a traced module."""
+    raise RuntimeError(NO_OLD_EXPORTER)
 
 
 def _hashable(operands: Operands) -> Operands:
@@ -360,6 +381,11 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+for _name in _SCHEMAS:
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        f"cupy_msda::{_name}", _refuse_old_exporter, 9
+    )
+flops.register()
 for _name, _run, _fake in (
     ("forward", _dispatched_forward, _fake_forward),
     ("backward", _dispatched_backward, _fake_backward),
