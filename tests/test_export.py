@@ -395,11 +395,10 @@ def test_the_grids_of_the_queries_may_be_dynamic():
         program.module()(*others[:3], torch.ones(4, 4))
 
 
-def test_an_order_that_does_not_fit_is_refused_while_decomposing():
+def test_an_order_that_does_not_fit_is_refused_while_exporting():
     arguments = (*bare_arguments(*TRACED), torch.ones(2, 3))
-    program = torch.export.export(Ordered([(2, 2)]), arguments)
     with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 6"):
-        program.run_decompositions(decompositions())
+        torch.export.export(Ordered([(2, 2)]), arguments)
 
 
 def test_the_operator_stays_in_one_piece_unless_asked_for():
@@ -440,10 +439,18 @@ class Misfit(nn.Module):
     ],
     ids=["beyond S", "too few", "too few in a tensor"],
 )
-def test_what_does_not_fit_is_refused_while_decomposing(sizes, message):
-    program = torch.export.export(Misfit(sizes), bare_arguments(*TRACED), dynamic_shapes=DYNAMIC)
+def test_what_does_not_fit_is_refused_while_exporting(sizes, message):
+    arguments = bare_arguments(*TRACED)
     with pytest.raises(ValueError, match=message):
-        program.run_decompositions(decompositions())
+        torch.export.export(Misfit(sizes), arguments, dynamic_shapes=DYNAMIC)
+
+
+def test_what_does_not_fit_is_refused_while_decomposing():
+    """As in programs exported by versions that did not look while exporting."""
+    operator = torch.ops.cupy_msda.ms_deform_attn_forward.default
+    value, *points = bare_arguments(*TRACED)
+    with pytest.raises(ValueError, match="must keep every level inside the S = 47"):
+        decompositions()[operator](value, None, None, [5, 7, 4, 4], None, *points)
 
 
 # --- images of any size ----------------------------------------------------------------------------

@@ -303,8 +303,10 @@ def _mended(inputs: _Inputs, error: Exception) -> _Inputs | None:
 def _savable(arguments: Sequence[Any], names: Sequence[str], error: Exception) -> Any:
     """The arguments with copies of level tables that were made in inference mode, which autograd does not save.
 
-    None if there are none.
+    None if that is not the error.
     """
+    if "Inference tensors" not in str(error):
+        return None
     named = list(zip(names, arguments, strict=False))
     made = [name for name, part in named if isinstance(part, Tensor) and part.is_inference()]
     for name in made:
