@@ -2,11 +2,14 @@
 """Multi-scale deformable attention as run-time-compiled CUDA and CPU kernels: no build step.
 
 Importing this package imports neither torch, CuPy nor Numba; each is loaded when a name or an array
-needs it.
+needs it. Where torch is imported already, its operators are registered, so that saved programs load;
+where it is imported later, ``import cupy_msda.torch`` does that.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -68,3 +71,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+def _register_operators() -> None:
+    """Register torch's operators, without which no saved program that calls them can be loaded."""
+    try:
+        import_module("cupy_msda.torch")
+    except Exception as error:  # a torch that is too old is no obstacle to other arrays
+        warnings.warn(
+            f"cupy_msda cannot register its operators with torch: {error!r}", stacklevel=3
+        )
+
+
+if sys.modules.get("torch") is not None:
+    _register_operators()

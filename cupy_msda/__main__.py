@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+from cupy_msda.faults import reason
 
 _NEEDS = {
     "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
@@ -18,6 +22,8 @@ _NEEDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status of the process: 0, or 1 if a check failed."""
+    # Pictures go to files. In a notebook a command inherits the notebook's backend, which need not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
     parser = argparse.ArgumentParser(
         prog="python -m cupy_msda",
         description="Without a command: report the environment and the backend of each kind of array, and check "
@@ -27,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_demo(commands)
     _add_bench(commands)
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
     if options.command is None:
         return _report()
     needs = _NEEDS[options.command]
@@ -35,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = 'pip install "cupy-msda[torch,cpu,plot]"'
         what = " and ".join(missing)
         parser.exit(1, f"{parser.prog} {options.command}: {what} must be installed: {remedy}\n")
+    try:
+        if options.command == "bench":
+            from cupy_msda.bench import runner
+        else:
+            from cupy_msda import demo
+    except Exception as error:
+        parser.exit(1, f"{parser.prog} {options.command}: cannot start: {reason(error)}\n")
     if options.command == "bench":
-        from cupy_msda.bench import runner
-
         return runner.run(options.device, options.quick, options.output)
-    from cupy_msda import demo
-
     return demo.run(options.image, options.output)
 
 
@@ -103,4 +114,10 @@ def _report() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,13 @@ from array_api_compat import array_namespace
 
 import cupy_msda
 from cupy_msda.arrays import library, on_host
-from cupy_msda.contract import check, check_described, check_grad_output, check_query_order
+from cupy_msda.contract import (
+    check,
+    check_described,
+    check_grad_output,
+    check_query_order,
+    refuse_scripting,
+)
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 
@@ -25,6 +32,7 @@ class MSDeformAttnGradients(NamedTuple):
     attention_weights: Any
 
 
+@refuse_scripting
 def ms_deform_attn(
     value: Any,
     spatial_shapes: Any,
@@ -37,7 +45,10 @@ def ms_deform_attn(
     """Multi-scale deformable attention: weighted bilinear samples of a feature pyramid.
 
     CUDA arrays run the CUDA kernels on the current stream without synchronising; host arrays run
-    the Numba kernels where Numba is installed, else the reference. torch tensors are differentiable.
+    the Numba kernels where Numba is installed and works, else the reference. Their threads: for torch
+    tensors `torch.get_num_threads()`; for other arrays the least of NUMBA_NUM_THREADS,
+    `numba.set_num_threads`, OMP_NUM_THREADS, the limits by threadpoolctl (of OpenBLAS, MKL and OpenMP)
+    and the CPUs that the process may use. torch tensors are differentiable.
     Besides torch, CuPy and NumPy, any library will do that has DLPack and the array API standard's
     namespace (JAX, outside `jit`).
 
@@ -46,18 +57,21 @@ def ms_deform_attn(
     value : array, shape (N, S, M, D), float16, bfloat16, float32 or float64
         The levels of the pyramid one after another, each row-major; M heads of D channels.
     spatial_shapes : sequence of (H, W) pairs or integer array, shape (L, 2)
-        Pixels per level. An array may be on the host or on the device of `value`. The host never
-        reads it from the device of `value`: a level that does not fit S then gives NaN in every
-        output that it touches or, with the environment variable CUPY_MSDA_CHECK=1, a ValueError at
-        the price of a synchronisation.
+        Pixels per level. An array has 8 to 64 bits and is on the host, of any library, or on the
+        device of `value`, of its library. There the host never reads it: a level that does not fit
+        S gives NaN in every output that it touches, and positions that no level fills are not read.
+        With the environment variable CUPY_MSDA_CHECK=1 both are a ValueError, at the price of a
+        synchronisation. Beside host values, an array on a device is copied to the host.
     level_start_index : sequence of ints or integer array, shape (L,), or None
-        Where each level starts among the S positions; None: one after another. Levels may overlap
-        or leave gaps.
+        Where each level starts among the S positions, in the same forms; None: one after another,
+        and together they fill all S. Given starts may let levels overlap or leave gaps.
     sampling_locations : array, shape (N, Lq, M, L, P, 2), float32 or the dtype of `value`
         (x, y) as fractions of the level: (0, 0) top-left, (1, 1) bottom-right corner. Points
         outside read zero.
     attention_weights : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
         Used as given: not normalised here.
+        Under torch's autocast, 16-bit locations and weights of another dtype than `value` become
+        float32; elsewhere they are a TypeError.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
         A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
         grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
@@ -97,6 +111,7 @@ def ms_deform_attn(
     return _like(value, launch.forward_arrays(problem, table, grids, *arrays))
 
 
+@refuse_scripting
 def ms_deform_attn_backward(
     grad_output: Any,
     value: Any,
@@ -191,9 +206,9 @@ def warmup(
     """
     problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype)
     grids = check_query_order(query_order, problem.num_queries)
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f'device must be "cpu", "cuda" or "cuda:INDEX", got {device!r}')
+    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f'device must be "cpu", "cuda" or "cuda:INDEX", got {short_repr(device)}')
     if kind == "cpu":
         backend.compile_ahead(problem, backward)
     else:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from typing import Any
 
 _LIBRARIES = ("numpy", "torch", "cupy")
@@ -51,10 +49,10 @@ def device_of(array: Any) -> Any:
 class Described:
     """Stands for a host array of which only shape and dtype are known."""
 
-    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
-        """`dtype` is one of any library, a NumPy scalar type, or a name."""
-        self.shape = tuple(map(operator.index, shape))
-        self.dtype = str(getattr(dtype, "__name__", dtype)).rpartition(".")[2]
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        """`dtype` is its name."""
+        self.shape = shape
+        self.dtype = dtype
 
     def __dlpack__(self) -> None:
         """Never called: a check reads no contents."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import accumulate
+from math import isfinite
+from numbers import Integral, Real
 from reprlib import repr as short_repr
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,9 +22,21 @@ from cupy_msda.arrays import Described, device_of, dtype_name, library, place
 from cupy_msda.problem import INT32_MAX, MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+# Of which every library has the same; DLPack knows no narrower ones.
+_INTEGERS = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 _ARRAY_ATTRIBUTES = ("shape", "dtype", "__dlpack__", "__dlpack_device__")
 # Results become arrays of the caller's library by its namespace's from_dlpack.
 _OTHER_ARRAY_ATTRIBUTES = (*_ARRAY_ATTRIBUTES, "__array_namespace__")
+
+# torch.jit.script compiles Python that it knows, which this package's is not.
+NO_SCRIPT = "cupy_msda cannot be compiled by torch.jit.script: use torch.jit.trace, torch.export or torch.compile"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def refuse_scripting(function: _Function) -> _Function:
+    """Mark a function as one that torch.jit.script refuses with `NO_SCRIPT`."""
+    vars(function)["__script_unsupported"] = NO_SCRIPT
+    return function
 
 
 def check(
@@ -54,13 +68,38 @@ def check_described(
     points_dtype: Any,
 ) -> Problem:
     """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64."""
-    value = Described(value_shape, dtype)
+    value = Described(_described("value_shape", value_shape), _dtype_of("dtype", dtype))
     if points_dtype is None:
         points_dtype = "float64" if value.dtype == "float64" else "float32"
-    locations = Described(sampling_locations_shape, points_dtype)
-    weights = Described(locations.shape[:-1], locations.dtype)
-    levels = locations.shape[3] if len(locations.shape) > 3 else 0
-    return check(value, [(0, 0)] * levels, None, locations, weights)[0]
+    shape = _described("sampling_locations_shape", sampling_locations_shape)
+    locations = Described(shape, _dtype_of("points_dtype", points_dtype))
+    weights = Described(shape[:-1], locations.dtype)
+    levels = shape[3] if len(shape) > 3 else 0
+    return check(value, [(0, 0)] * levels, [0] * levels, locations, weights)[0]
+
+
+def _described(name: str, given: Any) -> tuple[int, ...]:
+    """The shape of an array that is only described."""
+    try:
+        shape = tuple(_number(number, operator.index) for number in _items(given))
+    except Exception as error:  # also what an iterator or an __index__ of the caller's raises
+        raise TypeError(
+            f"{name} must be a sequence of integers, got {short_repr(given)}"
+        ) from error
+    if shape and not 0 <= min(shape) <= max(shape) <= INT32_MAX:
+        raise ValueError(f"{name} must have sizes from 0 to 2**31 - 1, got {short_repr(shape)}")
+    return shape
+
+
+def _dtype_of(name: str, given: Any) -> str:
+    """The name of a dtype of any library, a NumPy scalar type or a name."""
+    try:
+        dtype = str(getattr(given, "__name__", given)).rpartition(".")[2]
+    except Exception:  # what is no dtype may raise anything when it is printed
+        dtype = ""
+    if not dtype.isidentifier():
+        raise TypeError(f"{name} must be a dtype or its name, got {short_repr(given)}")
+    return dtype
 
 
 def unsupported_device(where: str) -> ValueError:
@@ -86,12 +125,13 @@ def check_query_order(query_order: Any, num_queries: int) -> Grids:
     if isinstance(query_order, str) and query_order == "auto":
         return None
     try:
-        grids = tuple(map(_grid, query_order))
-    except TypeError as error:
+        rows = [_grid(row) for row in _items(query_order)]
+    except Exception as error:  # also what an iterator or an __index__ of the caller's raises
         raise TypeError(
             'query_order must be "auto", None or a sequence of (H, W) pairs of integers, '
             f"got {short_repr(query_order)}"
         ) from error
+    grids = _pairs("query_order", rows)
     if not 1 <= len(grids) <= MAX_GRIDS:
         raise ValueError(f"query_order must hold 1 to {MAX_GRIDS} grids, got {len(grids)}")
     for number, (height, width) in enumerate(grids):
@@ -109,6 +149,40 @@ def check_query_order(query_order: Any, num_queries: int) -> Grids:
     return grids
 
 
+def _grid(row: Any) -> tuple[int, ...]:
+    """The numbers of a row as ints; values that need a device synchronisation are rejected."""
+    sizes = tuple(_items(row))
+    for size in sizes:
+        if isinstance(size, bool) or hasattr(size, "__dlpack__"):
+            raise TypeError
+    return tuple(map(operator.index, sizes))
+
+
+def check_sizes(sizes: Mapping[str, Any], ratio: Any) -> int:
+    """Check the sizes of `MSDeformAttn` by name, d_model and n_heads among them; the channels of its value."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise TypeError(f"{name} must be an integer, got {short_repr(size)}")
+        if int(size) < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+        if int(size) > INT32_MAX:
+            raise ValueError(f"{name} must be below 2**31, got {size}")
+    d_model, n_heads = sizes["d_model"], sizes["n_heads"]
+    if d_model % n_heads:
+        raise ValueError(
+            f"d_model must be a multiple of n_heads, got d_model {d_model} with n_heads {n_heads}"
+        )
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
+        raise TypeError(f"ratio must be a number, got {short_repr(ratio)}")
+    channels = int(d_model * ratio) if isfinite(ratio) else 0
+    if not 1 <= channels <= INT32_MAX or channels % n_heads:
+        raise ValueError(
+            "ratio must be such that int(d_model * ratio) is a multiple of n_heads from 1 to 2**31 - 1, "
+            f"got {ratio} with d_model {d_model} and n_heads {n_heads}"
+        )
+    return channels
+
+
 def check_module(
     d_model: int,
     num_levels: int,
@@ -118,8 +192,10 @@ def check_module(
     input_padding_mask: Any,
 ) -> None:
     """Check the arguments of `MSDeformAttn.forward` that `check` does not see."""
+    _check_tensor("query", query)
     channels = f"C = {d_model}"
-    n, lq, _ = _check_shape("query", query, f"(N, Lq, {channels})", (None, None, d_model))
+    n, _, _ = _check_shape("query", query, f"(N, Lq, {channels})", (None, None, d_model))
+    _check_tensor("input_flatten", input_flatten, query)
     _, s, _ = _check_shape(
         "input_flatten",
         input_flatten,
@@ -127,20 +203,10 @@ def check_module(
         (n, None, d_model),
         ("query", query),
     )
-    shape = tuple(reference_points.shape)
-    if not (
-        len(shape) == 4
-        and shape[:2] == (n, lq)
-        and shape[2] in (1, num_levels)
-        and shape[3] in (2, 4)
-    ):
-        raise ValueError(
-            "reference_points must have shape (N, Lq, L or 1, 2 or 4) = "
-            f"({n}, {lq}, {num_levels} or 1, 2 or 4) since query has shape {tuple(query.shape)}, "
-            f"got {shape}"
-        )
+    _check_reference_points(reference_points, query, num_levels)
     if input_padding_mask is None:
         return
+    _check_tensor("input_padding_mask", input_padding_mask, query)
     if dtype_name(input_padding_mask) != "bool":
         raise TypeError(
             "input_padding_mask must have dtype bool, True for padding, "
@@ -153,6 +219,42 @@ def check_module(
         (n, s),
         ("input_flatten", input_flatten),
     )
+
+
+def _check_reference_points(reference_points: Any, query: Any, num_levels: int) -> None:
+    """Check them beside a query that is right."""
+    n, lq, _ = query.shape
+    _check_tensor("reference_points", reference_points, query)
+    if not dtype_name(reference_points).startswith(("float", "bfloat")):
+        raise TypeError(
+            f"reference_points must have a floating dtype, got {dtype_name(reference_points)}"
+        )
+    shape = tuple(reference_points.shape)
+    if not (
+        len(shape) == 4
+        and shape[0] in (1, n)
+        and shape[1] == lq
+        and shape[2] in (1, num_levels)
+        and shape[3] in (2, 4)
+    ):
+        raise ValueError(
+            "reference_points must have shape (N or 1, Lq, L or 1, 2 or 4) = "
+            f"({n} or 1, {lq}, {num_levels} or 1, 2 or 4) since query has shape {tuple(query.shape)}, "
+            f"got {shape}"
+        )
+
+
+def check_projected(name: str, given: Any, weight: Any) -> None:
+    """Check an argument of `MSDeformAttn.forward` against the weight of its projection."""
+    if device_of(given) != device_of(weight):
+        raise ValueError(
+            f"{name} must be on the device of the module's parameters, {place(weight)}, got {place(given)}"
+        )
+    if given.dtype != weight.dtype:
+        raise TypeError(
+            f"{name} must have the dtype of the module's parameters, {dtype_name(weight)}, "
+            f"got {dtype_name(given)}"
+        )
 
 
 def _check_value(value: Any) -> None:
@@ -208,10 +310,7 @@ def _check_array(name: str, array: Any) -> str:
     """Require an array that kernels can read and whose library can take their results."""
     lib = library(array)
     if lib == "torch" and hasattr(array, "layout"):
-        # A nested tensor has no shape to ask for.
-        if array.is_nested or str(array.layout) != "torch.strided":
-            got = "a nested tensor" if array.is_nested else array.layout
-            raise TypeError(f"{name} must be a dense tensor, got {got}")
+        _check_dense(name, array)
         return lib
     for needed in _ARRAY_ATTRIBUTES if lib in ("cupy", "numpy") else _OTHER_ARRAY_ATTRIBUTES:
         if not hasattr(array, needed):
@@ -219,9 +318,33 @@ def _check_array(name: str, array: Any) -> str:
                 f"{name} must be a torch, CuPy or NumPy array or one with "
                 f"{', '.join(_OTHER_ARRAY_ATTRIBUTES)}, got {type(array).__name__}"
             )
-    if lib == "numpy" and hasattr(array, "mask"):
-        raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
+    _check_dense(name, array)
     return lib
+
+
+def _check_dense(name: str, array: Any) -> None:
+    """Require an array of numbers in memory and nothing else."""
+    if library(array) == "torch":
+        # A nested tensor has no shape to ask for.
+        if array.is_nested or str(array.layout) != "torch.strided":
+            got = "a nested tensor" if array.is_nested else array.layout
+            raise TypeError(f"{name} must be a dense tensor, got {got}")
+    elif hasattr(array, "mask"):
+        raise TypeError(f"{name} must be an array without a mask, got {type(array).__name__}")
+
+
+def _check_tensor(name: str, given: Any, query: Any = None) -> None:
+    """Require a dense torch tensor, on the device of `query`."""
+    try:
+        if library(given) != "torch":
+            raise AttributeError
+        _check_dense(name, given)
+    except AttributeError as error:  # Dynamo of torch 2.4 knows no hasattr of a tensor
+        raise TypeError(f"{name} must be a torch tensor, got {type(given).__name__}") from error
+    if query is not None and given.device != query.device:
+        raise ValueError(
+            f"{name} must be on the device of query, {query.device}, got {given.device}"
+        )
 
 
 def _check_beside(name: str, array: Any, value: Any) -> None:
@@ -265,16 +388,15 @@ def _level_table(
     traced: bool,
 ) -> LevelTable:
     """Read the level table where that needs no synchronisation; keep the arrays elsewhere."""
-    sizes = _integers("spatial_shapes", spatial_shapes, "(L, 2)", value, sampling_locations, traced)
+    sizes = _half("spatial_shapes", spatial_shapes, value, sampling_locations, traced)
     starts: tuple[int, ...] | None = None
     if level_start_index is not None:
-        starts = _integers(
-            "level_start_index", level_start_index, "(L,)", value, sampling_locations, traced
-        )
+        starts = _half("level_start_index", level_start_index, value, sampling_locations, traced)
     elif sizes is not None:
         starts = tuple(accumulate((h * w for h, w in sizes), initial=0))[:-1]
     numbers = (value.shape[1], *(n for size in sizes or () for n in size), *(starts or ()))
-    if not traced or all(isinstance(number, int) for number in numbers):
+    checked = not traced or all(isinstance(number, int) for number in numbers)
+    if checked:
         _check_levels(sizes, starts, value.shape[1])
     known = len(sizes or starts or ())
     if known > MAX_HOST_LEVELS and place(value).startswith("cuda"):
@@ -282,6 +404,8 @@ def _level_table(
             f"spatial_shapes and level_start_index must hold at most {MAX_HOST_LEVELS} levels where value "
             f"is on a CUDA device and they are not, got {known}"
         )
+    if checked and sizes and level_start_index is None:
+        _check_filled(sizes, value.shape[1])
     return LevelTable(
         sizes,
         starts,
@@ -290,60 +414,27 @@ def _level_table(
     )
 
 
-def _integers(
-    name: str, given: Any, letters: str, value: Any, sampling_locations: Any, traced: bool
+def _half(
+    name: str, given: Any, value: Any, sampling_locations: Any, traced: bool
 ) -> tuple[Any, ...] | None:
     """An int or a pair of ints for each level; None if the array that holds them stays unread."""
     num_levels = sampling_locations.shape[3]
-    pairs = letters == "(L, 2)"
-    if all(hasattr(given, need) for need in ("dtype", "__dlpack__", "__dlpack_device__")):
-        if not dtype_name(given).startswith(("int", "uint")):
-            raise TypeError(
-                f"{name} must have an integer dtype in native byte order, got {dtype_name(given)}"
-            )
-        expected = (num_levels, 2) if pairs else (num_levels,)
-        _check_shape(name, given, letters, expected, ("sampling_locations", sampling_locations))
+    if _is_array(given):
+        _check_integer_array(name, given)
+        expected = (num_levels, 2) if _of_pairs(name) else (num_levels,)
+        source = ("sampling_locations", sampling_locations)
+        _check_shape(name, given, _letters(name), expected, source)
         if traced or _unread(name, given, value):
             return None
-        given = given.tolist() if hasattr(given, "tolist") else np.from_dlpack(given).tolist()
-    try:
-        rows = tuple(
-            given if traced else (_pair(row) if pairs else operator.index(row) for row in given)
-        )
-    except TypeError as error:
-        raise TypeError(
-            f"{name} must be a sequence of {'(H, W) pairs' if pairs else 'integers'} or an integer "
-            f"array of shape {letters}, got {short_repr(given)}"
-        ) from error
+        rows = _contents(name, given)
+    else:
+        rows = tuple(given) if traced else read_sequence(name, given)
     if len(rows) != num_levels:
         raise ValueError(
             f"{name} must have one entry for each of the L = {num_levels} levels of "
             f"sampling_locations, got {len(rows)}"
         )
     return rows
-
-
-def _pair(row: Any) -> tuple[int, int]:
-    """(H, W) as ints."""
-    sizes = tuple(map(operator.index, row))
-    try:
-        height, width = sizes
-    except ValueError as error:
-        raise ValueError(f"spatial_shapes must hold (H, W) pairs, got {short_repr(row)}") from error
-    return height, width
-
-
-def _grid(row: Any) -> tuple[int, int]:
-    """(H, W) as ints; values that need a device synchronisation are rejected."""
-    sizes = tuple(row)
-    for size in sizes:
-        if isinstance(size, bool) or hasattr(size, "__dlpack__"):
-            raise TypeError
-    try:
-        height, width = map(operator.index, sizes)
-    except ValueError as error:
-        raise ValueError(f"query_order must hold (H, W) pairs, got {short_repr(row)}") from error
-    return height, width
 
 
 def _unread(name: str, given: Any, value: Any) -> bool:
@@ -379,3 +470,130 @@ def _check_levels(
                 f"S = {spatial_size} positions of value, got (H, W) = {height, width}{at} "
                 f"for level {level}"
             )
+
+
+def _check_filled(sizes: Sequence[tuple[int, int]], spatial_size: int) -> None:
+    """Require levels one after another to fill the S positions of value."""
+    total = sum(height * width for height, width in sizes)
+    if total != spatial_size:
+        raise ValueError(
+            f"spatial_shapes must have levels that fill the S = {spatial_size} positions of value where "
+            f"level_start_index is None, got {total} positions in {short_repr(sizes)}"
+        )
+
+
+# --- reading a level table: the only place that does so, for arrays and sequences of any library -----
+
+
+def read_table(name: str, given: Any, integer: Callable[[Any], Any] = operator.index) -> Any:
+    """The ints, or pairs of ints, of half a level table; None for an array on a device, which stays unread.
+
+    `name` is "spatial_shapes" or "level_start_index"; `integer` reads a number that is no array.
+    """
+    if not _is_array(given):
+        return read_sequence(name, given, integer)
+    _check_integer_array(name, given)
+    shape, pairs = tuple(given.shape), _of_pairs(name)
+    if len(shape) != 1 + pairs or (pairs and shape[1] != 2):
+        raise ValueError(f"{name} must have shape {_letters(name)}, got {shape}")
+    return _contents(name, given) if place(given) == "cpu" else None
+
+
+def read_sequence(
+    name: str, given: Any, integer: Callable[[Any], Any] = operator.index
+) -> tuple[Any, ...]:
+    """The same of what is no array: of numbers or rows that are ints or arrays on the host."""
+    pairs = _of_pairs(name)
+    try:
+        rows = [
+            [_number(number, integer) for number in _items(row)] if pairs else _number(row, integer)
+            for row in _items(given)
+        ]
+    except _OnDeviceError as error:
+        raise TypeError(
+            f"{name} must be one array of shape {_letters(name)} where its numbers are on a device, since "
+            f"each would be a synchronisation, got a {type(given).__name__} of numbers on {error}"
+        ) from error
+    except Exception as error:  # also what an iterator or an __index__ of the caller's raises
+        what = "(H, W) pairs" if pairs else "integers"
+        raise TypeError(
+            f"{name} must be a sequence of {what} or an integer array of shape {_letters(name)}, "
+            f"got {short_repr(given)}"
+        ) from error
+    return _pairs(name, rows) if pairs else tuple(rows)
+
+
+def _pairs(name: str, rows: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    """Rows that are pairs."""
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{name} must hold (H, W) pairs, got {short_repr(tuple(row))}")
+    return tuple((height, width) for height, width in rows)
+
+
+def _items(given: Any) -> Iterator[Any]:
+    """The items of what has an order and is on the host; a TypeError for the rest."""
+    if isinstance(given, (str, bytes, bytearray, Set, Mapping)):
+        raise TypeError
+    _check_on_host(given)
+    return iter(given)
+
+
+def _number(given: Any, integer: Callable[[Any], Any]) -> Any:
+    """An int, given as one or as a 0-dimensional array of integers on the host; a TypeError for the rest."""
+    if isinstance(given, bool):
+        raise TypeError
+    if not _is_array(given):
+        return integer(given)
+    _check_on_host(given)
+    _check_dense("a number", given)
+    if dtype_name(given) not in _INTEGERS or tuple(given.shape) != ():
+        raise TypeError
+    return operator.index(given)
+
+
+class _OnDeviceError(TypeError):
+    """A part of a sequence is an array on the device that the message names."""
+
+
+def _check_on_host(given: Any) -> None:
+    """Require what the host can read number by number."""
+    if _is_array(given) and place(given) != "cpu":
+        raise _OnDeviceError(place(given))
+
+
+def _is_array(given: Any) -> bool:
+    """Whether it is an array of a library that has DLPack."""
+    return all(hasattr(given, need) for need in _ARRAY_ATTRIBUTES[1:])
+
+
+def _check_integer_array(name: str, given: Any) -> None:
+    """Require integers in a form that every library reads alike."""
+    _check_dense(name, given)
+    got = dtype_name(given)
+    if got not in _INTEGERS:
+        narrow = ", of fewer than 8 bits" if got.startswith(("int", "uint")) else ""
+        raise TypeError(
+            f"{name} must have an integer dtype in native byte order, got {got}{narrow}"
+        )
+
+
+def _contents(name: str, given: Any) -> tuple[Any, ...]:
+    """The numbers of an array, copied at once."""
+    try:
+        rows = given.tolist() if hasattr(given, "tolist") else np.from_dlpack(given).tolist()
+    except Exception as error:  # of the array's library: of a tracer, or without memory, say
+        raise TypeError(
+            f"{name} must be an array that the host can read, got {type(given).__name__}"
+        ) from error
+    return _pairs(name, rows) if _of_pairs(name) else tuple(rows)
+
+
+def _of_pairs(name: str) -> bool:
+    """Whether this half of a level table holds pairs."""
+    return name == "spatial_shapes"
+
+
+def _letters(name: str) -> str:
+    """The shape of this half of a level table as an array."""
+    return "(L, 2)" if _of_pairs(name) else "(L,)"

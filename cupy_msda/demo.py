@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from cupy_msda import MSDeformAttn, budget, ms_deform_attn, ms_deform_attn_core_pytorch, report
+from cupy_msda.faults import reason
 
 D_MODEL, LEVELS, HEADS, POINTS = 256, 4, 8, 4
 STRIDES = (8, 16, 32, 64)
 LONGER_SIDE = 640  # pixels; a larger picture is scaled down
+WHITES = (1, 255, 4095, 65535)  # of grey as fractions and in 8, 12 and 16 bits
 REPEATS = 5
 QUERIES_DRAWN = 4
 # A location gradient jumps where a point crosses from one cell of its level to the next, so float32 and float64 may
@@ -82,11 +84,39 @@ def load_picture(path: Path) -> np.ndarray:
     """The picture as an array (H, W, 3) in [0, 1], no side longer than LONGER_SIDE."""
     try:
         with path.open("rb") as opened, Image.open(opened) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-    except OSError as error:
-        raise SystemExit(f"the picture {path} cannot be read: {error}") from error
-    picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+            picture = _in_rgb(ImageOps.exif_transpose(file))
+            picture.thumbnail((LONGER_SIDE, LONGER_SIDE))
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        raise SystemExit(f"the picture {path} cannot be read: {reason(error)}") from error
     return np.asarray(picture, np.float32) / 255
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as viewers show it, in RGB of 8 bits: transparency over white; of an animation, the first frame."""
+    if picture.mode[0] in "IF":  # grey of 16 or 32 bits
+        picture = _in_8_bits(picture)
+    if not picture.mode.endswith(("A", "a")) and "transparency" not in picture.info:
+        return picture.convert("RGB")
+    background = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(background, picture.convert("RGBA")).convert("RGB")
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits scaled to 8; PIL's `convert` would clip it to 0 to 255.
+
+    Such a file does not say which number is white.
+    """
+    grey = np.asarray(picture, np.float64)
+    black, brightest = grey.min(), grey.max()
+    if not np.isfinite(brightest - black):
+        raise ValueError("its pixels must be finite, got infinity or NaN")
+    white = next((number for number in WHITES if black >= 0 and brightest <= number), None)
+    if white is None:
+        white = brightest
+    else:
+        black = 0
+    scaled = (grey - black) / max(white - black, np.finfo(np.float64).tiny)
+    return Image.fromarray((255 * scaled).round().astype(np.uint8))
 
 
 def build_scene(picture: np.ndarray, device: str) -> Scene:
@@ -307,8 +337,8 @@ def draw(scene: Scene, module: MSDeformAttn, output: Path) -> None:
     _legend(figure, scene.shapes)
     try:
         figure.savefig(output, format="png")
-    except OSError as error:
-        raise SystemExit(f"the picture {output} cannot be written: {error}") from error
+    except Exception as error:
+        raise SystemExit(f"the picture {output} cannot be written: {reason(error)}") from error
 
 
 def salient_queries(scene: Scene) -> list[int]:

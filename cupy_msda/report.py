@@ -28,32 +28,51 @@ from cupy_msda.cuda.importing import (
     cache_folder,
     cache_obstacle,
     distributions,
-    reason,
     require_cupy,
 )
 from cupy_msda.cuda.plans import Launch, plan_backward, plan_forward
+from cupy_msda.faults import reason
 from cupy_msda.problem import LevelTable, Problem
 
 
 def environment() -> Iterator[tuple[str, str]]:
-    """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array."""
+    """Label and text, line by line: versions, devices, sources, kernel cache, and the backend of each kind of array.
+
+    What cannot be found out is said in its line, whatever the reason.
+    """
     yield "cupy-msda", f"{cupy_msda.__version__} in {Path(__file__).parent}"
-    yield "kernel sources", _kernel_sources()
-    yield "kernel cache", _kernel_cache()
-    yield (
-        "python",
-        f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors",
-    )
+    yield "kernel sources", _told(_kernel_sources)
+    yield "kernel cache", _told(_kernel_cache)
+    yield "python", _told(_python)
     for name in ("numpy", "array-api-compat", "numba"):
-        yield name, _version(name)
-    yield "torch", _torch_version()
-    yield "cupy", _cupy_version()
-    yield "nvrtc", _nvrtc_version()
+        yield name, _told(_version, name)
+    yield "torch", _told(_torch_version)
+    yield "cupy", _told(_cupy_version)
+    yield "nvrtc", _told(_nvrtc_version)
     yield from _devices()
     yield "", ""
-    yield "CPU arrays", cpu_backend()
-    for label, obstacle in (("torch on CUDA", torch_obstacle()), ("CuPy arrays", cupy_obstacle())):
-        yield label, "CUDA kernels" if obstacle is None else f"cannot run: {obstacle}"
+    yield "CPU arrays", _told(cpu_backend)
+    for label, find in (("torch on CUDA", torch_obstacle), ("CuPy arrays", cupy_obstacle)):
+        yield label, _told(_cuda_backend, find)
+
+
+def _told(describe: Callable[..., str], *arguments: Any) -> str:
+    """What `describe` returns, or why it cannot."""
+    try:
+        return describe(*arguments)
+    except Exception as error:
+        return f"cannot be told ({reason(error)})"
+
+
+def _python() -> str:
+    """Python, the system and its processors."""
+    return f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} processors"
+
+
+def _cuda_backend(find: Callable[[], str | None]) -> str:
+    """Whether arrays on a GPU run, or the obstacle."""
+    obstacle = find()
+    return "CUDA kernels" if obstacle is None else f"cannot run: {obstacle}"
 
 
 @cache
@@ -93,6 +112,15 @@ def torch_obstacle() -> str | None:
     """Why CUDA tensors of torch cannot run the CUDA kernels, and the remedy; None if they can."""
     if find_spec("torch") is None:
         return 'torch is not installed: pip install "cupy-msda[torch]"'
+    try:
+        obstacle = _torch_build_obstacle()
+    except Exception as error:
+        return f"torch is installed and does not work ({reason(error)}): install it again"
+    return obstacle or cupy_obstacle()
+
+
+def _torch_build_obstacle() -> str | None:
+    """What keeps torch itself from a GPU of NVIDIA."""
     import torch
 
     if torch.version.hip is not None:
@@ -107,7 +135,7 @@ def torch_obstacle() -> str | None:
             f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no usable device: install an NVIDIA driver "
             "that is new enough, or a torch build for an older CUDA (https://pytorch.org/get-started)"
         )
-    return cupy_obstacle()
+    return None
 
 
 def _import_cupy() -> Any:
@@ -128,11 +156,11 @@ def _extra() -> str:
 
 
 def _torch_cuda() -> str | None:
-    """The version of CUDA that torch is built for; None without torch or CUDA."""
-    if find_spec("torch") is None:
+    """The CUDA that torch is built for; None for other builds, and without a torch that imports."""
+    try:
+        import torch
+    except Exception:
         return None
-    import torch
-
     return torch.version.cuda
 
 
@@ -161,14 +189,9 @@ def _kernel_cache() -> str:
 
 
 def cpu_backend() -> str:
-    """Which backend runs NumPy arrays and CPU tensors, or why none does."""
-    try:
-        found = backend.backend()
-    except ImportError as error:
-        return f"cannot run: Numba is installed and does not import ({reason(error)})"
-    if found is reference:
-        return 'the reference, slow, since Numba is not installed: pip install "cupy-msda[cpu]"'
-    return "Numba kernels"
+    """Which backend runs NumPy arrays and CPU tensors, and why."""
+    obstacle = backend.obstacle()
+    return "Numba kernels" if obstacle is None else f"the reference, slow: {obstacle}"
 
 
 def _version(distribution: str) -> str:
@@ -226,13 +249,22 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "driver", "none: nvidia-smi is not on PATH"
         return
     query = "--query-gpu=driver_version,index,name,compute_cap,memory.total"
-    answer = subprocess.run(
-        [command, query, "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    if answer.returncode != 0:
-        yield "driver", f"nvidia-smi failed: {(answer.stdout + answer.stderr).strip()}"
+    try:
+        answer = subprocess.run(
+            [command, query, "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=60,
+        )
+    except Exception as error:  # not a program, or one that hangs
+        yield "driver", f"nvidia-smi failed: {reason(error)}"
         return
     rows = [line.split(", ") for line in answer.stdout.splitlines()]
+    if answer.returncode != 0 or any(len(row) != query.count(",") + 1 for row in rows):
+        yield "driver", f"nvidia-smi failed: {(answer.stdout + answer.stderr).strip()}"
+        return
     yield "driver", rows[0][0] if rows else "no device"
     for _, index, *facts in rows:
         yield f"device {index}", ", ".join(facts)
@@ -248,9 +280,13 @@ def plans() -> Iterator[tuple[str, str]]:
     """Label and text: the kernels for typical problems on CuPy's current device, and why; empty without a device."""
     if cupy_obstacle() is not None:
         return
-    import cupy
+    try:
+        import cupy
 
-    device = launch.describe(cupy.cuda.runtime.getDevice())
+        device = launch.describe(cupy.cuda.runtime.getDevice())
+    except Exception as error:
+        yield "plans", f"cannot be told ({reason(error)})"
+        return
     for name, problem in TYPICAL.items():
         for way, planner in (("forward", plan_forward), ("backward", plan_backward)):
             plan = planner(problem, PYRAMID, device)

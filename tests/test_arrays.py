@@ -67,6 +67,12 @@ def same(results, expected):
     )
 
 
+def forget_backend():
+    """Let the next call look for Numba again."""
+    cpu.obstacle.cache_clear()
+    cpu.backend.cache_clear()
+
+
 @pytest.fixture(params=["numba", "reference"])
 def backend(request, monkeypatch):
     """Each CPU backend in turn."""
@@ -74,9 +80,9 @@ def backend(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         pytest.importorskip("numba", reason="numba is not installed")
-    cpu.backend.cache_clear()
+    forget_backend()
     yield request.param
-    cpu.backend.cache_clear()
+    forget_backend()
 
 
 def test_numba_runs_where_it_is_installed_and_else_the_reference(backend):

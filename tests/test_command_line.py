@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m cupy_msda: the report with its self-check, and the demo."""
 
+import io
 import os
+import random
 import re
 import stat
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, features
 
 import cupy_msda
 from cupy_msda import __main__, demo, report
@@ -23,14 +26,16 @@ from cupy_msda.cuda.plans import Device
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments, absent=(), **environment) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments, absent=(), warnings="error", **environment
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, in which some modules cannot be imported."""
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({list(absent)})); "
         "runpy.run_module('cupy_msda', run_name='__main__', alter_sys=True)"
     )
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        [sys.executable, "-W", warnings, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -88,6 +93,92 @@ def test_report_without_optional_packages():
     assert "NumPy arrays: ok" in finished.stdout
 
 
+def raising(message: str):
+    def function(*_):
+        raise RuntimeError(message)
+
+    return function
+
+
+def broken(folder: Path, module: str, error: str) -> dict[str, str]:
+    """An environment in which the import of a module raises."""
+    (folder / f"{module}.py").write_text(f"raise {error}")
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("error", ["OSError('no library')", "ImportError('ABI')", "KeyError(1)"])
+def test_report_names_a_torch_that_does_not_import(error, tmp_path):
+    finished = command(**broken(tmp_path, "torch", error))
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    said = fields(finished.stdout)
+    name = error.partition("(")[0]
+    assert said["torch"].startswith(f"cannot be told ({name}")
+    assert f"torch is installed and does not work ({name}" in said["torch on CUDA"]
+    assert "NumPy arrays: ok" in finished.stdout
+    assert "torch on the CPU: FAILED" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"NUMBA_NUM_THREADS": "0"}, r"ValueError: Number of threads"),
+        ({"NUMBA_DISABLE_JIT": "1"}, r"NUMBA_DISABLE_JIT is set"),
+        (None, r"SystemError: llvmlite"),
+    ],
+)
+def test_report_names_a_numba_that_does_not_work(environment, reason, tmp_path):
+    if environment is None:
+        environment = broken(tmp_path, "llvmlite", "SystemError('llvmlite')")
+    finished = command(absent=("torch", "cupy"), warnings="always", **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert len(re.findall("RuntimeWarning: Numba must import and compile", finished.stderr)) == 1
+    assert re.search(f"the reference, slow: .*{reason}", fields(finished.stdout)["CPU arrays"])
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {
+            "PYTHONIOENCODING": "ascii",
+            "CUPY_CACHE_DIR": "/gr\u00fcn",
+            "NUMBA_CACHE_DIR": "/dev/null",
+        },
+        {"HOME": "/nowhere", "CUPY_CACHE_DIR": "/dev/null", "NUMBA_THREADING_LAYER": "none"},
+    ],
+)
+def test_report_ends_in_no_traceback(environment):
+    finished = command(absent=("torch",), warnings="ignore", **environment)
+    assert finished.returncode == 0, finished.stderr
+    assert not finished.stderr
+
+
+def test_report_says_what_cannot_be_told(monkeypatch):
+    monkeypatch.setattr(report, "cache_folder", raising("no such user"))
+    said = dict(report.environment())["kernel cache"]
+    assert said == "cannot be told (RuntimeError: no such user)"
+
+
+def test_report_ends_quietly_when_its_reader_leaves():
+    with subprocess.Popen(
+        [sys.executable, "-m", "cupy_msda"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("name", ["demo", "bench"])
+def test_commands_name_a_package_that_does_not_import(name, tmp_path):
+    finished = command(name, **broken(tmp_path, "torch", "OSError('no library')"))
+    assert finished.returncode == 1
+    said = f"python -m cupy_msda {name}: cannot start: OSError: no library\n"
+    assert finished.stderr == said
+
+
 def test_report_counts_the_kernel_cache(tmp_path):
     (tmp_path / "a.cubin").write_bytes(bytes(1_500_000))
     said = dict(entry for entry in _environment_with_cache(tmp_path) if entry[0] == "kernel cache")
@@ -113,11 +204,19 @@ def test_report_reads_nvidia_smi(tmp_path, monkeypatch):
     assert said["device 1"] == "B, 10.0, 1 MiB"
 
 
-def raising(message: str):
-    def function():
-        raise RuntimeError(message)
-
-    return function
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("#!/bin/sh\necho 'No devices were found'", "failed: No devices were found"),
+        ("#!/bin/sh\nprintf '\\377'; exit 3", "failed: \ufffd"),
+        ("#!/no/such/shell", "failed: FileNotFoundError"),
+    ],
+)
+def test_report_says_what_nvidia_smi_says_instead(script, expected, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(script)
+    (tmp_path / "nvidia-smi").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert f"nvidia-smi {expected}" in dict(report.environment())["driver"]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +352,9 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def demonstrated(picture):
     output = picture.with_name("out.png")
-    return command("demo", "--image", picture, "--output", output), output
+    # As in a notebook, https://github.com/googlecolab/colabtools/issues/5148: matplotlib does not import with it.
+    notebook = {"MPLBACKEND": "module://not_installed.backend_inline"}
+    return command("demo", "--image", picture, "--output", output, **notebook), output
 
 
 def test_demo_compares_and_times(demonstrated):
@@ -305,6 +406,139 @@ def test_demo_takes_any_size(size, tmp_path):
     assert 55 < height <= 2 * 1024 + 55
 
 
+GREY = np.add.outer(np.arange(0, 96, 2), np.arange(0, 128, 2)).astype(np.uint8)  # 48, 64; to 220
+COLOURED = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1)
+# Grey of more than 8 bits, which PIL's `convert` clips to 0 to 255.
+DEEP = {
+    "16 bits": (GREY * np.uint16(257), "png"),
+    "16 bits, big-endian": ((GREY * np.uint16(257)).astype(">u2"), "tif"),
+    "12 bits in 16": ((GREY * (4095 / 255)).astype(np.uint16), "png"),
+    "32 bits": (GREY * np.int32(257), "tif"),
+    "8 bits in 32": (GREY.astype(np.int32), "tif"),
+    "fractions": (GREY / np.float32(255), "tif"),
+    "floats to 255": (GREY.astype(np.float32), "tif"),
+}
+
+
+def opened(pixels: Image.Image | np.ndarray, path: Path, **options) -> np.ndarray:
+    """A picture as the demo reads it from a file, in 8 bits."""
+    picture = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    picture.save(path, **options)
+    return (demo.load_picture(path) * 255).round().astype(int)
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_demo_scales_deep_grey(kind, tmp_path):
+    grey, extension = DEEP[kind]
+    shown = opened(grey, tmp_path / f"deep.{extension}")
+    assert np.abs(shown - GREY[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [
+        (-1000, 3000, np.int32),
+        (0, 10**7, np.int32),
+        (-0.25, 0.75, np.float32),
+        (0, 1e7, np.float32),
+    ],
+)
+def test_demo_stretches_grey_beyond_any_white(low, high, dtype, tmp_path):
+    ramp = GREY / GREY.max()
+    shown = opened((low + (high - low) * ramp).astype(dtype), tmp_path / "deep.tif")
+    assert np.abs(shown - 255 * ramp[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(("number", "shade"), [(0, 0), (1, 255), (-7, 0), (70_000, 0)])
+def test_demo_takes_deep_grey_of_one_shade(number, shade, tmp_path):
+    assert (opened(np.full((5, 7), number, np.int32), tmp_path / "plain.tif") == shade).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_demo_refuses_grey_that_is_not_finite(bad, tmp_path):
+    grey = GREY.astype(np.float32)
+    grey[0, 0] = bad
+    with pytest.raises(SystemExit, match=r"deep\.tif cannot be read: .*its pixels must be finite"):
+        opened(grey, tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension", "tolerance"),
+    [
+        ("CMYK", "tif", 1),
+        ("YCbCr", "tif", 4),
+        ("P", "png", 48),  # a palette of 216 colours
+        ("P", "gif", 48),
+    ],
+)
+def test_demo_shows_the_colours_of_every_mode(mode, extension, tolerance, tmp_path):
+    picture = Image.fromarray(COLOURED).convert(mode)
+    shown = opened(picture, tmp_path / f"coloured.{extension}")
+    assert np.abs(shown - COLOURED).max() <= tolerance
+
+
+def test_demo_shows_pictures_in_lab(tmp_path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    soft = Image.fromarray(COLOURED // 2 + 64)  # LAB of 8 bits is coarse where colours are strong
+    picture = ImageCms.profileToProfile(soft, srgb, lab, outputMode="LAB")
+    assert np.abs(opened(picture, tmp_path / "lab.tif") - np.asarray(soft)).max() <= 8
+
+
+def test_demo_shows_black_and_white(tmp_path):
+    shown = opened(Image.fromarray(GREY > 99), tmp_path / "bits.png")
+    assert np.array_equal(shown, np.repeat(255 * (GREY > 99)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "transparent", "opaque", "option"),
+    [
+        ("LA", (0, 0), (99, 255), None),
+        ("RGBA", (200, 0, 0, 0), (99, 99, 99, 255), None),
+        ("L", 0, 99, 0),
+        ("RGB", (0, 0, 0), (99, 99, 99), (0, 0, 0)),
+        ("P", 0, 1, 0),
+    ],
+)
+def test_demo_shows_transparency_over_white(mode, transparent, opaque, option, tmp_path):
+    """What `convert("RGB")` shows there is whatever the file has under it."""
+    picture = Image.new(mode, (6, 4), transparent)
+    picture.paste(opaque, (3, 0, 6, 4))
+    if mode == "P":
+        picture.putpalette([200, 0, 0, 99, 99, 99])
+    options = {} if option is None else {"transparency": option}
+    shown = opened(picture, tmp_path / "transparent.png", **options)
+    assert (shown[:, :3] == 255).all()
+    assert (shown[:, 3:] == 99).all()
+
+
+def test_demo_blends_what_is_half_transparent(tmp_path):
+    picture = Image.new("RGBA", (4, 4), (255, 0, 0, 51))
+    assert (opened(picture, tmp_path / "half.png") == (255, 204, 204)).all()
+
+
+@pytest.mark.parametrize(("pixels", "extension"), [(COLOURED, "jpg"), (DEEP["16 bits"][0], "png")])
+def test_demo_turns_pictures_as_their_camera_was_held(pixels, extension, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise
+    turned = opened(pixels, tmp_path / f"turned.{extension}", exif=exif)
+    upright = opened(pixels, tmp_path / f"upright.{extension}")
+    assert np.array_equal(turned, np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "tif", "webp"])
+def test_demo_shows_the_first_frame(extension, tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if extension == "webp" else {}
+    shown = opened(
+        frames[0],
+        tmp_path / f"moving.{extension}",
+        save_all=True,
+        append_images=frames[1:],
+        **options,
+    )
+    assert (shown == (255, 0, 0)).all()
+
+
 def test_demo_ships_a_photograph():
     picture = demo.load_picture(demo.PICTURE)
     assert picture.shape == (400, 600, 3)
@@ -318,7 +552,7 @@ def test_demo_ships_a_photograph():
         (["--image", "no_such.jpg"], r"the picture no_such\.jpg cannot be read: .*No such file"),
         (
             ["--image", "pyproject.toml"],
-            r"the picture pyproject\.toml cannot be read: cannot identify",
+            r"the picture pyproject\.toml cannot be read: .*cannot identify",
         ),
     ],
 )
@@ -327,6 +561,52 @@ def test_demo_names_a_picture_that_cannot_be_read(arguments, message):
     assert finished.returncode == 1
     assert re.search(message, finished.stderr)
     assert "Traceback" not in finished.stderr
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header claims a size; its pixels are absent."""
+    parts = b"\x89PNG\r\n\x1a\n"
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"):
+        parts += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return parts
+
+
+def test_demo_names_a_picture_that_is_too_large(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000))
+    finished = command("demo", "--image", tmp_path / "bomb.png")
+    assert finished.returncode == 1
+    assert re.fullmatch(
+        r"the picture \S+bomb\.png cannot be read: .*400000000 pixels.*\n", finished.stderr
+    )
+
+
+FORMATS = ["PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "ICO", "PPM", "TGA"]
+FORMATS += ["AVIF"] if "avif" in features.get_supported_modules() else []
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_demo_reads_a_damaged_picture_or_names_it(form, tmp_path):
+    rng = random.Random(0)
+    noise = np.frombuffer(rng.randbytes(24 * 40 * 3), np.uint8).reshape(24, 40, 3)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, form)
+    path = tmp_path / "damaged"
+    said = []
+    for _ in range(40):
+        damaged = bytearray(whole.getvalue())
+        for _ in range(rng.choice([0, 1, 20])):
+            damaged[rng.randrange(min(len(damaged), 400))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.randrange(len(damaged))])
+        try:
+            picture = demo.load_picture(path)
+        except SystemExit as error:
+            said.append(str(error))
+        else:
+            assert picture.ndim == 3
+    assert said
+    for line in said:
+        assert re.fullmatch(r"the picture \S+/damaged cannot be read: \w+: .+", line)
 
 
 def test_demo_names_an_output_that_cannot_be_written(picture, tmp_path):

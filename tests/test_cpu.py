@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Numba kernels against the reference in float64, and how they behave among threads and processes."""
+"""The Numba kernels against the reference in float64, and calls from several threads."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import itertools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +19,7 @@ from tests.non_finite import non_finite_inputs
 pytest.importorskip("numba")
 
 from cupy_msda import contract
-from cupy_msda.cpu import backend
+from cupy_msda.cpu import backend, kernels
 
 Array = np.ndarray[Any, Any]
 Levels = tuple[Level, ...]
@@ -308,13 +305,47 @@ def test_empty_dimensions(name: str, dtype: Any) -> None:
     assert not run(case)[3][:, :, :, nothing].any()
 
 
-def test_read_only_inputs() -> None:
-    case = make(DETR)
+def test_one_compilation_whatever_the_layout_of_the_inputs() -> None:
+    """Read-only as memory-mapped arrays are, not aligned, not contiguous."""
+    case = make(DETR, d=24)
     expected = run(case)
-    for array in (case.value, case.locations, case.weights, case.grad_output):
-        array.flags.writeable = False
-    for actual, same in zip(run(case), expected, strict=True):
-        np.testing.assert_array_equal(actual, same)
+
+    def read_only(array: Array) -> Array:
+        view = array.view()
+        view.flags.writeable = False
+        return view
+
+    def misaligned(array: Array) -> Array:
+        memory = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+        memory[...] = array
+        return memory
+
+    for layouts in itertools.product(
+        (np.asarray, read_only, misaligned, np.asfortranarray), repeat=4
+    ):
+        arrays = case.value, case.locations, case.weights, case.grad_output
+        value, *points, grad = (f(array) for f, array in zip(layouts, arrays, strict=True))
+        results = run(Case(value, case.levels, *points, grad))
+        for actual, same in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(actual, same)
+    for kernel in (kernels.forward_kernel(24, 4), kernels.backward_kernel(24, 4)):
+        assert len(kernel.signatures) == 1
+    assert case.value.flags.writeable
+
+
+def test_read_only_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make(DETR)
+    case.value.flags.writeable = False
+    seen = []
+    real = kernels.forward
+
+    def spy(value: Array, *arguments: Any, **options: Any) -> Array:
+        seen.append(value)
+        return real(value, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "forward", spy)
+    run(case)
+    assert np.shares_memory(seen[0], case.value)
 
 
 @pytest.mark.parametrize("lq", [40, 800])
@@ -357,77 +388,3 @@ def test_more_than_2_to_the_31_elements() -> None:
     np.testing.assert_array_equal(results[1][0, -46:], expected[1][0])
     for actual, same in zip(results[2:], expected[2:], strict=True):
         np.testing.assert_array_equal(actual, same)
-
-
-PROGRAM = """
-import numpy as np
-from cupy_msda.cpu import kernels as cpu
-rng = np.random.default_rng(0)
-value = rng.standard_normal((1, 300, 8, 32), np.float32)
-locations = rng.random((1, 100, 8, 1, 4, 2), np.float32)
-weights = rng.random((1, 100, 8, 1, 4), np.float32)
-def compute():
-    output = cpu.forward(value, ((15, 20, 0),), locations, weights, threads=4)
-    return output, *cpu.backward(output, value, ((15, 20, 0),), locations, weights, threads=4)
-first = compute()
-"""
-
-
-def python(program: str, **environment: str) -> str:
-    """Run a program in another interpreter, in the root of the project; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_kernels_run_in_a_process_forked_after_they_ran() -> None:
-    program = """
-import os, signal, warnings
-warnings.simplefilter("ignore")  # Python 3.12 and later warn of any fork with threads
-child = os.fork()
-if child == 0:
-    signal.alarm(20)  # a deadlock ends here
-    grandchild_ok = True
-    second = compute()
-    os._exit(0 if all((a == b).all() for a, b in zip(first, second)) else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert all((a == b).all() for a, b in zip(first, compute()))
-"""
-    python(PROGRAM + program)
-
-
-def test_kernels_run_while_the_interpreter_exits() -> None:
-    assert "done" in python(
-        PROGRAM + "import atexit; atexit.register(lambda: print(compute() and 'done'))"
-    )
-
-
-def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
-    stamps = []
-    for _ in range(2):
-        python(PROGRAM, NUMBA_CACHE_DIR=str(tmp_path))
-        stamps.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")})
-    assert stamps[0] == stamps[1]
-    assert any("forward" in path.name for path in stamps[0])
-    assert any("backward" in path.name for path in stamps[0])
-
-
-def test_kernels_run_where_nothing_can_be_kept_on_disk() -> None:
-    python(
-        "from numba.core.caching import FunctionCache as Cache\n"
-        "Cache._impl_class._locator_classes = []\n" + PROGRAM
-    )
-
-
-def test_importing_the_package_imports_no_numba() -> None:
-    program = "import sys, cupy_msda; print([name for name in sys.modules if name == 'numba'])"
-    assert python(program).strip() == "[]"

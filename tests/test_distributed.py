@@ -48,6 +48,7 @@ from torch.distributed.tensor import (  # noqa: E402
     init_device_mesh,
 )
 from torch.distributed.tensor.parallel import parallelize_module  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 # Versions of torch that do as said here, of those that were tried: 2.5.1, 2.6.0, 2.9.1, 2.13.0.
 FULLY_SHARD = (2, 9)
@@ -607,10 +608,23 @@ def assert_data_parallel(attention):
     assert_like_one_process(results, LEVELS, None, scale=1 / WORLD)
 
 
-@check()
-def check_distributed_data_parallel(mesh):
+class Checkpointed(torch.nn.Module):
+    """A module that keeps no activations."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments):
+        return checkpoint(self.inner, *arguments, use_reentrant=False)
+
+
+@check("kept", "recomputed")
+def check_distributed_data_parallel(mesh, variant):
+    """https://github.com/TRI-ML/PF-Track/issues/27 tells of both together."""
     del mesh
-    assert_data_parallel(torch.nn.parallel.DistributedDataParallel(module()))
+    attention = module() if variant == "kept" else Checkpointed(module())
+    assert_data_parallel(torch.nn.parallel.DistributedDataParallel(attention))
 
 
 @check(since=FULLY_SHARD)

@@ -297,6 +297,20 @@ def test_tensors_without_memory_are_made_real(driver_device):
     assert not any(gradient.any() for gradient in gradients)
 
 
+def test_a_batch_of_gradients(driver_device):
+    """`is_grads_batched` is an older `vmap` than that of `torch.func`: its tensors have no memory, either."""
+    inputs = random_inputs(d=32)
+    leaves = with_grad(inputs)
+    output = call(leaves)
+    grads = torch.stack([inputs.grad_output, 2 * inputs.grad_output])
+    got = torch.autograd.grad(
+        output, leaves.tensors, grads, is_grads_batched=True, retain_graph=True
+    )
+    expected = torch.autograd.grad(output, leaves.tensors, inputs.grad_output)
+    for batch, one in zip(got, expected, strict=True):
+        torch.testing.assert_close(batch, torch.stack([one, 2 * one]))
+
+
 def test_gradients_of_gradients(driver_device):
     inputs = random_inputs(d=32)
     leaves = with_grad(inputs)

@@ -231,7 +231,7 @@ def test_saved_programs_run_in_a_new_process(tmp_path):
             runnable = arguments if dynamic else arguments[:1]
             expected[path] = saved(program, path, model, runnable)
     checkout = str(Path(__file__).parents[1])
-    imports = f"import sys; sys.path.append({checkout!r}); import torch, cupy_msda.torch"
+    imports = f"import sys; sys.path.append({checkout!r}); import torch, cupy_msda"
     run(imports + textwrap.dedent(LOAD_AND_RUN), *expected, cwd=tmp_path)
     for path, outputs in expected.items():
         for got, output in zip(torch.load(f"{path}.out"), outputs, strict=True):
@@ -395,11 +395,10 @@ def test_the_grids_of_the_queries_may_be_dynamic():
         program.module()(*others[:3], torch.ones(4, 4))
 
 
-def test_an_order_that_does_not_fit_is_refused_while_decomposing():
+def test_an_order_that_does_not_fit_is_refused_while_exporting():
     arguments = (*bare_arguments(*TRACED), torch.ones(2, 3))
-    program = torch.export.export(Ordered([(2, 2)]), arguments)
     with pytest.raises(ValueError, match="query_order must have grids that hold the Lq = 6"):
-        program.run_decompositions(decompositions())
+        torch.export.export(Ordered([(2, 2)]), arguments)
 
 
 def test_the_operator_stays_in_one_piece_unless_asked_for():
@@ -440,10 +439,18 @@ class Misfit(nn.Module):
     ],
     ids=["beyond S", "too few", "too few in a tensor"],
 )
-def test_what_does_not_fit_is_refused_while_decomposing(sizes, message):
-    program = torch.export.export(Misfit(sizes), bare_arguments(*TRACED), dynamic_shapes=DYNAMIC)
+def test_what_does_not_fit_is_refused_while_exporting(sizes, message):
+    arguments = bare_arguments(*TRACED)
     with pytest.raises(ValueError, match=message):
-        program.run_decompositions(decompositions())
+        torch.export.export(Misfit(sizes), arguments, dynamic_shapes=DYNAMIC)
+
+
+def test_what_does_not_fit_is_refused_while_decomposing():
+    """As in programs exported by versions that did not look while exporting."""
+    operator = torch.ops.cupy_msda.ms_deform_attn_forward.default
+    value, *points = bare_arguments(*TRACED)
+    with pytest.raises(ValueError, match="must keep every level inside the S = 47"):
+        decompositions()[operator](value, None, None, [5, 7, 4, 4], None, *points)
 
 
 # --- images of any size ----------------------------------------------------------------------------
@@ -473,18 +480,52 @@ def image_dynamic():
     return by_query, by_query, ({0: BATCH, 2: 2 * h, 3: 2 * w}, {0: BATCH, 2: h, 3: w})
 
 
-def test_level_sizes_may_be_dynamic():
-    model = Images()
-    program = torch.export.export(
-        model, image_arguments(*TRACED, 3, 4), dynamic_shapes=image_dynamic()
-    )
+class Encoder(nn.Module):
+    """The operator over all positions of two feature maps, with every integer taken from their shapes."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, points, weights, *maps):
+        sizes = [tuple(feature.shape[-2:]) for feature in maps]
+        value = torch.cat([feature.flatten(2).transpose(1, 2) for feature in maps], dim=1)
+        value = value.unflatten(-1, (2, 8))
+        starts = [0, sizes[0][0] * sizes[0][1]]
+        points, weights = (
+            t.expand(value.shape[0], value.shape[1], *t.shape[2:]) for t in (points, weights)
+        )
+        if self.way == "order":
+            return ms_deform_attn(value, sizes, starts, points, weights, query_order=sizes)
+        if self.way == "apply":
+            return MSDeformAttnFunction.apply(value, sizes, starts, points, weights, 64)
+        if self.way == "tensors":
+            sizes, starts = torch.tensor(sizes), torch.tensor(starts)
+        return ms_deform_attn(value, sizes, starts, points, weights)
+
+
+def encoder_arguments(n, h, w):
+    maps = torch.randn(n, 16, 2 * h, 2 * w), torch.randn(n, 16, h, w)
+    return torch.rand(1, 1, 2, 2, 3, 2), torch.rand(1, 1, 2, 2, 3), *maps
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", ["module", "starts", "order", "apply", "tensors"])
+def test_level_sizes_may_be_dynamic(way, strict):
+    dynamic = image_dynamic()
+    if way == "module":
+        model = Images()
+        arguments = [image_arguments(n, 9, *size) for n, size in ((2, (3, 4)), (3, (5, 2)))]
+    else:
+        model, dynamic = Encoder(way), (None, None, dynamic[-1])
+        arguments = [encoder_arguments(n, *size) for n, size in ((2, (3, 4)), (3, (5, 2)))]
+    program = torch.export.export(model, arguments[0], dynamic_shapes=dynamic, strict=strict)
     standard = program.run_decompositions(decompositions())
     assert is_standard(standard)
-    for size in ((3, 4), (5, 2)):
-        arguments = image_arguments(3, 9, *size)
-        expected = model(*arguments)
-        assert torch.equal(program.module()(*arguments), expected)
-        torch.testing.assert_close(standard.module()(*arguments), expected)
+    for given in arguments:
+        expected = model(*given)
+        assert torch.equal(program.module()(*given), expected)
+        torch.testing.assert_close(standard.module()(*given), expected)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------
@@ -571,10 +612,33 @@ def test_dynamic_level_sizes_in_onnxruntime(to_onnx):
         torch.testing.assert_close(infer(*arguments), model(*arguments).detach())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it is deprecated, part by part
-def test_the_old_onnx_exporter_is_refused(tmp_path):
+OLD_EXPORTER = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",  # it is deprecated, part by part
+    "ignore::torch.jit.TracerWarning",  # it makes sizes constants
+)
+
+
+@OLD_EXPORTER
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("entry", ["list", "function", "module"])
+def test_the_old_onnx_exporter_is_refused(entry, grad, mode, tmp_path):
+    if entry == "module":
+        model, arguments = Attention("list", grad).train(grad), attention_arguments(*TRACED)
+    else:
+        model, arguments = Bare(entry), bare_arguments(*TRACED)
+        arguments = tuple(tensor.requires_grad_(grad) for tensor in arguments)
+    with mode(), pytest.raises(RuntimeError, match=r"torch\.onnx\.export needs dynamo=True"):
+        torch.onnx.export(model, arguments, tmp_path / "model.onnx", dynamo=False)
+
+
+@OLD_EXPORTER
+@pytest.mark.filterwarnings("ignore:no signature found for <torch.ScriptMethod:UserWarning")
+def test_the_old_onnx_exporter_is_refused_for_a_traced_model(tmp_path):
+    arguments = bare_arguments(*TRACED)
+    traced = torch.jit.trace(Bare(), arguments)
     with pytest.raises(RuntimeError, match=r"torch\.onnx\.export needs dynamo=True"):
-        torch.onnx.export(Bare(), bare_arguments(*TRACED), tmp_path / "model.onnx", dynamo=False)
+        torch.onnx.export(traced, arguments, tmp_path / "model.onnx", dynamo=False)
 
 
 # --- AOTInductor -----------------------------------------------------------------------------------

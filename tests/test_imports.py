@@ -94,10 +94,11 @@ LAYERS = {
     "problem": set(),
     "arrays": set(),
     "budget": set(),
+    "faults": set(),
     "contract": {"problem", "arrays"},
     "reference": {"problem"},
-    "cuda": {"problem"},
-    "cpu": {"reference", "contract", "problem", "arrays"},
+    "cuda": {"problem", "faults"},
+    "cpu": {"reference", "contract", "problem", "arrays", "faults"},
     "torch": {"cuda", "cpu", "reference", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
@@ -109,8 +110,9 @@ TORCH_LAYERS = {
     "operands": set(),
     "exchange": {"operands"},
     "dtensor": {"operands"},
-    "operators": {"exchange", "dtensor", "operands"},
-    "derivatives": {"operators", "operands"},
+    "flops": {"operands"},
+    "operators": {"exchange", "dtensor", "flops", "operands"},
+    "derivatives": {"operators", "flops", "operands"},
     "export": {"operators", "operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
     "": {"functions"},
@@ -245,6 +247,17 @@ def test_the_part_for_torch_is_loaded_when_it_is_asked():
     assert finished.stderr.splitlines()[-1].startswith("ModuleNotFoundError: ")
 
 
+REGISTERED = "hasattr(torch.ops.cupy_msda, 'ms_deform_attn_forward')"
+
+
+def test_importing_the_package_beside_torch_registers_the_operators():
+    light = f"sys.modules.keys().isdisjoint({[*HEAVY[1:], 'triton', 'torch.utils.flop_counter']})"
+    assert output(f"import sys, torch, cupy_msda; print({REGISTERED}, {light})") == "True True"
+    assert output(f"import cupy_msda, torch, cupy_msda.torch; print({REGISTERED})") == "True"
+    # No submodule of the package is an exception.
+    assert output(f"import torch, cupy_msda.contract; print({REGISTERED})") == "True"
+
+
 def test_the_rule_for_dtensors_comes_with_the_module_for_them():
     code = "import sys, cupy_msda.distributed; print('cupy_msda.torch.dtensor' in sys.modules)"
     assert output(code) == "True"
@@ -253,6 +266,39 @@ def test_the_rule_for_dtensors_comes_with_the_module_for_them():
 def test_unknown_name():
     with pytest.raises(AttributeError, match=r"module 'cupy_msda' has no attribute 'ms_deform'"):
         cupy_msda.ms_deform  # noqa: B018
+
+
+@pytest.mark.parametrize("again", ["reload each", "import anew"])
+def test_modules_may_be_loaded_again(again):
+    """As a notebook's autoreload does: https://github.com/pytorch/pytorch/issues/125183."""
+    code = f"""
+        import importlib, sys, torch, cupy_msda
+        if torch.__version__ >= (2, 5):
+            import cupy_msda.distributed
+        value = torch.arange(24.0).reshape(1, 6, 1, 4).requires_grad_()
+        points = torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.full((1, 1, 1, 1, 1), 2.0)
+        def run():
+            output = cupy_msda.ms_deform_attn(value, [(2, 3)], None, *points)
+            (gradient,) = torch.autograd.grad(output.sum(), value)
+            of_transform = torch.func.grad(
+                lambda value: cupy_msda.ms_deform_attn(value, [(2, 3)], None, *points).sum()
+            )(value)
+            assert torch.equal(gradient, of_transform)
+            print(output.tolist(), cupy_msda.MSDeformAttn(8, 1, 1, 1).d_model)
+        run()
+        loaded = [name for name in sys.modules if name.startswith("cupy_msda")]
+        assert "cupy_msda.torch.operators" in loaded
+        if {again == "reload each"}:
+            for name in loaded:
+                importlib.reload(sys.modules[name])
+                run()
+        else:
+            for name in loaded:
+                del sys.modules[name]
+            import cupy_msda
+            run()
+    """
+    assert set(output(code).splitlines()) == {"[[[20.0, 22.0, 24.0, 26.0]]] 8"}
 
 
 SMALL_CALL = """
@@ -267,6 +313,16 @@ SMALL_CALL = """
 """
 # The centre of a 2 x 3 level is halfway between rows 1 and 4 of value, which start at 4 and 16.
 SMALL_RESULT = "[20.0, 22.0, 24.0, 26.0] 8.0"
+
+
+def test_a_torch_that_does_not_fit_is_no_obstacle_to_numpy_arrays():
+    old = "import types, warnings; sys.modules['torch'] = types.ModuleType('torch')\n"
+    finished = run(old + "import cupy_msda")
+    assert "cupy_msda cannot register its operators with torch" in finished.stderr  # an error by -W
+    assert (
+        output(old + "warnings.simplefilter('ignore')" + textwrap.dedent(SMALL_CALL))
+        == SMALL_RESULT
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,15 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
 from cupy_msda import modules as module_file
@@ -29,6 +33,9 @@ STATE = {
     "output_proj.weight": (C, C),
     "output_proj.bias": (C,),
 }
+
+
+PROJECTIONS = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
 
 
 class Inputs(NamedTuple):
@@ -124,6 +131,162 @@ def test_initial_offsets_do_not_take_part_in_autograd_history():
     assert bias.requires_grad
 
 
+# --- as models of Deformable-DETR's kind use it --------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """A layer of an encoder."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.self_attn = attention(C, L, M, P)
+        self.linear = torch.nn.Linear(C, C)
+        self.norm = torch.nn.LayerNorm(C)
+
+    def forward(self, source, *geometry):
+        source = self.norm(source + self.self_attn(source, geometry[0], source, *geometry[1:]))
+        return source + self.linear(source)
+
+
+class Encoder(torch.nn.Module):
+    """Their model in small: every matrix is initialised, then what the attention wants to have otherwise."""
+
+    def __init__(self, attention=MSDeformAttn):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(attention) for _ in range(2))
+        self.level_embed = torch.nn.Parameter(torch.empty(L, C))
+        self._reset_parameters()
+
+    def _reset_parameters(self):
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module._reset_parameters()
+        torch.nn.init.normal_(self.level_embed)
+
+    def forward(self, maps, masks):
+        sizes = torch.tensor([tuple(x.shape[-2:]) for x in maps])
+        starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
+        source = torch.cat(
+            [x.flatten(2).mT + e for x, e in zip(maps, self.level_embed, strict=True)], 1
+        )
+        points = torch.rand(source.shape[0], source.shape[1], 1, 2).expand(-1, -1, L, -1)
+        mask = torch.cat([m.flatten(1) for m in masks], 1)
+        for layer in self.layers:
+            source = layer(source, points, sizes, starts, mask)
+        return source
+
+
+def test_a_model_initialises_the_module_by_the_old_name():
+    encoder = Encoder()
+    for layer in encoder.layers:
+        assert not layer.self_attn.sampling_offsets.weight.any()
+        assert layer.self_attn.sampling_offsets.bias.any()
+        assert not layer.self_attn.attention_weights.weight.any()
+        assert layer.linear.weight.any()
+    maps = [torch.rand(2, C, h, w) for h, w in SIZES]
+    output = encoder(maps, [torch.zeros(2, h, w, dtype=torch.bool) for h, w in SIZES])
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_both_names_initialise_alike():
+    modules = trained(), trained()
+    for module, name in zip(modules, ("_reset_parameters", "reset_parameters"), strict=True):
+        torch.manual_seed(1)
+        getattr(module, name)()
+        assert not module.attention_weights.weight.any()
+    for one, other in zip(*(module.parameters() for module in modules), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_subclass_that_initialises_otherwise_is_asked():
+    class Zero(MSDeformAttn):
+        def _reset_parameters(self):
+            super()._reset_parameters()
+            torch.nn.init.zeros_(self.sampling_offsets.bias)
+
+    module = Zero(C, L, M, P)
+    assert not module.sampling_offsets.bias.any()
+    with torch.no_grad():
+        module.sampling_offsets.bias.fill_(1)
+    module.reset_parameters()
+    assert not module.sampling_offsets.bias.any()
+
+
+def test_checkpoints_load_both_ways():
+    class Theirs(torch.nn.Module):
+        """The parameters of their module, in their order."""
+
+        def __init__(self, *_):
+            super().__init__()
+            self.sampling_offsets = torch.nn.Linear(C, M * L * P * 2)
+            self.attention_weights = torch.nn.Linear(C, M * L * P)
+            self.value_proj = torch.nn.Linear(C, C)
+            self.output_proj = torch.nn.Linear(C, C)
+
+    ours, theirs = Encoder(), Encoder(Theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(Encoder().state_dict())
+
+
+def test_the_attributes_of_the_old_module():
+    module = MSDeformAttn(C, L, M, P)
+    assert (module.im2col_step, module.ratio, module.use_4D_normalizer) == (64, 1.0, False)
+    inputs = example()
+    expected = module(*inputs, SIZES, None)
+    module.im2col_step = 1
+    assert torch.equal(module(*inputs, SIZES, None), expected)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1, 2.0, 1 / 3])
+def test_a_value_of_other_width(ratio):
+    width = int(C * ratio) // M * M
+    module = MSDeformAttn(C, L, M, P, (width + 0.5) / C).double()
+    assert tuple(module.value_proj.weight.shape) == (width, C)
+    assert tuple(module.output_proj.weight.shape) == (C, width)
+    inputs = example(dtype=torch.float64)
+    seen = module.value_proj(inputs.input_flatten).unflatten(-1, (M, -1))
+    offsets = module.sampling_offsets(inputs.query).unflatten(-1, (M, L, P, 2))
+    weights = module.attention_weights(inputs.query).unflatten(-1, (M, -1)).softmax(-1)
+    pixels = torch.tensor(SIZES).flip(-1)[:, None]
+    points = inputs.reference_points[:, :, None, :, None] + offsets / pixels
+    sampled = ms_deform_attn_core_pytorch(seen, SIZES, points, weights.unflatten(-1, (L, P)))
+    torch.testing.assert_close(module(*inputs, SIZES, None), module.output_proj(sampled))
+    assert copy.deepcopy(module).ratio == module.ratio
+
+
+def test_reference_points_of_one_image_stand_for_all():
+    module = trained(torch.float64)
+    query, points, flat = example(dtype=torch.float64)
+    output = module(query, points[:1], flat, SIZES, None)
+    expected = module(query, points[:1].expand(2, -1, -1, -1), flat, SIZES, None)
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("levels", [1, L])
+def test_offsets_from_boxes_by_pixel(levels):
+    plain = trained(torch.float64)
+    module = MSDeformAttn(C, L, M, P, use_4D_normalizer=True).double()
+    module.load_state_dict(plain.state_dict())
+    query, boxes, flat = example(4, levels, torch.float64)
+    # A box of 2 x 2 levels makes its unit one pixel.
+    boxes = torch.cat([boxes[..., :2], torch.full_like(boxes[..., 2:], 2)], -1)
+    output = module(query, boxes, flat, SIZES, None)
+    torch.testing.assert_close(output, plain(query, boxes[..., :2], flat, SIZES, None))
+    assert not torch.allclose(output, plain(query, boxes, flat, SIZES, None))
+    half = torch.cat([boxes[..., :2], torch.ones_like(boxes[..., 2:])], -1)
+    with torch.no_grad():
+        plain.sampling_offsets.weight.mul_(0.5)
+        plain.sampling_offsets.bias.mul_(0.5)
+    halved = module(query, half, flat, SIZES, None)
+    torch.testing.assert_close(halved, plain(query, boxes[..., :2], flat, SIZES, None))
+    assert "use_4D_normalizer=True" in repr(module)
+
+
 # --- values ----------------------------------------------------------------------------------------
 
 
@@ -155,7 +318,14 @@ def test_padding_has_no_influence():
     assert torch.equal(output, module(query, points, flat, SIZES, None, mask))
 
 
-@pytest.mark.parametrize("form", [list, torch.tensor, lambda s: torch.tensor(s, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        list,
+        torch.tensor,
+        *(partial(torch.tensor, dtype=dtype) for dtype in (torch.int32, torch.uint8, torch.uint16)),
+    ],
+)
 def test_level_sizes_in_any_form(form):
     module = trained()
     inputs = example()
@@ -273,12 +443,71 @@ def test_copies_compute_the_same():
     unpickled = pickle.loads(pickle.dumps(module))
     for other in (
         copy.deepcopy(module),
+        torch.optim.swa_utils.AveragedModel(module).module,
         loaded,
         torch.load(whole, weights_only=False),
         unpickled,
     ):
         assert torch.equal(other(*inputs, SIZES, None), expected)
         assert other.extra_repr() == module.extra_repr()
+
+
+class LowRank(nn.Module):
+    """A frozen projection with a trained addition, as PEFT's LoRA puts it in the place of a Linear."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    "wrap", [LowRank, weight_norm, lambda x: prune.l1_unstructured(x, "weight", 0)]
+)
+def test_projections_may_be_wrapped(wrap):
+    """Nothing but their forward is used: https://github.com/pytorch/pytorch/issues/32590 tells of attention that
+    reads `weight`."""
+    module, inputs = trained(), example()
+    expected = module(*inputs, SIZES, None)
+    for name in PROJECTIONS:
+        setattr(module, name, wrap(getattr(module, name)))
+    output = module(*inputs, SIZES, None)
+    torch.testing.assert_close(output, expected)
+    output.square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")  # as all that quantises in torch itself
+def test_projections_may_be_quantised():
+    module, inputs = trained().eval(), example()
+    expected = module(*inputs, SIZES, None)
+    quantised = torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
+    assert not any(type(child) is nn.Linear for child in quantised.modules())
+    error = (quantised(*inputs, SIZES, None) - expected).abs().max()
+    assert 0 < error < 0.1 * expected.abs().max()
+
+
+def test_gradients_of_each_sample():
+    module, inputs = trained(torch.float64), example(dtype=torch.float64)
+    parameters = {name: tensor.detach() for name, tensor in module.named_parameters()}
+
+    def loss(parameters, *sample):
+        arguments = (*(tensor[None] for tensor in sample), SIZES, None)
+        return torch.func.functional_call(module, parameters, arguments).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, *inputs)
+    for index in range(2):
+        sample = (tensor[index : index + 1] for tensor in inputs)
+        module.zero_grad()
+        module(*sample, SIZES, None).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(got[name][index], parameter.grad)
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -356,6 +585,21 @@ def test_sizes_must_be_positive(name):
         MSDeformAttn(**{name: 0})
 
 
+@pytest.mark.parametrize("ratio", [0, -1.0, 0.3, 1.1, float("nan"), float("inf"), 1e30])
+def test_ratio_must_keep_heads_whole(ratio):
+    with pytest.raises(
+        ValueError,
+        match=r"ratio must be such that int\(d_model \* ratio\) is a multiple of n_heads",
+    ):
+        MSDeformAttn(C, L, M, P, ratio)
+
+
+@pytest.mark.parametrize("ratio", [True, "1", None, 1j, torch.ones(())])
+def test_ratio_must_be_a_number(ratio):
+    with pytest.raises(TypeError, match="ratio must be a number"):
+        MSDeformAttn(C, L, M, P, ratio)
+
+
 BAD = {
     "query": (torch.rand(2, 5, C + 1), ValueError, r"query must have shape \(N, Lq, C = 24\)"),
     "reference_points": (torch.rand(2, 5, L, 3), ValueError, r"reference_points must have shape"),
@@ -371,6 +615,16 @@ BAD = {
     "input_spatial_shapes     ": ([(4, 5), (2, 4)], ValueError, "spatial_shapes and level_start_index must keep"),
     "input_level_start_index": ([0], ValueError, "level_start_index must have one entry"),
     "input_padding_mask": (torch.zeros(2, 26), TypeError, "input_padding_mask must have dtype bool, True for pad"),
+    "query ": (torch.rand(2, 5, C, dtype=torch.float64), TypeError, "query must have the dtype of the module's param"),
+    "query  ": (torch.rand(2, 5, C).numpy(), TypeError, "query must be a torch tensor, got ndarray"),
+    "query   ": (torch.rand(2, 5, C).to_sparse(), TypeError, "query must be a dense tensor"),
+    "input_flatten ": (torch.rand(2, 26, C).half(), TypeError, "input_flatten must have the dtype of the module's"),
+    "input_flatten  ": (None, TypeError, "input_flatten must be a torch tensor, got NoneType"),
+    "input_flatten   ": (torch.rand(2, 26, C, device="meta"), ValueError, "input_flatten must be on the device"),
+    "reference_points     ": (torch.rand(2, 5, L, 2).cfloat(), TypeError, "reference_points must have a floating"),
+    "reference_points      ": (torch.rand(3, 5, L, 2), ValueError, "reference_points must have shape"),
+    "input_spatial_shapes      ": ([(4, 5), (2, 2)], ValueError, "spatial_shapes must have levels that fill the S"),
+    "input_padding_mask  ": ([False] * 26, TypeError, "input_padding_mask must be a torch tensor, got list"),
     "input_padding_mask ": (torch.zeros(2, 25, dtype=torch.bool), ValueError, "input_padding_mask must have shape"),
 }  # fmt: skip
 

@@ -164,7 +164,7 @@ def test_host_calls_compile_nothing_any_more(dtype) -> None:
     shape = (*VALUE[:3], head_dim)
     cupy_msda.warmup(shape, LOCATIONS, dtype=dtype, device="cpu")
     itemsize = np.dtype(wide).itemsize
-    kernels = [kernel(head_dim, itemsize) for kernel in (cpu._forward_kernel, cpu._backward_kernel)]
+    kernels = [kernel(head_dim, itemsize) for kernel in (cpu.forward_kernel, cpu.backward_kernel)]
     before = [len(kernel.signatures) for kernel in kernels]
     assert before == [1, 1]
     value, locations = np.ones(shape, dtype), np.full(LOCATIONS, 0.5, wide)

@@ -25,6 +25,7 @@ from cupy_msda.bench import (
 )
 from cupy_msda.bench.cases import Case, Inputs
 from cupy_msda.bench.implementations import OURS, Function
+from cupy_msda.faults import reason
 
 SCHEMA = 2
 _LIMITS = {
@@ -70,11 +71,13 @@ def as_json(results: Row) -> str:
 
 
 def _plot(results: Row, file: Path) -> None:
-    """Draw the plot, or say what it needs."""
+    """Draw the plot, or say why there is none: the results are written."""
     try:
         tables.plot(results, file)
     except ImportError as error:
         print(f'no plot ({error}): pip install "cupy-msda[plot]"')
+    except Exception as error:
+        print(f"no plot ({reason(error)})")
     else:
         print(f"wrote {file}")
 
@@ -161,8 +164,7 @@ def _judge(
         function = implementations.make(name, inputs)
         errors = correctness.errors(function, inputs, expected)
     except Exception as error:  # a baseline may fail in any way; its error is the result
-        lines = f"{type(error).__name__}: {error}".splitlines()
-        return _verdict("raised", lines[0]), None
+        return _verdict("raised", reason(error)), None
     most = 1 if name == OURS else correctness.BASELINE_BUDGETS
     outside = [f"{part} {error:.2g}" for part, error in errors.items() if not error <= most]
     if outside:

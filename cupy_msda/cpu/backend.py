@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CPU arrays: the Numba kernels where Numba is installed, else the reference."""
+"""CPU arrays: the Numba kernels where Numba is installed and works, else the reference."""
 
 from __future__ import annotations
 
+import logging  # noqa: F401  # for its hook before a fork: see the last lines
+import os
+import sys
+import threading
+from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,16 +19,47 @@ from array_api_compat import array_namespace
 
 from cupy_msda import reference
 from cupy_msda.arrays import dtype_name
+from cupy_msda.faults import reason, warn_once
 from cupy_msda.problem import LevelTable, Problem
 
 
 @cache
-def backend() -> ModuleType:
-    """`cupy_msda.cpu.kernels` if Numba is installed, else `cupy_msda.reference`.
+def obstacle() -> str | None:
+    """Why the Numba kernels cannot run, or None if they can; with a warning where Numba is installed."""
+    if find_spec("numba") is None:
+        return 'Numba is not installed: pip install "cupy-msda[cpu]"'
+    try:
+        import_module("cupy_msda.cpu.kernels")  # which compiles a small one
+    except Exception as error:
+        _warn(error)
+        return f"Numba is installed and does not work ({reason(error)})"
+    return None
 
-    A broken Numba installation raises its own error.
-    """
-    return reference if find_spec("numba") is None else import_module("cupy_msda.cpu.kernels")
+
+@cache
+def backend() -> ModuleType:
+    """`cupy_msda.cpu.kernels` if Numba is installed and works, else `cupy_msda.reference`."""
+    return import_module("cupy_msda.cpu.kernels") if obstacle() is None else reference
+
+
+@cache
+def _compiles(kernels: ModuleType, name: str, head_dim: int, itemsize: int) -> bool:
+    """Whether Numba can compile `forward` or `backward` for D channels; it is compiled then."""
+    try:
+        getattr(kernels, f"{name}_kernel")(head_dim, itemsize)
+    except Exception as error:
+        _warn(error)
+        return False
+    return True
+
+
+def _warn(error: Exception) -> None:
+    """Warn that the reference runs."""
+    warn_once(
+        "numba",
+        f"Numba must import and compile the kernels of CPU arrays, got {reason(error)}: the slow "
+        "reference runs instead",
+    )
 
 
 def forward(
@@ -38,10 +74,10 @@ def forward(
     """The output of the operator on CPU arrays of any library, as a NumPy array.
 
     It is in float32, or in float64 for float64 values; the caller rounds it. `threads` limits the
-    Numba kernels, which otherwise use NUMBA_NUM_THREADS.
+    Numba kernels, which otherwise use as many as `cupy_msda.cpu.threads.limit` finds.
     """
     value, *points = (_widened(problem, array) for array in (value, locations, weights))
-    return _run("forward", threads, value, table.levels, *points)
+    return _run("forward", problem, threads, value, table.levels, *points)
 
 
 def backward(
@@ -57,27 +93,30 @@ def backward(
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
     arrays = (grad_output, value, locations, weights)
     grad, value, *points = (_widened(problem, array) for array in arrays)
-    gradients: tuple[Any, Any, Any] = _run("backward", threads, grad, value, table.levels, *points)
+    gradients: tuple[Any, Any, Any] = _run(
+        "backward", problem, threads, grad, value, table.levels, *points
+    )
     return gradients
 
 
 def compile_ahead(problem: Problem, with_backward: bool) -> None:
-    """Compile the Numba kernels for a problem by running the smallest one of its kind."""
-    wide = _wide(problem)
-    small = problem._replace(
-        batch=1, spatial_size=1, num_heads=1, num_queries=1, num_levels=1, num_points=1
-    )
-    value = np.zeros((1, 1, 1, problem.head_dim), wide)
-    locations, weights = np.zeros((1, 1, 1, 1, 1, 2), wide), np.zeros((1, 1, 1, 1, 1), wide)
-    table = LevelTable(((1, 1),), (0,))
-    output = forward(small, table, value, locations, weights)
-    if with_backward:
-        backward(small, table, output, value, locations, weights)
+    """Compile the Numba kernels for a problem."""
+    for name in ("forward", "backward") if with_backward else ("forward",):
+        _module(name, problem)
 
 
-def _run(name: str, threads: int | None, *arguments: Any) -> Any:
+def _module(name: str, problem: Problem) -> ModuleType:
+    """What runs `forward` or `backward`; the kernel is compiled then."""
+    module, itemsize = backend(), np.dtype(_wide(problem)).itemsize
+    # Without channels there is nothing to compile.
+    if problem.head_dim and module is not reference:
+        return module if _compiles(module, name, problem.head_dim, itemsize) else reference
+    return reference
+
+
+def _run(name: str, problem: Problem, threads: int | None, *arguments: Any) -> Any:
     """Call a function of the backend; the reference leaves threads to its library."""
-    module = backend()
+    module = _module(name, problem)
     if module is not reference:
         return getattr(module, name)(*arguments, threads=threads)
     with np.errstate(all="ignore"):  # only NumPy would warn of infinities and overflow
@@ -98,3 +137,39 @@ def _widened(problem: Problem, array: Any) -> Any:
         array = np.from_dlpack(array)
     array = np.ascontiguousarray(array, _wide(problem))
     return array if array.flags.aligned else array.copy()
+
+
+# Fork ---------------------------------------------------------------------------------------------
+
+
+_forking = threading.local()  # .held: what this thread holds while it forks
+
+
+def _finish_first_calls() -> None:
+    """Wait until no other thread imports or compiles, and hold Numba's locks.
+
+    In a child those threads are gone: what they had locked or half imported would stay so.
+    """
+    _forking.held = ExitStack()
+    ours = [name for name in list(sys.modules) if name.startswith("cupy_msda.")]
+    for name in (*ours, "numba"):  # Numba last: ours import it
+        if sys.modules.get(name) is not None:
+            with suppress(Exception):  # whoever imports it gets its error
+                import_module(name)
+    if sys.modules.get("numba") is not None:
+        with suppress(Exception):
+            from llvmlite.binding import ffi  # type: ignore[import-untyped]
+            from numba.core.compiler_lock import global_compiler_lock
+
+            _forking.held.enter_context(global_compiler_lock)  # before LLVM's, as when compiling
+            _forking.held.enter_context(ffi.lib._lock)
+
+
+def _let_go() -> None:
+    """Release what the fork held, in the parent and in the child."""
+    _forking.held.close()
+
+
+# The hook that is registered last runs first: Numba's import waits for the lock that logging's takes.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_finish_first_calls, after_in_parent=_let_go, after_in_child=_let_go)

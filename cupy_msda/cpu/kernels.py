@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels, on NumPy arrays. Numba compiles them on first call and caches them on disk.
+"""The CPU kernels, on NumPy arrays. Numba compiles each once and caches it on disk.
 
 A "row" is one (image, query, head): L*P points, each with 4 corners, each corner a D-vector of
 `value`. The kernels hold `lanes` channels of a row in SIMD registers at a time and skip corners
@@ -38,6 +38,9 @@ from llvmlite import ir
 from numba import config, extending, njit, types
 from numba.core import cgutils
 
+from cupy_msda.cpu.cache import disk_cache
+from cupy_msda.cpu.threads import limit
+
 _Array = np.ndarray[Any, Any]
 
 _REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
@@ -66,7 +69,7 @@ def forward(
     locations : array, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     weights : array, shape (N, Lq, M, L, P)
     threads : int, optional
-        The number of threads, the calling one included; None: NUMBA_NUM_THREADS.
+        The number of threads, the calling one included; None: what `cupy_msda.cpu.threads.limit` finds.
 
     Returns
     -------
@@ -82,10 +85,10 @@ def forward(
     threads = _worthwhile(threads, weights.size * d)
     stretch = min(max(n * rows // (16 * threads), 64), 1024)
     _share_out(
-        _forward_kernel(d, value.itemsize),
+        forward_kernel(d, value.itemsize),
         threads,
         out.reshape(-1),
-        tuple(array.reshape(-1) for array in (value, locations, weights)),
+        _read_only(value, locations, weights),
         _table(tuple(levels), points),
         (n, s, m, rows, stretch),
     )
@@ -123,15 +126,23 @@ def backward(
     by_points = np.empty_like(locations), np.empty_like(weights)
     parts, packed = _parts(tuple(levels), s, lq * points)
     _share_out(
-        _backward_kernel(d, value.itemsize),
+        backward_kernel(d, value.itemsize),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
-        tuple(array.reshape(-1) for array in (grad_output, value, locations, weights)),
+        _read_only(grad_output, value, locations, weights),
         _table(tuple(levels), points),
         parts,
         (n, s, m, lq, d * packed),
     )
     return by_value, *by_points
+
+
+def _read_only(*arrays: _Array) -> tuple[_Array, ...]:
+    """Flat views that are read-only whatever the arrays are: for Numba that is part of the type."""
+    views = tuple(array.reshape(-1) for array in arrays)
+    for view in views:
+        view.flags.writeable = False
+    return views
 
 
 @lru_cache(maxsize=1024)
@@ -202,8 +213,10 @@ def _do(job: list[Any]) -> None:
 
 def _worthwhile(threads: int | None, work: int) -> int:
     """The number of threads for `work` multiply-adds per corner."""
-    most = config.NUMBA_NUM_THREADS if threads is None else threads
-    return int(max(1, min(most, work // _GRAIN)))
+    useful = work // _GRAIN
+    if useful < 2:
+        return 1
+    return max(1, min(limit() if threads is None else threads, useful))
 
 
 def _share_out(kernel: Any, threads: int, *arguments: Any) -> None:
@@ -412,15 +425,36 @@ def _fetch_add(context: Any, array: Any, index: Any, increment: Any) -> Any:
 _inlined = njit(forceinline=True, error_model="numpy")
 
 
-def _compiled(function: Any) -> Any:
-    """`function` as a kernel for Python callers, compiled on first call."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no cache directory is writable
-        return njit(nogil=True, error_model="numpy")(function)
+def _compiled(name: str, *signature: Any) -> Any:
+    """Decorator: compiles a function, for Python callers and for arguments of these types alone.
+
+    The name makes its own file in Numba's disk cache.
+    """
+
+    def compile_(function: Any) -> Any:
+        if config.DISABLE_JIT:
+            raise RuntimeError("NUMBA_DISABLE_JIT is set")
+        function.__qualname__ = name
+        kernel = njit(nogil=True, error_model="numpy")(function)
+        kernel._cache = disk_cache(function)
+        kernel.compile(signature)
+        kernel.disable_compile()
+        return kernel
+
+    return compile_
 
 
-@_compiled
+_INTEGERS = types.int64[::1]
+_TABLE = types.int64[:, ::1]
+
+
+def _arrays(itemsize: int, count: int, *, readonly: bool) -> Any:
+    """The type of a tuple of flat arrays of float32 or float64."""
+    real = types.float64 if itemsize == 8 else types.float32
+    return types.UniTuple(types.Array(real, 1, "C", readonly=readonly), count)
+
+
+@_compiled("settled", _INTEGERS)
 def _settled(state: Any) -> bool:
     """Whether all helpers leave their kernel before the polls run out."""
     polls = 0
@@ -516,11 +550,14 @@ def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, po
 
 
 @cache
-def _forward_kernel(head_dim: int, itemsize: int) -> Any:
+def forward_kernel(head_dim: int, itemsize: int) -> Any:
     """The forward kernel for D channels of `itemsize` bytes."""
     lanes = _lanes(head_dim, itemsize)
+    inputs = _arrays(itemsize, 3, readonly=True)
+    out = _arrays(itemsize, 1, readonly=False).dtype
+    name = f"forward_{head_dim}_{itemsize}"
 
-    @_compiled
+    @_compiled(name, _INTEGERS, out, inputs, _TABLE, types.UniTuple(types.int64, 5))
     def forward(state: Any, out: Any, inputs: Any, table: Any, sizes: Any) -> None:
         value, locations, weights = inputs
         batch, spatial_size, num_heads, rows, stretch = sizes  # rows of one image
@@ -703,11 +740,15 @@ def _scatter_rows(
 
 
 @cache
-def _backward_kernel(head_dim: int, itemsize: int) -> Any:
+def backward_kernel(head_dim: int, itemsize: int) -> Any:
     """The backward kernel for D channels of `itemsize` bytes."""
     lanes = _lanes(head_dim, itemsize)
+    inputs = _arrays(itemsize, 4, readonly=True)
+    gradients = _arrays(itemsize, 3, readonly=False)
+    sizes = types.UniTuple(types.int64, 5)
+    name = f"backward_{head_dim}_{itemsize}"
 
-    @_compiled
+    @_compiled(name, _INTEGERS, gradients, inputs, _TABLE, _TABLE, sizes)
     def backward(
         state: Any, gradients: Any, inputs: Any, table: Any, parts: Any, sizes: Any
     ) -> None:

@@ -18,6 +18,8 @@ from importlib import metadata
 from threading import Lock
 from typing import Any
 
+from cupy_msda.faults import reason
+
 CACHE_DIR, IN_MEMORY = "CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY"  # CuPy's environment variables
 _lock = Lock()
 
@@ -76,13 +78,6 @@ def distributions() -> list[str]:
             if re.fullmatch(r"cupy(-(cuda|rocm)[\w-]*)?", name)
         }
     )
-
-
-def reason(error: BaseException) -> str:
-    """The type and the first line of the error that was the first cause of this one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def cache_folder() -> str:

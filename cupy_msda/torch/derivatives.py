@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 
 from cupy_msda import reference
 from cupy_msda.problem import MAX_GRIDS
+from cupy_msda.torch import flops
 from cupy_msda.torch.operands import (
     NO_OPERANDS,
     BackwardOperands,
@@ -26,10 +27,11 @@ from cupy_msda.torch.operands import (
     joined,
     levels_of,
     needs_of,
+    register_once,
     tensors_of,
     with_inputs,
 )
-from cupy_msda.torch.operators import BACKWARD, FORWARD
+from cupy_msda.torch.operators import BACKWARD, DIFFERENTIABLE_BACKWARD, FORWARD
 
 # Older versions were not tried but for 2.4, whose Dynamo cannot see transforms.
 _SEEN_BY_DYNAMO = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
@@ -43,9 +45,23 @@ def active() -> bool:
     return transforming or forward_ad._current_level >= 0
 
 
+def _is_traced() -> bool:
+    """Whether torch.jit.trace records the call, which it cannot where `active()` holds."""
+    if torch._C._get_tracing_state() is None:
+        return False
+    if active():
+        raise RuntimeError(
+            "torch.jit.trace cannot record cupy_msda.ms_deform_attn in forward mode or under a transform of "
+            "torch.func: trace the function that is transformed, or use torch.export"
+        )
+    return True
+
+
 def attention(operands: Operands) -> Tensor:
     """The output, for calls where `active()` holds."""
     if not torch.compiler.is_compiling():
+        flops.register()
+        _is_traced()
         return Attention.apply(*operands)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
     return reference.forward(  # type: ignore[no-any-return]
@@ -59,6 +75,9 @@ def attention(operands: Operands) -> Tensor:
 def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
+        flops.register()
+        if _is_traced():
+            return DIFFERENTIABLE_BACKWARD(*flat(operands))  # type: ignore[no-any-return]
         return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     if not active():
         return _CompiledGradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
@@ -277,3 +296,16 @@ def _refuse_batched_table(dims: Operands) -> None:
                 f"{name} must be the same for all samples of torch.func.vmap (in_dims None), "
                 f"got one for each along dimension {dim}"
             )
+
+
+def _differentiable_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What a trace of torch.jit runs for `gradients`."""
+    return gradients(backward_operands(arguments))
+
+
+register_once(
+    torch.library.impl,
+    "cupy_msda::ms_deform_attn_gradients",
+    "CompositeImplicitAutograd",
+    _differentiable_backward,
+)

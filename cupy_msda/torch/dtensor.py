@@ -196,4 +196,9 @@ def _takes_part(mesh: DeviceMesh) -> bool:
 
 
 for _name, _rule in (("forward", _forward), ("backward", _backward)):
-    torch.library.register_torch_dispatch(f"cupy_msda::ms_deform_attn_{_name}", DTensor, _rule)
+    form.register_once(
+        torch.library.register_torch_dispatch,
+        f"cupy_msda::ms_deform_attn_{_name}",
+        DTensor,
+        _rule,
+    )

@@ -45,7 +45,7 @@ _OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
 
 
 class NoMemoryError(RuntimeError):
-    """A tensor has no memory that DLPack could export, as what escaped from a transform."""
+    """A tensor has no memory that DLPack could export: what escaped from a transform, or a batch of gradients."""
 
 
 def current_stream(device: int, arguments: launch.Arguments) -> int:
@@ -193,7 +193,12 @@ def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
     A null pointer is of a zero tensor, which torch has not put into memory.
     """
     address, words, data = arguments.addresses[slot], arguments.words, dlpack.WORDS * slot
-    kept = _read(tensor, address)
+    try:
+        kept = _read(tensor, address)
+    except RuntimeError as error:
+        raise NoMemoryError(
+            f"grad_output must be in memory that DLPack can export, got {error}"
+        ) from error
     if (
         not words[data]
         or words[data] & _UNALIGNED

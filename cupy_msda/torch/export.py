@@ -25,10 +25,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """The operators of this package, each with the function that computes it by standard operators.
 
     For `torch.export.ExportedProgram.run_decompositions`. An exported program calls the kernels and
-    needs this package: whoever loads it, or an AOTInductor package of it, imports `cupy_msda.torch`
-    first. It has no gradients, of which torch warns. Decomposed, it runs where cupy_msda is not
-    installed, slower, and can be trained. `torch.onnx.export(model, ...)` needs no table; an
-    ExportedProgram has to be decomposed for it::
+    needs this package: whoever loads it, or an AOTInductor package of it, imports `cupy_msda` after
+    torch, or `cupy_msda.torch`. It has no gradients, of which torch warns. Decomposed, it runs where
+    cupy_msda is not installed, slower, and can be trained. `torch.onnx.export(model, ...)` needs no
+    table; an ExportedProgram has to be decomposed for it::
 
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
         portable = program.run_decompositions(cupy_msda.decompositions())

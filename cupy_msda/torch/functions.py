@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import contract
@@ -17,15 +19,23 @@ from cupy_msda.torch.operands import (
     BackwardOperands,
     Operands,
     argument_gradients,
+    arguments_of,
     constants_of,
     flat,
     given_of,
     joined,
+    order_of,
     pack,
+    pack_traced,
+    register_once,
     tensors_of,
 )
 
+# value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+_Inputs = tuple[Any, Any, Any, Any, Any]
 
+
+@contract.refuse_scripting
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Any,
@@ -41,9 +51,11 @@ def ms_deform_attn(
     ----------
     value : Tensor, shape (N, S, M, D)
     spatial_shapes : sequence of (H, W) or integer tensor, shape (L, 2), in pixels
-    level_start_index : sequence of ints or integer tensor, shape (L,), or None
+    level_start_index : sequence of ints or integer tensor, shape (L,), or None: levels fill all S
     sampling_locations : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     attention_weights : Tensor, shape (N, Lq, M, L, P)
+        Under autocast, locations and weights may have another 16-bit dtype than value: they become
+        float32. Value keeps its dtype, and gradients have the dtypes of the arguments.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16, in queries
         A hint about time: the grids on which the Lq queries lie one after another.
 
@@ -64,26 +76,35 @@ def ms_deform_attn(
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
     if torch.compiler.is_compiling():
+        return _in_graph(_packed(inputs, query_order))
+    try:
         if derivatives.active():
             return _transformed(pack(*inputs, query_order))
-        return MSDeformAttnFunction.apply(*inputs, None, query_order)  # which Dynamo passes by
-    if derivatives.active():
-        return _transformed(pack(*inputs, query_order))
-    try:
-        records = torch.is_grad_enabled() and (
-            value.requires_grad
-            or sampling_locations.requires_grad
-            or attention_weights.requires_grad
-        )
-    except AttributeError:  # one of them is no tensor, which the check will say
-        records = False
-    if records:
-        # Each argument that torch is spared is time on small problems.
-        rest = () if query_order is AUTO else (None, query_order)
-        return MSDeformAttnFunction.record(*inputs, *rest)
-    return operators.recorded_forward(pack(*inputs, query_order))[0]
+        try:
+            records = (
+                torch.is_grad_enabled()
+                and (
+                    value.requires_grad
+                    or sampling_locations.requires_grad
+                    or attention_weights.requires_grad
+                )
+                and _get_tracing_state() is None
+            )
+        except AttributeError:  # one of them is no tensor, which the check will say
+            records = False
+        if records:
+            # Each argument that torch is spared is time on small problems.
+            rest = () if query_order is AUTO else (None, query_order)
+            return _record(*inputs, *rest)
+        return operators.recorded_forward(pack(*inputs, query_order))[0]
+    except (TypeError, RuntimeError) as error:
+        mended = _mended(inputs, error)
+        if mended is None:
+            raise
+    return ms_deform_attn(*mended, query_order=query_order)
 
 
+@contract.refuse_scripting
 def ms_deform_attn_backward(
     grad_output: Tensor,
     value: Tensor,
@@ -110,12 +131,25 @@ def ms_deform_attn_backward(
     Errors and source: as `ms_deform_attn`.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    operands = pack(*inputs, query_order)
+    operands = _packed(inputs, query_order)
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:
         problem, _ = contract.check(*given_of(operands))
         contract.check_grad_output(problem, grad_output, value)
-    return derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    try:
+        gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    except RuntimeError as error:
+        given = _savable((grad_output, *inputs), ("grad_output", *Arguments._fields), error)
+        if given is None:
+            raise
+        operands = _packed(given[1:], query_order)
+        gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
+    by_value, by_locations, by_weights = gradients
+    return (
+        by_value,
+        by_locations.to(sampling_locations.dtype),
+        by_weights.to(attention_weights.dtype),
+    )
 
 
 def ms_deform_attn_core_pytorch(
@@ -167,35 +201,8 @@ def ms_deform_attn_core_pytorch(
     return output.view(n, m * d, lq).transpose(1, 2).to(value.dtype)
 
 
-class MSDeformAttnFunction(torch.autograd.Function):
-    """The autograd Function of Deformable-DETR's `ops`, for code that calls its `apply`.
-
-    ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
-    attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
-    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
-
-    Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
-    not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
-    any order themselves, in both modes and under the transforms of `torch.func`, at the speed of
-    the reference.
-
-    References
-    ----------
-    Zhu et al., "Deformable DETR", arXiv:2010.04159.
-    """
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Tensor:
-        """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        if torch.compiler.is_compiling():  # torch.export: Dynamo does not come here
-            return super().apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
-        *inputs, _, query_order = Arguments(*arguments)
-        return ms_deform_attn(*inputs, query_order=query_order)
-
-    @classmethod
-    def record(cls, *arguments: Any) -> Tensor:
-        """Run `forward` and record it for autograd, outside of transforms: at half the cost of torch's `apply`."""
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[no-any-return,misc]
+class _Function(torch.autograd.Function):
+    """The operator for autograd. `apply` is torch's: Dynamo can break a graph before it and go on after it."""
 
     # What follows `im2col_step` comes from `ms_deform_attn` alone.
     # Not setup_context: with it, every apply inspects a signature and costs several times as much.
@@ -218,18 +225,15 @@ class MSDeformAttnFunction(torch.autograd.Function):
                 "Dynamo takes it for a constant: call cupy_msda.ms_deform_attn"
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-        operands = pack(*inputs, query_order)
+        # Dynamo comes here from `apply`. autograd gives gradients the dtypes of the arguments.
+        operands = _packed(inputs, query_order) if compiling else pack(*inputs, query_order)
         ctx.constants = constants_of(operands)
         ctx.save_for_backward(*tensors_of(operands))
         if compiling:
+            ctx.recorded = None  # the backward may run eagerly all the same
             return _traced(operands)
         output, ctx.recorded = operators.recorded_forward(operands)
         return output
-
-    @staticmethod
-    def symbolic(*_: Any) -> None:
-        """Refuse the old exporter to ONNX, which calls this and cannot look into a Function."""
-        raise RuntimeError(operators.NO_OLD_EXPORTER)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -253,6 +257,114 @@ class MSDeformAttnFunction(torch.autograd.Function):
         )
 
 
+class MSDeformAttnFunction(_Function):
+    """The autograd Function of Deformable-DETR's `ops`, for code that calls its `apply`.
+
+    ``MSDeformAttnFunction.apply(value, spatial_shapes, level_start_index, sampling_locations,
+    attention_weights, im2col_step)`` takes and returns what `ms_deform_attn` does. `im2col_step`
+    may be anything or left out: batches are never split, so it has no effect. `query_order` is "auto".
+
+    Gradients flow to value, sampling_locations and attention_weights. One that is not needed is
+    not computed (on a CPU: not kept, since one pass makes all three). They are differentiable to
+    any order themselves, in both modes and under the transforms of `torch.func`, at the speed of
+    the reference.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let torch's own `apply` run a subclass with a forward or backward of its own, which ours would pass by."""
+        super().__init_subclass__(**keywords)
+        if {"forward", "backward"} & vars(cls).keys():
+            cls.apply = super().apply  # type: ignore[method-assign]
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Tensor:
+        """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
+        *inputs, _, query_order = Arguments(*arguments)
+        return ms_deform_attn(*inputs, query_order=query_order)
+
+
+# Runs `forward` and records it, outside of transforms: at half the cost of torch's `apply`.
+_record = super(torch.autograd.Function, MSDeformAttnFunction).apply
+
+
+def _mended(inputs: _Inputs, error: Exception) -> _Inputs | None:
+    """The inputs of a call that failed as they can be taken; None if there is nothing to mend."""
+    if isinstance(error, TypeError):
+        promoted = _promoted(inputs)  # only now, since asking for autocast takes time
+        return None if promoted is inputs else promoted
+    copies: _Inputs | None = _savable(inputs, Arguments._fields, error)
+    return copies
+
+
+def _savable(arguments: Sequence[Any], names: Sequence[str], error: Exception) -> Any:
+    """The arguments with copies of level tables that were made in inference mode, which autograd does not save.
+
+    None if that is not the error.
+    """
+    if "Inference tensors" not in str(error):
+        return None
+    named = list(zip(names, arguments, strict=False))
+    made = [name for name, part in named if isinstance(part, Tensor) and part.is_inference()]
+    for name in made:
+        if name not in ("spatial_shapes", "level_start_index"):
+            raise ValueError(
+                f"{name} must not be made in torch.inference_mode() where gradients are recorded, got such a "
+                "tensor: pass a clone of it"
+            ) from error
+    if not made:
+        return None
+    copies = (part.clone() if name in made else part for name, part in named)
+    return tuple(copies)
+
+
+def _packed(inputs: _Inputs, query_order: Any) -> Operands:
+    """The operands, also in a graph and under autocast."""
+    pack_here = pack_traced if torch.compiler.is_compiling() else pack
+    return pack_here(*_promoted(inputs), query_order)
+
+
+def _promoted(inputs: _Inputs) -> _Inputs:
+    """The inputs with what autocast changes: points in 16 bits and of another dtype than value become float32."""
+    value, shapes, start_index, *points = inputs
+    narrow = [_is_narrow(one, value) for one in points]
+    if not any(narrow) or not _autocasts(value):
+        return inputs
+    locations, weights = (
+        one.float() if is_narrow else one for one, is_narrow in zip(points, narrow, strict=True)
+    )
+    return value, shapes, start_index, locations, weights
+
+
+def _is_narrow(points: Any, value: Any) -> bool:
+    """Whether these are locations or weights in 16 bits beside a value of another dtype."""
+    return (
+        isinstance(points, Tensor)
+        and isinstance(value, Tensor)
+        and points.dtype in operators.HALF
+        and points.dtype != value.dtype
+    )
+
+
+def _autocasts(value: Tensor) -> bool:
+    """Whether autocast is on for the device of value; it leaves float64 alone."""
+    return (
+        value.dtype != torch.float64
+        and value.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(value.device.type)
+    )
+
+
+def _in_graph(operands: Operands) -> Tensor:
+    """The call of a compiled or exported function, packed before `apply`, inside which Dynamo can break no graph."""
+    if derivatives.active():
+        return _transformed(operands)
+    return _Function.apply(*arguments_of(operands))  # type: ignore[no-any-return,no-untyped-call]
+
+
 def _transformed(operands: Operands) -> Tensor:
     """The forward operator under a transform of `torch.func` or in forward mode."""
     operators.refuse_undispatchable(operands)
@@ -265,3 +377,17 @@ def _traced(operands: Operands) -> Tensor:
     if torch.onnx.is_in_onnx_export():
         return export.forward(operands)
     return operators.FORWARD(*operands)  # type: ignore[no-any-return]
+
+
+def _differentiable_forward(*arguments: Any) -> Tensor:
+    """What a trace of torch.jit runs for `ms_deform_attn`."""
+    operands = Operands(*arguments)
+    return ms_deform_attn(*given_of(operands), query_order=order_of(operands))
+
+
+register_once(
+    torch.library.impl,
+    "cupy_msda::ms_deform_attn",
+    "CompositeImplicitAutograd",
+    _differentiable_forward,
+)

@@ -7,10 +7,11 @@ The fields of `Operands` are the only list of them: schemas, packing and unpacki
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -135,7 +136,7 @@ def _table_of(operands: Operands) -> tuple[Any, Any]:
     )
 
 
-def _order_of(operands: Operands) -> Any:
+def order_of(operands: Operands) -> Any:
     """query_order as the public functions take it."""
     return AUTO if operands.query_order is None else _pairs(operands.query_order) or None
 
@@ -160,6 +161,19 @@ _BACKWARD_FIELDS = BackwardOperands(
 BACKWARD_SCHEMA = f"({', '.join(flat(_BACKWARD_FIELDS))}) -> (Tensor, Tensor, Tensor)"
 
 
+def register_once(register: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+    """Call a function of `torch.library`, unless an earlier import of the calling file has done so.
+
+    torch refuses a second registration, and a notebook's autoreload imports again. A module that is reloaded keeps
+    its namespace, so what is registered calls the new functions.
+    """
+    done: set[Any] = vars(torch.ops.cupy_msda).setdefault("_registered", set())
+    key = register.__name__, *(part for part in arguments if isinstance(part, str | tuple))
+    if key not in done:
+        register(*arguments, **keywords)
+        done.add(key)
+
+
 class Arguments(NamedTuple):
     """The arguments of `MSDeformAttnFunction.apply`."""
 
@@ -172,12 +186,18 @@ class Arguments(NamedTuple):
     query_order: Any = AUTO
 
 
+def arguments_of(operands: Operands) -> tuple[Any, ...]:
+    """The arguments of `apply` that `pack` makes these operands of."""
+    return (*given_of(operands), None, order_of(operands))
+
+
 def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
     """What the backward of `apply` returns: None where there is no gradient."""
     # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
     return value, None, None, locations, weights, None, None
 
 
+_SEQUENCES = (tuple, list)
 NO_OPERANDS = Operands(*(None,) * len(Operands._fields))
 
 
@@ -191,57 +211,128 @@ def pack(
 ) -> Operands:
     """The operands for arguments of the public functions; an error for what no operator can be given."""
     shapes, start_index, sizes, starts = None, None, None, None
-    try:
-        if isinstance(spatial_shapes, Tensor):
-            shapes = spatial_shapes
-        else:
-            sizes = _integers([number for h, w in spatial_shapes for number in (h, w)])
-        if isinstance(level_start_index, Tensor):
-            start_index = level_start_index
-        elif level_start_index is not None:
-            starts = _integers(level_start_index)
-    except (TypeError, ValueError):
-        # Says which argument is wrong, and in what.
-        contract.check(
-            value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        )
-        raise
-    order = None if query_order is AUTO else _order(query_order, sampling_locations)
+    if isinstance(spatial_shapes, Tensor):
+        shapes = spatial_shapes
+    else:
+        sizes = _plain_pairs(spatial_shapes)
+        if sizes is None:
+            given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+            sizes = _read("spatial_shapes", spatial_shapes, given)
+    if isinstance(level_start_index, Tensor):
+        start_index = level_start_index
+    elif level_start_index is not None:
+        starts = _plain(level_start_index)
+        if starts is None:
+            given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+            starts = _read("level_start_index", level_start_index, given)
+    order = None
+    if query_order is not AUTO:
+        given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        order = _order(query_order, given)
     return Operands(
         value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
     )
 
 
-def _order(query_order: Any, sampling_locations: Tensor) -> Sequence[int] | None:
+def pack_traced(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    query_order: Any,
+) -> Operands:
+    """`pack` in a graph."""
+    table = traceable(spatial_shapes), traceable(level_start_index)
+    order = traceable(query_order)
+    if isinstance(order, Tensor):
+        order = order.tolist()  # the operators take no tensor for it, so this breaks the graph
+    return pack(value, *table, sampling_locations, attention_weights, order)
+
+
+def traceable(numbers: Any) -> Any:
+    """Integers for a graph: those in arrays, which a tracer does not know, become one tensor, unread."""
+    if isinstance(numbers, np.ndarray):
+        return torch.as_tensor(numbers)
+    if not isinstance(numbers, (list, tuple, range)):
+        return numbers
+    rows = list(numbers)
+    return torch.stack(list(map(_row, rows))) if any(map(_holds_array, rows)) else rows
+
+
+def _holds_array(row: Any) -> bool:
+    """Whether numbers of a level are in an array."""
+    numbers = row if isinstance(row, (list, tuple)) else (row,)
+    return any(isinstance(number, (Tensor, np.ndarray, np.generic)) for number in numbers)
+
+
+def _row(row: Any) -> Tensor:
+    """The numbers of a level as a tensor."""
+    several = isinstance(row, (list, tuple))
+    return torch.stack([torch.as_tensor(n) for n in row]) if several else torch.as_tensor(row)
+
+
+def _order(query_order: Any, given: Sequence[Any]) -> Sequence[int] | None:
     """query_order as the operators take it."""
     if isinstance(query_order, str) and query_order == AUTO:
         return None
     if query_order is None:
         return ()
-    try:
-        numbers = [number for h, w in query_order for number in (h, w)]
-        order = _integers(numbers)
-    except (TypeError, ValueError):
-        contract.check_query_order(query_order, sampling_locations.shape[1])  # says what is wrong
-        raise
-    # Like ints to the operator, which would not know them.
-    if not order or any(isinstance(number, (bool, Tensor)) for number in numbers):
-        contract.check_query_order(query_order, sampling_locations.shape[1])
-    return order
+    order = _plain_pairs(query_order)
+    if order:
+        return order
+    problem, _ = contract.check(*given)
+    return _flat(contract.check_query_order(query_order, problem.num_queries) or ())
 
 
-def _integers(numbers: Iterable[Any]) -> tuple[Any, ...]:
-    """As ints that an operator may be given, or the symbols that a tracer has for them."""
-    numbers = tuple(numbers)
+def _plain_pairs(given: Any) -> tuple[Any, ...] | None:
+    """Flat, if it is a list or tuple of pairs of plain ints or of a tracer's symbols; else None."""
+    if not isinstance(given, _SEQUENCES):
+        return None
+    # Not by unpacking pairs (h, w), which would take sets, too.
+    numbers = [
+        number for row in given if isinstance(row, _SEQUENCES) and len(row) == 2 for number in row
+    ]
+    if len(numbers) != 2 * len(given):
+        return None
     if all([type(number) is int for number in numbers]):  # noqa: C419 - a list takes half the time
-        return numbers
-    return tuple([_integer(number) for number in numbers])
+        return tuple(numbers)
+    return _plain(numbers)
+
+
+def _plain(given: Any) -> tuple[Any, ...] | None:
+    """As a tuple, if it is a list or tuple of plain ints or of a tracer's symbols; else None."""
+    if not isinstance(given, _SEQUENCES):
+        return None
+    if all([type(number) is int for number in given]):  # noqa: C419
+        return tuple(given)
+    return tuple(given) if all(map(_is_plain, given)) else None
+
+
+def _is_plain(number: Any) -> bool:
+    """Whether an operator can be given the number as it is."""
+    return type(number) is int or isinstance(number, torch.SymInt)
+
+
+def _read(name: str, half: Any, given: Sequence[Any]) -> tuple[int, ...]:
+    """What is no such list of half a level table, by the contract's reader, among all that `check` takes."""
+    rows = contract.read_table(name, half, _integer)
+    if (
+        rows is None
+    ):  # on a device, perhaps of another library: the contract knows whether to read it
+        _, table = contract.check(*given)
+        rows = table.sizes if name == "spatial_shapes" else table.starts
+    return _flat(rows) if name == "spatial_shapes" else tuple(rows)
 
 
 def _integer(number: Any) -> Any:
-    """One of them."""
-    # `__index__` of a symbol would make it a constant.
+    """An int; a symbol stays one, of which `__index__` would make a constant."""
     return number if isinstance(number, torch.SymInt) else operator.index(number)
+
+
+def _flat(pairs: Iterable[Any]) -> tuple[Any, ...]:
+    """Pairs as flat integers."""
+    return tuple([number for pair in pairs for number in pair])
 
 
 def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
@@ -252,18 +343,25 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
     problem, table = contract.check(*given_of(operands))
-    grids = contract.check_query_order(_order_of(operands), problem.num_queries)
+    grids = contract.check_query_order(order_of(operands), problem.num_queries)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
     return problem, table, grids
 
 
-def check_traced(operands: Operands) -> None:
+def check_traced(operands: Operands, grad_output: Any = None) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
-    contract.check(*given_of(operands), traced=True)
-    num_queries = operands.sampling_locations.shape[1]
-    if all(isinstance(number, int) for number in (num_queries, *(operands.query_order or ()))):
-        contract.check_query_order(_order_of(operands), num_queries)
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        problem, _ = contract.check(*given_of(operands), traced=True)
+        numbers = (problem.num_queries, *(operands.query_order or ()))
+        if all(isinstance(number, int) for number in numbers):
+            contract.check_query_order(order_of(operands), problem.num_queries)
+        if grad_output is not None:
+            contract.check_grad_output(problem, grad_output, operands.value)
+    except GuardOnDataDependentSymNode:
+        pass  # a size that is known when the operator runs, which checks it
 
 
 def levels_of(operands: Operands) -> list[Level]:

@@ -23,7 +23,7 @@ from torch._C._autograd import _profiler_enabled
 from cupy_msda import contract
 from cupy_msda.cpu import backend
 from cupy_msda.problem import INT32_MAX
-from cupy_msda.torch import exchange
+from cupy_msda.torch import exchange, flops
 from cupy_msda.torch.exchange import Gradients
 from cupy_msda.torch.operands import (
     BACKWARD_SCHEMA,
@@ -32,21 +32,33 @@ from cupy_msda.torch.operands import (
     Operands,
     backward_operands,
     check,
+    check_traced,
     constants_of,
     flat,
     inputs_of,
     needs_of,
+    register_once,
     tensors_of,
 )
 
-for _name, _schema in (("forward", FORWARD_SCHEMA), ("backward", BACKWARD_SCHEMA)):
-    torch.library.define(
-        f"cupy_msda::ms_deform_attn_{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
+_SCHEMAS = {
+    "ms_deform_attn_forward": FORWARD_SCHEMA,
+    "ms_deform_attn_backward": BACKWARD_SCHEMA,
+    # The same with autograd, which costs a call more: what torch.jit.trace records, since a trace may be run with
+    # gradients. The modules that differentiate implement them, by the operators above.
+    "ms_deform_attn": FORWARD_SCHEMA,
+    "ms_deform_attn_gradients": BACKWARD_SCHEMA,
+}
+for _name, _schema in _SCHEMAS.items():
+    register_once(
+        torch.library.define, f"cupy_msda::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag
     )
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
+DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 # --- eager calls ---------------------------------------------------------------------------------
 
@@ -68,6 +80,9 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
         else:
             return output, (call, seen)
     refuse_undispatchable(operands)
+    if _get_tracing_state() is not None:
+        return DIFFERENTIABLE_FORWARD(*operands), None
+    flops.register()
     return FORWARD(*operands), None
 
 
@@ -87,6 +102,7 @@ def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gr
                 return _backward(operands)
         except exchange.NoMemoryError:
             pass  # torch's dispatcher unwraps it
+    flops.register()
     return BACKWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
@@ -128,19 +144,26 @@ def refuse_undispatchable(operands: Operands) -> None:
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
     value, locations, weights = inputs_of(operands)
-    if not (is_dense(value) and is_dense(locations) and is_dense(weights)):
+    tables = (operands.spatial_shapes, operands.level_start_index)
+    given = (value, locations, weights, *[half for half in tables if half is not None])
+    if not all([is_dense(tensor) for tensor in given]):  # noqa: C419 - as Dynamo takes it
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
     if not (value.is_cpu or value.is_cuda or value.is_meta):
         raise contract.unsupported_device(str(value.device))
     _refuse_rocm(value)
-    tables = (operands.spatial_shapes, operands.level_start_index)
-    if any(
-        tensor is not None and tensor.is_meta for tensor in (value, locations, weights, *tables)
-    ):
+    mixed = any(
+        p.dtype is not torch.float32 and p.dtype is not value.dtype for p in (locations, weights)
+    )
+    if mixed and not torch.compiler.is_compiling():
+        check(operands)  # before a mode or a tracer records the call
+    if any(tensor.is_meta for tensor in given):
         check(operands)  # where only shapes are computed, nothing else does
     numbers = (*(operands.sizes or ()), *(operands.starts or ()), *(operands.query_order or ()))
-    if any(type(number) is int and abs(number) > INT32_MAX for number in numbers):
+    # In a graph, to compare an integer would limit its range.
+    if not torch.compiler.is_compiling() and any(
+        type(number) is int and abs(number) > INT32_MAX for number in numbers
+    ):
         check(operands)  # the dispatcher takes no larger ones
 
 
@@ -152,7 +175,12 @@ def _refuse_rocm(value: Tensor) -> None:
 
 def is_dense(array: Any) -> bool:
     """Whether it is a torch tensor of a layout that the operators take."""
-    return isinstance(array, Tensor) and array.layout is torch.strided and not array.is_nested
+    return (
+        isinstance(array, Tensor)
+        and array.layout is torch.strided
+        and not array.is_nested
+        and not array.is_quantized
+    )
 
 
 # --- the memoised check --------------------------------------------------------------------------
@@ -208,7 +236,10 @@ def checked(operands: Operands) -> Call:
             _contents(value, shapes, start_index),
             *constants_of(operands),
         )
-    except RuntimeError:  # a nested tensor has no shape, a meta tensor no contents
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # a nested tensor has no shape, others have no contents for NumPy
         check(operands)
         raise
     call = _calls.get(key)
@@ -291,9 +322,14 @@ def _check_grad_output(operands: BackwardOperands, call: Call) -> None:
 
 def _numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
-    if tensor.dtype in _HALF:  # NumPy has no bfloat16, and computes float16 slowly
+    if tensor.dtype in HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
-    return tensor.detach().contiguous().numpy()
+    try:
+        return tensor.detach().contiguous().numpy()
+    except RuntimeError as error:
+        raise exchange.NoMemoryError(
+            f"grad_output and inputs must be in memory, got {error}"
+        ) from error
 
 
 def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
@@ -304,6 +340,11 @@ def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
 
 
 # --- registration --------------------------------------------------------------------------------
+
+
+def _refuse_old_exporter(*_: Any) -> None:
+    """What the old exporter to ONNX calls for an operator in the graph of a traced module."""
+    raise RuntimeError(NO_OLD_EXPORTER)
 
 
 def _hashable(operands: Operands) -> Operands:
@@ -323,8 +364,9 @@ def _dispatched_backward(*arguments: Any) -> Gradients:
 
 
 def _fake_forward(*arguments: Any) -> Tensor:
-    """Shape, dtype and device of the output; the operator checks its inputs when it runs."""
+    """Shape, dtype and device of the output."""
     operands = Operands(*arguments)
+    check_traced(operands)
     n, _, m, d = operands.value.shape
     return operands.value.new_empty((n, operands.sampling_locations.shape[1], m * d))  # type: ignore[no-any-return]
 
@@ -332,16 +374,23 @@ def _fake_forward(*arguments: Any) -> Tensor:
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Shapes, dtypes and devices of the gradients."""
     operands = backward_operands(arguments)
+    check_traced(operands.forward, operands.grad_output)
     return tuple(
         tensor.new_empty(tensor.shape if need else 0)
         for tensor, need in zip(inputs_of(operands.forward), needs_of(operands), strict=True)
     )
 
 
+for _name in _SCHEMAS:
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        f"cupy_msda::{_name}", _refuse_old_exporter, 9
+    )
+flops.register()
 for _name, _run, _fake in (
     ("forward", _dispatched_forward, _fake_forward),
     ("backward", _dispatched_backward, _fake_backward),
 ):
     # One function for both: a table on a GPU with host values dispatches as CUDA.
-    torch.library.impl(f"cupy_msda::ms_deform_attn_{_name}", ("cpu", "cuda"), _run)
-    torch.library.register_fake(f"cupy_msda::ms_deform_attn_{_name}", _fake)
+    _operator = f"cupy_msda::ms_deform_attn_{_name}"
+    register_once(torch.library.impl, _operator, ("cpu", "cuda"), _run)
+    register_once(torch.library.register_fake, _operator, _fake)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from tests.contract.inputs import LOCATION_SHAPE, OUTSIDE, SHAPES, SIZES, STARTS, Bad
 
@@ -13,6 +14,10 @@ NO_PAIRS = (
 )
 NO_INTEGERS = (
     "level_start_index must be a sequence of integers or an integer array of shape (L,), got "
+)
+UNFILLED = (
+    "spatial_shapes must have levels that fill the S = 28 positions of value where "
+    "level_start_index is None, got "
 )
 
 ANY = [
@@ -143,6 +148,27 @@ ANY = [
         f"{OUTSIDE}(8, 10) starting at 0 for level 0",
     ),
     Bad(
+        "sizes of another stride",
+        lambda lib: {"spatial_shapes": [(2, 2), (1, 1), (1, 1)], "level_start_index": None},
+        ValueError,
+        f"{UNFILLED}6 positions in ((2, 2), (1, 1), (1, 1))",
+    ),
+    Bad(
+        "an array of levels that leave one position",
+        lambda lib: {
+            "spatial_shapes": lib.integers([(4, 5), (2, 3), (1, 1)]),
+            "level_start_index": None,
+        },
+        ValueError,
+        f"{UNFILLED}27 positions in ((4, 5), (2, 3), (1, 1))",
+    ),
+    Bad(
+        "levels without positions",
+        lambda lib: {"spatial_shapes": [(0, 0), (0, 5), (4, 0)], "level_start_index": None},
+        ValueError,
+        f"{UNFILLED}0 positions in ((0, 0), (0, 5), (4, 0))",
+    ),
+    Bad(
         "starts and sizes in each other's place",
         lambda lib: {"spatial_shapes": STARTS, "level_start_index": SIZES},
         TypeError,
@@ -231,5 +257,35 @@ NUMPY = [
         lambda lib: {"spatial_shapes": np.array(SIZES, np.dtype("i8").newbyteorder())},
         TypeError,
         "spatial_shapes must have an integer dtype in native byte order, got ...i8",
+    ),
+]
+TORCH = [
+    Bad(
+        "bfloat16 sizes",
+        lambda lib: {"spatial_shapes": lib.integers(SIZES, "bfloat16")},
+        TypeError,
+        "spatial_shapes must have an integer dtype in native byte order, got bfloat16",
+    ),
+    Bad(
+        "sparse sizes",
+        lambda lib: {"spatial_shapes": lib.integers(SIZES).to_sparse()},
+        TypeError,
+        "spatial_shapes must be a dense tensor, got torch.sparse_coo",
+    ),
+    Bad(
+        "sparse starts",
+        lambda lib: {"level_start_index": lib.integers(STARTS).to_sparse()},
+        TypeError,
+        "level_start_index must be a dense tensor, got torch.sparse_coo",
+    ),
+    Bad(
+        "jagged sizes",
+        lambda lib: {
+            "spatial_shapes": torch.nested.as_nested_tensor(
+                [lib.integers(STARTS)] * 2, layout=torch.jagged
+            )
+        },
+        TypeError,
+        "spatial_shapes must be a dense tensor, got a nested tensor",
     ),
 ]

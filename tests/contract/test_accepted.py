@@ -139,7 +139,8 @@ LEVELS_THAT_FIT = {
     "overlaps": ([(4, 5), (4, 5), (2, 3)], [0, 8, 3]),
     "any order": ([(1, 2), (2, 3), (4, 5)], [26, 20, 0]),
     "empty levels, at the end too": ([(0, 0), (0, 5), (4, 0)], [28, 0, 28]),
-    "positions left over": ([(2, 3), (1, 2), (1, 1)], None),
+    "positions left over": ([(2, 3), (1, 2), (1, 1)], [0, 6, 8]),
+    "all positions": ([(4, 5), (2, 3), (1, 2)], None),
     "the same positions": ([(1, 28), (28, 1), (4, 7)], [0, 0, 0]),
 }
 
@@ -149,7 +150,7 @@ def test_levels_that_fit(case):
     sizes, starts = LEVELS_THAT_FIT[case]
     _, table = check_with(NumPy(), spatial_shapes=sizes, level_start_index=starts)
     assert table.sizes == tuple(sizes)
-    assert table.starts == (tuple(starts) if starts else (0, 6, 8))
+    assert table.starts == tuple(starts or STARTS)
 
 
 @pytest.mark.parametrize("lib", [NumPy(), Torch()], ids=["NumPy", "Torch"])

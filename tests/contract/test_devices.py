@@ -188,6 +188,19 @@ def test_the_check_variable_reads_and_validates_levels_on_the_device(monkeypatch
         check_with(CUDA, spatial_shapes=too_large)
 
 
+def test_levels_on_a_device_that_leave_positions_are_found_by_the_check_variable(monkeypatch):
+    changed = {"spatial_shapes": CUDA.integers([(4, 5), (2, 3), (1, 1)]), "level_start_index": None}
+    _, table = check_with(CUDA, **changed)
+    assert table.sizes is None
+    monkeypatch.setenv("CUPY_MSDA_CHECK", "1")
+    message = (
+        "spatial_shapes must have levels that fill the S = 28 positions of value where "
+        "level_start_index is None, got 27 positions in ((4, 5), (2, 3), (1, 1))"
+    )
+    with pytest.raises(ValueError, match=pattern(message)):
+        check_with(CUDA, **changed)
+
+
 def test_the_check_variable_is_off_unless_one(monkeypatch):
     monkeypatch.setenv("CUPY_MSDA_CHECK", "0")
     _, table = check_with(CUDA, spatial_shapes=CUDA.integers(SIZES), level_start_index=None)

@@ -15,7 +15,7 @@ from tests.contract.inputs import NumPy, Torch, good_inputs
 
 ANY = [*value.ANY, *points.ANY, *table.ANY, *query_order.ANY, *grad_output.ANY]
 NUMPY = [*value.NUMPY, *points.NUMPY, *table.NUMPY]
-TORCH = [*value.TORCH, *points.TORCH, *devices.TORCH]
+TORCH = [*value.TORCH, *points.TORCH, *table.TORCH, *devices.TORCH]
 ARGUMENTS = {*good_inputs(NumPy()), "query_order"}
 
 

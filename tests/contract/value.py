@@ -116,5 +116,15 @@ TORCH = [
         TypeError,
         "value must be a dense tensor, got a nested tensor",
     ),
+    Bad(
+        "quantised values",
+        lambda lib: {
+            "value": torch._empty_affine_quantized(
+                SHAPE["value"], scale=1, zero_point=0, dtype=torch.qint8
+            )
+        },
+        TypeError,
+        "value must have dtype float16, bfloat16, float32, float64, got qint8",
+    ),
     no_array("a module for a tensor", "value", torch.nn.Identity()),
 ]
