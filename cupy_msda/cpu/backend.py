@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import logging  # noqa: F401  # for its hook before a fork: see the last lines
-import os
-import sys
-import threading
-from contextlib import ExitStack, suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +14,7 @@ from array_api_compat import array_namespace
 
 from cupy_msda import reference
 from cupy_msda.arrays import dtype_name
+from cupy_msda.cpu import fork
 from cupy_msda.faults import reason, warn_once
 from cupy_msda.problem import LevelTable, Problem
 
@@ -139,37 +135,4 @@ def _widened(problem: Problem, array: Any) -> Any:
     return array if array.flags.aligned else array.copy()
 
 
-# Fork ---------------------------------------------------------------------------------------------
-
-
-_forking = threading.local()  # .held: what this thread holds while it forks
-
-
-def _finish_first_calls() -> None:
-    """Wait until no other thread imports or compiles, and hold Numba's locks.
-
-    In a child those threads are gone: what they had locked or half imported would stay so.
-    """
-    _forking.held = ExitStack()
-    ours = [name for name in list(sys.modules) if name.startswith("cupy_msda.")]
-    for name in (*ours, "numba"):  # Numba last: ours import it
-        if sys.modules.get(name) is not None:
-            with suppress(Exception):  # whoever imports it gets its error
-                import_module(name)
-    if sys.modules.get("numba") is not None:
-        with suppress(Exception):
-            from llvmlite.binding import ffi  # type: ignore[import-untyped]
-            from numba.core.compiler_lock import global_compiler_lock
-
-            _forking.held.enter_context(global_compiler_lock)  # before LLVM's, as when compiling
-            _forking.held.enter_context(ffi.lib._lock)
-
-
-def _let_go() -> None:
-    """Release what the fork held, in the parent and in the child."""
-    _forking.held.close()
-
-
-# The hook that is registered last runs first: Numba's import waits for the lock that logging's takes.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_finish_first_calls, after_in_parent=_let_go, after_in_child=_let_go)
+fork.register()

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import threading
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from cupy_msda.cuda.importing import in_memory, require_cupy, without_disk_cache
+from cupy_msda.cuda.importing import (
+    fork_safe_lock,
+    in_memory,
+    require_cupy,
+    without_disk_cache,
+)
 from cupy_msda.faults import reason
 from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS
 
@@ -101,12 +104,7 @@ def _expand(file: str, seen: set[str]) -> str:
 
 
 _functions: dict[tuple[Kernel, int], Any] = {}
-_lock: Any = threading.Lock()
-
-
-# A forked child gets a lock that no thread of its parent holds.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_lock._at_fork_reinit)
+_lock = fork_safe_lock()
 
 
 def load(kernel: Kernel, device: int) -> Any:

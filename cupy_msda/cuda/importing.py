@@ -21,7 +21,17 @@ from typing import Any
 from cupy_msda.faults import reason
 
 CACHE_DIR, IN_MEMORY = "CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY"  # CuPy's environment variables
-_lock = Lock()
+
+
+def fork_safe_lock() -> Any:
+    """A lock that is open in a forked child, where the thread that held it is gone."""
+    lock: Any = Lock()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lock._at_fork_reinit)
+    return lock
+
+
+_lock = fork_safe_lock()
 
 
 def require_cupy(torch_cuda: str | None = None) -> Any:
