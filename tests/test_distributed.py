@@ -317,8 +317,8 @@ def forms_of_table(table, mesh):
 
 @check()
 def check_levels_out_of_order(mesh):
-    inputs = random_inputs([(2, 3), (3, 2)], s=20, **EVEN)
-    starts = [8, 2]
+    inputs = random_inputs([(2, 3), (3, 2)], **EVEN)
+    starts = [6, 0]
     expected = ms_deform_attn(inputs.value, inputs.sizes, starts, *inputs.tensors[1:])
     tensors = leaves(inputs, mesh, [HEAD], [HEAD])
     for given in (None, starts, None, starts):

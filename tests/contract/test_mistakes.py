@@ -29,6 +29,7 @@ def cases():
                     yield pytest.param(function, lib, bad, id=name)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize(("function", "lib", "bad"), list(cases()))
 def test_bad_input(function, lib, bad):

@@ -26,7 +26,8 @@ _AROUND = ("fixed_point.cu", "round.cu")
 
 def checked(inputs: Inputs) -> tuple[Problem, LevelTable]:
     """The problem and its level table, through the contract."""
-    return check(inputs.value, inputs.sizes, None, inputs.locations, inputs.weights)
+    starts = inputs.starts().tolist()
+    return check(inputs.value, inputs.sizes, starts, inputs.locations, inputs.weights)
 
 
 def device(multiprocessors: int) -> Device:
