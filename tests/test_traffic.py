@@ -145,8 +145,8 @@ def test_the_script_predicts_less_traffic_in_tiles(model, tmp_path, monkeypatch,
     import traffic
 
     # A level of 1 MB on four multiprocessors with 16 KB of L1 each: nothing large fits, as on a GPU.
-    monkeypatch.setattr(traffic, "SHAPES", {"one level": (((32, 32),), 0)})
-    monkeypatch.setattr(traffic, "SIGMAS", (None, 2))
+    monkeypatch.setattr(traffic, "SHAPES", {"one level": traffic.Shape(((32, 32),))})
+    monkeypatch.setattr(traffic, "LOCATIONS", ("uniform", "sigma 2"))
     output = tmp_path / "traffic.json"
     arguments = ["--l1", "16", "--sms", "4", "--sampled", "2", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["traffic.py", *arguments])
