@@ -13,11 +13,22 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cupy_msda import __main__, ms_deform_attn_core_pytorch
-from cupy_msda.bench import cases, constants, correctness, machine, roofline, runner, tables, timing
+from cupy_msda import MSDeformAttn, __main__, ms_deform_attn_core_pytorch
+from cupy_msda.bench import (
+    cases,
+    constants,
+    correctness,
+    geometry,
+    machine,
+    roofline,
+    runner,
+    tables,
+    timing,
+)
 from cupy_msda.bench import implementations as implementation_file
 from cupy_msda.bench.cases import Case, Inputs, Shape
 from cupy_msda.bench.constants import Constants
@@ -275,21 +286,111 @@ def test_constants_of_a_gpu_compile():
         nvrtc.destroyProgram(program)
 
 
-def test_points_lie_where_their_distribution_says(monkeypatch):
-    monkeypatch.setitem(cases.SHAPES, "tiny", TINY._replace(levels=((30, 40), (15, 20))))
-    inputs = cases.build(CASES[0], "cpu")
+def offsets_in_pixels(inputs, references):
+    """From references (N or 1, Lq, 1 or M, 1 or L, 1 or P, 2), as fractions."""
     sizes = torch.tensor(inputs.sizes).flip(-1)[:, None]
-    centre = torch.tensor([0.5 / 40, 0.5 / 30])  # of the first query
-    offsets = (inputs.locations[:, 0] - centre) * sizes
-    inside = offsets[:, :, 0, :2]
-    assert inside.abs().max() < 12
-    centres = cases._pixel_centres(inputs.sizes)
+    return (inputs.locations.double() - torch.from_numpy(references)) * sizes
+
+
+@pytest.mark.parametrize("sigma", [1, 2, 4])
+def test_points_lie_where_their_distribution_says(sigma, monkeypatch):
+    monkeypatch.setitem(cases.SHAPES, "tiny", TINY._replace(levels=((30, 40), (15, 20))))
+    inputs = cases.build(Case("tiny", f"sigma {sigma}", "float32"), "cpu")
+    centres = geometry.pixel_centres(inputs.sizes)
     assert centres.shape == (1500, 2)
-    offsets = (inputs.locations - centres[:, None, None, None]) * sizes
-    spread = offsets[:, :, :, 1].std()
-    assert 1.9 < spread < 2.1
+    assert centres[0].tolist() == [0.5 / 40, 0.5 / 30]
+    assert centres[1].tolist() == [1.5 / 40, 0.5 / 30]
+    assert centres[1200 + 20].tolist() == [0.5 / 20, 1.5 / 15]
+    offsets = offsets_in_pixels(inputs, centres[None, :, None, None, None])
+    for level, count in enumerate(TINY.counts):
+        spread = offsets[:, :, :, level, :count].std()
+        assert 0.97 * sigma < spread < 1.03 * sigma
+    sizes = torch.tensor(inputs.sizes).flip(-1)[:, None]
     pixels = inputs.locations.double() * sizes - 0.5
     assert (pixels - pixels.round()).abs().min() > 0.009
+
+
+@pytest.mark.parametrize("shape", ["mask2former-512", "detr-encoder"])
+def test_directed_points_are_those_of_a_new_module(shape):
+    inputs = cases.build(Case(shape, "directed", "float32"), "cpu")
+    sizes = cases.SHAPES[shape].levels
+    module = MSDeformAttn(n_levels=len(sizes))
+    biases = module.sampling_offsets.bias.detach().view(1, 1, 8, len(sizes), 4, 2)
+    offsets = offsets_in_pixels(inputs, geometry.pixel_centres(sizes)[None, :, None, None, None])
+    # To the margin from the edges between cells comes the rounding of a location to float32.
+    assert (offsets - biases).abs().max() < 0.011
+    assert offsets.abs().amax((0, 1, 2, 3, 5)).tolist() == pytest.approx([1, 2, 3, 4], abs=0.011)
+
+
+@pytest.mark.parametrize("shape", ["dino-decoder", "dfine-decoder", "rfdetr"])
+def test_points_of_boxes_are_those_of_a_new_module(shape):
+    inputs = cases.build(Case(shape, "boxes", "float32"), "cpu")
+    sizes, queries, counts = inputs.sizes, cases.SHAPES[shape].queries, cases.SHAPES[shape].counts
+    boxes = geometry.boxes(1, queries)
+    assert ((boxes[..., :2] - boxes[..., 2:] / 2 > 0) & (boxes[..., 2:] <= 0.5)).all()
+    assert (boxes[..., :2] + boxes[..., 2:] / 2 < 1).all()
+    heads = cases.SHAPES[shape].heads
+    for level, count in enumerate(counts):
+        module = MSDeformAttn(d_model=8 * heads, n_levels=1, n_heads=heads, n_points=count)
+        biases = module.sampling_offsets.bias.detach().view(heads, 1, count, 2)
+        references = torch.from_numpy(boxes)[:, :, None, None, None]
+        expected = references[..., :2] + biases / count * references[..., 2:] * 0.5
+        off = inputs.locations[:, :, :, level : level + 1, :count] - expected
+        width_height = torch.tensor(sizes[level]).flip(-1)
+        assert (off * width_height).abs().max() < 0.011
+        inside = (expected - references[..., :2]).abs() <= references[..., 2:] / 2 * (1 + 1e-6)
+        assert inside.all()
+
+
+def test_a_camera_sees_what_lies_before_it():
+    camera = geometry.Camera((1.0, 2.0, 1.5), 90.0, 1000, (800, 450))  # looks to the left
+    points = [(1, 12, 1.5), (2, 12, 1.5), (1, 22, -0.5), (1, 1, 1.5)]
+    located = geometry.project(camera, np.array(points, float)) * geometry.IMAGE
+    # Ahead; a metre to the right, 10 metres ahead; two metres below, 20 metres ahead; behind.
+    expected = [(800, 450), (900, 450), (800, 550), (-2 * 1600, -2 * 928)]
+    np.testing.assert_allclose(located, expected)
+
+
+def test_the_pillars_of_the_grid_by_hand():
+    pillars = geometry.bev_in_cameras(100).reshape(6, 100, 100, 4, 2)
+    # Cell (row 69, column 49): 19.968 m ahead of the lidar and 0.512 m to its left; the second height, -13/6 m.
+    front = geometry.CAMERAS["front"]
+    yaw = math.radians(front.yaw)
+    ahead, left, up = 0.94 + 19.968 - 1.70, 0.512 - 0.02, 1.84 - 13 / 6 - 1.51
+    depth = ahead * math.cos(yaw) + left * math.sin(yaw)
+    right = ahead * math.sin(yaw) - left * math.cos(yaw)
+    expected = (816 + 1266 * right / depth) / 1600, (492 - 1266 * up / depth) / 928
+    np.testing.assert_allclose(pillars[0, 69, 49, 1], expected)
+    assert (pillars[3, 69, 49] == -2).all()  # behind the camera that looks back
+
+
+def test_each_camera_sees_its_share_of_the_grid():
+    """The share of its field of view in the circle: 65 of 360 degrees, and 89 of the camera at the back."""
+    pillars = geometry.bev_in_cameras(100)
+    inside = ((pillars > 0) & (pillars < 1)).all(-1)
+    seen = dict(zip(geometry.CAMERAS, inside.any(-1).mean(-1), strict=True))
+    for name, share in seen.items():
+        angle = 2 * math.degrees(math.atan(800 / geometry.CAMERAS[name].focal))
+        # A square reaches further than a circle along its diagonals; the camera does not stand in its middle.
+        assert share == pytest.approx(angle / 360, rel=0.16)
+    assert inside.mean() == pytest.approx(0.18376, abs=1e-5)
+    cameras = inside.any(-1).sum(0)
+    assert cameras.mean() == pytest.approx(1.1213, abs=1e-4)
+    assert cameras.max() == 2
+
+
+def test_points_of_the_cameras_lie_by_their_pillars():
+    inputs = cases.build(Case("bevformer-sca", "cameras", "float32"), "cpu")
+    queries = slice(0, None, 16)
+    part = inputs._replace(locations=inputs.locations[:, queries])
+    pillars = geometry.bev_in_cameras(100)[:, queries, None, None]
+    references = np.concatenate([pillars, pillars], axis=-2)  # two points of each height
+    offsets = offsets_in_pixels(part, references)
+    for level in range(4):
+        assert 0.99 < offsets[:, :, :, level].std() < 1.01
+        assert offsets[:, :, :, level].abs().max() < 6.5
+    inside = ((inputs.locations > 0) & (inputs.locations < 1)).all(-1)
+    assert inside.float().mean() == pytest.approx(0.1836, abs=0.001)
 
 
 def test_levels_with_fewer_points_are_filled_with_points_outside(tiny):
@@ -308,8 +409,9 @@ def test_cases_are_known_and_grouped_by_shape(device, quick):
     chosen = cases.select(device, quick)
     assert len(set(chosen)) == len(chosen)
     for case in chosen:
-        queries = cases.SHAPES[case.shape].queries
-        assert case.distribution == "uniform" or queries is None
+        encoder = cases.SHAPES[case.shape].queries is None
+        fits = case.distribution.startswith("sigma") or case.distribution == "directed"
+        assert case.distribution == "uniform" or encoder == fits
     float32 = [case.shape for case in chosen if case.dtype == "float32"]
     assert len(list(groupby(float32))) == len(set(float32))
 
