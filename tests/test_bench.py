@@ -32,7 +32,7 @@ from cupy_msda.bench import (
 from cupy_msda.bench import implementations as implementation_file
 from cupy_msda.bench.cases import Case, Inputs, Shape
 from cupy_msda.bench.constants import Constants
-from cupy_msda.bench.implementations import OURS
+from cupy_msda.bench.implementations import COMPILED, OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Shape(2, ((5, 7), (3, 4)), None, (2, 3), heads=2, channels=8)
@@ -76,7 +76,7 @@ def run(tmp_path, device="cpu"):
 
 def check_results(results, device):
     """What every complete file of these cases holds."""
-    assert results["schema"] == 2
+    assert results["schema"] == 3
     assert results["machine"]["device"]
     versions = results["machine"]["versions"]
     assert {"python", "cupy_msda", "torch", "numpy"} <= versions.keys()
@@ -88,11 +88,17 @@ def check_results(results, device):
         if row["implementation"] in implementation_file._MODULES and row["verdict"] != "right":
             continue  # another project's kernels, which the benchmark need not find right
         assert row["verdict"] == "right"
-        low, high = row["quartiles_ms"]
-        assert 0 < low <= row["median_ms"] <= high
+        compared = tables.compared_us(row)
+        for clock in ("wall", "device")[: 1 + (device == "cuda")]:
+            low, high = row[f"{clock}_quartiles_us"]
+            assert 0 < low <= row[f"{clock}_us"] <= high
+        if device == "cpu":
+            assert row["device_us"] is row["device_quartiles_us"] is row["device_by"] is None
+        elif row["implementation"] == OURS:
+            assert row["device_by"] == "graph"
         assert row["repeats"] == 4
         assert row["roofline_ms"] == max(row["roofline_terms_ms"].values())
-        assert row["roofline_share"] == pytest.approx(row["roofline_ms"] / row["median_ms"])
+        assert row["roofline_share"] == pytest.approx(1e3 * row["roofline_ms"] / compared)
         most = 1 if row["implementation"] == OURS else correctness.BASELINE_BUDGETS
         assert all(error <= most for error in row["errors"].values())
         assert (row["peak_bytes"] is None) == (device == "cpu")
@@ -106,7 +112,8 @@ def test_run_measures_all_that_is_installed(tiny, tmp_path, capsys):
     assert {OURS, "grid_sample"} <= names
     assert names | results["absent"].keys() == set(implementation_file._MAKERS)
     said = capsys.readouterr().out
-    assert "[2/2, " in said
+    assert re.search(r"\[1/2, \d+ s, about 120 s left\] tiny, sigma 2, float32\n", said)
+    assert re.search(r"\[2/2, \d+ s, about \d+ s left\] tiny, uniform, bfloat16\n", said)
     assert tables.table(results) in said
     assert tables.caption(results) in said
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -146,7 +153,7 @@ def test_wrong_and_raising_baselines_are_reported_and_not_timed(
             assert row["verdict"] == verdict
             assert row["why"].startswith(why)
             assert "\n" not in row["why"]
-            assert row["median_ms"] is row["roofline_share"] is None
+            assert row["wall_us"] is row["wall_quartiles_us"] is row["roofline_share"] is None
             assert row["repeats"] == 0
     assert "raised: NotImplementedError: not for these" in capsys.readouterr().out
     assert (tmp_path / "results.png").exists()
@@ -209,20 +216,29 @@ def test_in_each_repeat_all_take_turns():
 
         return function
 
-    watched = []
-
-    def watch(call):
-        watched.append(call())
-        return float(len(watched))
+    def on_device(function, inputs):
+        """Stopwatches with a device, which takes no turn of its own."""
+        watches = timing.on_cpu(function, inputs)
+        return {
+            way: watch._replace(device=lambda: 5.0, device_by="fake")
+            for way, watch in watches.items()
+        }
 
     functions = {name: named(name) for name in "abc"}
-    times = timing.measure(functions, inputs, watch, timing.Limits(5, math.inf))
-    assert [len(times[way][name]) for way in timing.WAYS for name in "abc"] == [5] * 6
+    times = timing.measure(functions, inputs, on_device, timing.Limits(5, math.inf))
+    for way in timing.WAYS:
+        for name in "abc":
+            wall, device, device_by = times[way][name]
+            assert len(wall) == 5
+            assert min(wall) > 0
+            assert (device, device_by) == ([5.0] * 5, "fake")
     for repeat in range(5):
         turns = calls[9 * repeat : 9 * repeat + 9]
         assert sorted(turns[::3]) == ["a", "b", "c"]
         assert turns == [name for name in turns[::3] for _ in range(3)]
-    assert len(timing.measure(functions, inputs, watch, timing.Limits(9, 0))["forward"]["a"]) == 3
+    times = timing.measure(functions, inputs, timing.on_cpu, timing.Limits(9, 0))
+    assert len(times["forward"]["a"].wall) == 3
+    assert times["forward"]["a"].device == []
 
 
 def one_level(points):
@@ -423,15 +439,38 @@ def test_every_shape_is_measured_on_both_kinds_of_device():
 
 def test_what_samples_first_is_left_out_of_large_cases_on_a_cpu():
     large, small = (cases.Case(name, "uniform", "float32") for name in ("bevformer-sca", "rfdetr"))
-    for name in implementation_file._MAKERS:
-        assert implementation_file.applies(name, large, "cuda")
-        assert implementation_file.applies(name, small, "cpu")
-    on_cpu = [
-        name
-        for name in implementation_file._MAKERS
-        if implementation_file.applies(name, large, "cpu")
-    ]
-    assert on_cpu == [OURS, "torch-ms-deform-attn"]
+
+    def taking_part(case, device):
+        return [
+            name
+            for name in implementation_file._MAKERS
+            if implementation_file.applies(name, case, device)
+        ]
+
+    everything = list(implementation_file._MAKERS)
+    assert taking_part(small, "cpu") == everything
+    assert taking_part(large, "cpu") == [OURS, "torch-ms-deform-attn"]
+    assert taking_part(large, "cuda") == [name for name in everything if name != COMPILED]
+    compiled = cases.Case("dino-decoder", "uniform", "float32")
+    assert taking_part(compiled, "cuda") == everything
+
+
+def test_a_run_on_a_gpu_has_time_for_everything_in_six_minutes():
+    """The limits of all cases, and half as much again for their inputs, checks and captures."""
+    chosen = cases.select("cuda", False)
+    measured = len(chosen) * runner._LIMITS["cuda", False].seconds
+    compiled = {
+        case.shape for case in chosen if implementation_file.applies(COMPILED, case, "cuda")
+    }
+    assert compiled == set(implementation_file.COMPILED_ON_CUDA)
+    assert 1.5 * measured + len(compiled) * implementation_file.COMPILE_SECONDS["cuda"] < 6 * 60
+
+
+def test_progress_estimates_the_rest():
+    limits = timing.Limits(50, 3)
+    assert runner._seconds_left(0, 40, 0.0, limits) == 120
+    assert runner._seconds_left(10, 40, 50.0, limits) == 150
+    assert runner._seconds_left(39, 40, 78.0, limits) == 2
 
 
 def row(implementation, median, way="forward", **more):
@@ -442,7 +481,8 @@ def row(implementation, median, way="forward", **more):
         "way": way,
         "implementation": implementation,
         "verdict": "right",
-        "median_ms": median,
+        "device_us": None,
+        "wall_us": median and 1e3 * median,
         "roofline_share": median and 0.2 / median,
         **more,
     }
@@ -457,6 +497,42 @@ def test_table_of_results():
         "| shape, uniform, float32 | forward | 0.5 ms | 40% | 1.23 ms, 2.5x | raised |",
         "|  | backward | 2 ms | 10% | 4321 ms, 2160.5x |  |",
     ]
+
+
+def test_times_of_a_device_are_compared_where_there_is_one():
+    rows = [row(OURS, 0.5, device_us=100.0), row("baseline", 0.4, device_us=250.0)]
+    rows += [row(OURS, 2.0, "backward"), row("baseline", 3.0, "backward")]
+    lines = tables.table({"rows": rows}).splitlines()
+    assert lines[2:] == [
+        "| shape, uniform, float32 | forward | 0.1 ms | 40% | 0.25 ms, 2.5x |",
+        "|  | backward | 2 ms | 10% | 3 ms, 1.5x |",
+    ]
+
+
+def test_the_plot_shows_times_of_the_device_and_wall_times(tmp_path):
+    figures = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    on_device = {"device_us": 100.0, "device_quartiles_us": [90.0, 110.0], "roofline_ms": 0.05}
+    by_clock = {"wall_quartiles_us": [350.0, 450.0], "roofline_ms": 0.05}
+    rows = [row(OURS, 0.5, **on_device), row(OURS, 0.4, "backward", **by_clock)]
+    drawn = []
+
+    class Figure(figures.Figure):
+        def savefig(self, file, **options):
+            super().savefig(file, **options)
+            drawn.extend(self.axes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "Figure", Figure)
+        tables.plot({"machine": {"device": "Some GPU"}, "rows": rows}, tmp_path / "plot.png")
+    marks = [
+        {
+            (float(line.get_xdata()[0]), line.get_markerfacecolor() == "none")
+            for line in axes.lines
+            if line.get_marker() == "o"
+        }
+        for axes in drawn
+    ]
+    assert marks == [{(0.1, False), (0.5, True)}, {(0.4, False)}]
 
 
 def test_caption_of_results():
