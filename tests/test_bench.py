@@ -540,7 +540,7 @@ def test_caption_of_results():
     machine |= {"load_average_before": 0.1, "load_average_after": 1.5}
     text = tables.caption({"machine": machine, "date": "2026-11-23T08:00:00+00:00"})
     said = "Some GPU, 2 threads, driver 580.1, torch 2.13; 2026-11-23, load average 0.1 before and 1.5 after."
-    assert text == said
+    assert text == f"{said} Device times."
     machine |= {"driver": None, "load_average_after": 3.1}
     text = tables.caption({"machine": machine, "date": "2026-11-23T08:00:00+00:00"})
     assert text.endswith("3.1 after. The machine was busy with other work: not to be relied on.")

@@ -22,7 +22,9 @@ def caption(results: Results) -> str:
     parts += [f"{name} {version}" for name, version in machine["versions"].items()]
     before, after = machine["load_average_before"], machine["load_average_after"]
     text = f"{', '.join(parts)}; {results['date'][:10]}, load average {before} before and {after} after."
-    if not machine["driver"] and (after or 0) > threads + 1:
+    if machine["driver"]:
+        text += " Device times."
+    elif (after or 0) > threads + 1:
         text += " The machine was busy with other work: not to be relied on."
     return text
 
