@@ -104,9 +104,8 @@ def capture(function: Function, inputs: Inputs) -> dict[str, Callable[[], Call]]
         return graph, result
 
     torch.cuda.synchronize()
-    with torch.cuda.stream(
-        stream
-    ):  # after a capture that fails, too, torch goes back to the stream before
+    # A capture that fails leaves its stream the current one; this goes back to the stream before.
+    with torch.cuda.stream(stream):
         backward_of(function, inputs)()  # sets up what belongs to a stream
         inference, _ = record(lambda: forward(function, inputs))
         training, output = record(lambda: function(*leaves))
