@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-M, D, P, LINE, SECTOR = 8, 32, 4, 128, 32
+from cupy_msda.cuda.compile import BINNED_QUERIES
+
+M, D, LINE, SECTOR = 8, 32, 128, 32
 THREADS = 256  # per block of forward.cu; four blocks are resident at 64 registers a thread
 # The binned backward: rows of work in a batch, groups that walk its sorted points, and the (rows,
 # columns) after which the bins of a level repeat. One batch in EVERY is simulated.
-BATCH_ROWS, WALKERS, EVERY = 256, 32, 5
+BATCH_ROWS, WALKERS, EVERY = BINNED_QUERIES, 32, 5
 BINS = {"one cell": (2**14, 2**14), "16 x 64": (16, 64), "32 x 32": (32, 32)}
 DTYPES = {"float32": 4, "float16": 2}
 # Bytes per second: constants of a design study of detr-encoder.
@@ -58,10 +60,14 @@ class Cache(NamedTuple):
 
 
 class Access(NamedTuple):
-    """The gathers: cells (Lq, M, K, 2) of (row, column), levels, and strides in sectors."""
+    """The gathers: cells (N·Lq, M, K, 2) of (row, column), levels, grids, and strides in sectors."""
 
     cells: np.ndarray
     levels: np.ndarray  # (L, 3): height, width, start
+    grids: np.ndarray  # (G, 2): height, width of the grids on which the queries of an image lie
+    points: int  # of a level
+    queries: int  # of an image
+    image: int
     pixel: int
     head: int
     sectors: int  # of one pixel of one head
@@ -103,12 +109,14 @@ def tiled_order(sizes: np.ndarray, tile: int) -> np.ndarray:
     return order
 
 
-def make_work(order: Order, sizes: np.ndarray, queries: int) -> np.ndarray:
-    """The rows, as query·M + head, in the order of the work."""
-    tiled = order.tile > 1 and queries == sizes.prod(axis=1).sum()
-    by_query = tiled_order(sizes, order.tile) if tiled else np.arange(queries)
+def make_work(order: Order, access: Access) -> np.ndarray:
+    """The rows, as (image·Lq + query)·M + head, in the order of the work: image by image."""
+    queries, total = access.queries, access.cells.shape[0]
+    tiled = order.tile > 1 and queries == access.grids.prod(axis=1).sum()
+    by_query = tiled_order(access.grids, order.tile) if tiled else np.arange(queries)
     rows = by_query[:, None] * M + np.arange(M)
-    return (rows.T if order.heads_first else rows).ravel()
+    of_image = (rows.T if order.heads_first else rows).ravel()
+    return (np.arange(0, total, queries)[:, None] * M + of_image).ravel()
 
 
 def assign(share: str, blocks: int, gpu: Gpu) -> list[np.ndarray]:
@@ -137,13 +145,20 @@ def _padded(blocks: np.ndarray, length: int, width: int) -> np.ndarray:
 
 
 def make_access(
-    levels: np.ndarray, cells: np.ndarray, dtype: str, heads_outside: bool = False
+    levels: np.ndarray,
+    cells: np.ndarray,
+    dtype: str,
+    heads_outside: bool = False,
+    images: int = 1,
+    grids: np.ndarray | None = None,
 ) -> Access:
-    """Gathers from value (N, S, M, D), or from (N, M, S, D) with `heads_outside`."""
+    """Gathers from value (N, S, M, D), or (N, M, S, D) with `heads_outside`. No grids: the levels are the grids."""
     sectors = D * DTYPES[dtype] // SECTOR
     size = int(levels[:, :2].prod(axis=1).sum())
     pixel, head = (sectors, size * sectors) if heads_outside else (M * sectors, sectors)
-    return Access(cells, levels, pixel, head, sectors)
+    grids = levels[:, :2] if grids is None else grids
+    points, queries = cells.shape[2] // len(levels), cells.shape[0] // images
+    return Access(cells, levels, grids, points, queries, size * M * sectors, pixel, head, sectors)
 
 
 def new_cache(lines: int, capacity: int) -> Cache:
@@ -186,13 +201,14 @@ def touch(cache: Cache, line: int, sectors: int) -> int:
 def gather(cache: Cache, access: Access, row: int, point: int) -> tuple[int, int]:
     """Read the corners of one point; return the sectors read and those that come from L2."""
     query, head = row // M, row % M
-    height, width, start = access.levels[point // P]
+    height, width, start = access.levels[point // access.points]
+    first = query // access.queries * access.image + head * access.head
     y, x = access.cells[query, head, point]
     read = missed = 0
     for corner in range(4):
         i, j = y + corner // 2, x + corner % 2
         if 0 <= i < height and 0 <= j < width:
-            sector = (start + i * width + j) * access.pixel + head * access.head
+            sector = (start + i * width + j) * access.pixel + first
             bits = ((1 << access.sectors) - 1) << (sector % (LINE // SECTOR))
             missed += touch(cache, sector // (LINE // SECTOR), bits)
             read += access.sectors
@@ -244,10 +260,10 @@ def flushed_rows(
         for place, row in enumerate(work[first : first + batch]):
             for point in range(points):
                 y, x = access.cells[row // M, row % M, point]
-                height, width, _ = access.levels[point // P]
+                height, width, _ = access.levels[point // access.points]
                 if -1 <= y < height and -1 <= x < width:
                     direct += _column(x, y, height, width) + _column(x + 1, y, height, width)
-                    bin_ = ((row % M) * 16 + point // P) << 14 | ((y + 1) % fold[0])
+                    bin_ = ((row % M) * 16 + point // access.points) << 14 | ((y + 1) % fold[0])
                     bin_ = bin_ << 14 | ((x + 1) % fold[1])
                     keys[count] = (bin_ << 16) | (place * points + point)
                     count += 1
@@ -266,8 +282,8 @@ def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
     for key in keys:
         row, point = work[(key & 0xFFFF) // points], (key & 0xFFFF) % points
         y, x = access.cells[row // M, row % M, point]
-        height, width, _ = access.levels[point // P]
-        here = (row % M, point // P, y, x)
+        height, width, _ = access.levels[point // access.points]
+        here = (row % M, point // access.points, y, x)
         if here != last:
             rows += _column(x + 1, y, height, width)
             if here[:3] != last[:3] or x != last[3] + 1:
@@ -283,21 +299,25 @@ def sample(share: str, gpu: Gpu) -> np.ndarray:
 
 
 def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
-    """Megabytes that the forward reads from L1 and from L2, and roofline bounds in microseconds."""
+    """Megabytes that the forward reads from L1 and from L2, and roofline bounds in microseconds.
+
+    `busiest`: what the busiest of the simulated SMs reads, as a multiple of their mean.
+    """
     queries, _, points, _ = access.cells.shape
     group, split = access.sectors * SECTOR // 16, 1
     while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in plans.py
         split *= 2
     rows = THREADS // (group * split)
-    work = make_work(order, access.levels[:, :2], queries)
+    work = make_work(order, access)
     steps = assign(order.share, -(-work.size // rows), gpu)
-    lines = int(access.levels[:, :2].prod(axis=1).sum()) * M * access.sectors * SECTOR // LINE + 1
-    read = missed = done = 0
+    lines = queries // access.queries * access.image * SECTOR // LINE + 1
+    reads, missed, done = [], 0, 0
     for sm in sample(order.share, gpu):
         cache = new_cache(lines, gpu.l1 * 1000 // LINE)
         more = run_sm(cache, access, work, steps[sm], rows)
-        read, missed, done = read + more[0], missed + more[1], done + (steps[sm] >= 0).sum()
-    scale = SECTOR * -(-work.size // rows) / done
+        reads.append(more[0])
+        missed, done = missed + more[1], done + (steps[sm] >= 0).sum()
+    read, scale = sum(reads), SECTOR * -(-work.size // rows) / done
     streams = work.size * (points * 12 + access.sectors * SECTOR)  # float32 locations and weights
     once = streams + lines * LINE
     times = {
@@ -307,13 +327,13 @@ def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
     }
     bounds = {f"us_{name}": 1e6 * seconds for name, seconds in times.items()}
     figures = {"read_mb": read * scale / 1e6, "l2_mb": missed * scale / 1e6} | bounds
-    figures["us"] = max(bounds.values())
-    return {name: round(float(figure), 1) for name, figure in figures.items()}
+    figures |= {"us": max(bounds.values()), "busiest": max(reads) * len(reads) / read}
+    return {name: round(float(figure), 2) for name, figure in figures.items()}
 
 
 def backward(access: Access, order: Order) -> dict[str, float]:
     """Megabytes that the backward adds to memory, directly and binned, and the roofline bound of the latter."""
-    work = make_work(order, access.levels[:, :2], access.cells.shape[0])
+    work = make_work(order, access)
     done = sum(
         work[first : first + BATCH_ROWS].size for first in range(0, work.size, BATCH_ROWS * EVERY)
     )

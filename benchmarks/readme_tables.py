@@ -208,10 +208,11 @@ def cpu_summary(results: Results) -> str:
 
 def _milliseconds(rows: dict[str, Row], name: str) -> str:
     """A median, and its ratio to ours."""
-    if name not in rows or rows[name]["median_ms"] is None:
+    time = tables.compared_us(rows[name]) if name in rows else None
+    if time is None:
         return rows[name]["verdict"] if name in rows else ""
-    time, ours = rows[name]["median_ms"], rows[OURS]["median_ms"]
-    return f"{digits(time)} ms" + (f", {time / ours:.1f}x" if name != OURS else "")
+    ours = tables.compared_us(rows[OURS])
+    return f"{digits(time / 1e3)} ms" + (f", {time / ours:.1f}x" if ours and name != OURS else "")
 
 
 def cpu(results: Results) -> str:

@@ -4,7 +4,7 @@
     python benchmarks/traffic.py [--shapes NAME ...] [--l1 KB] [--sms N] [--output FILE]
 
 Modelled: the 32-byte sectors of `value` that the forward's gathers move from L2 to L1, and the
-128-byte rows that the backward adds to memory, directly or after a segmented reduction over 256 rows
+128-byte rows that the backward adds to memory, directly or after a segmented reduction over 128 rows
 of work sorted by bilinear cell (one batch in five). Each multiprocessor (SM) has its own L1: fully
 associative, least recently used, 128-byte lines filled sector by sector. Block b of a plain grid runs
 on SM b mod `--sms`; its resident blocks run in lock step, point by point. A sample of the SMs is
@@ -14,7 +14,8 @@ microseconds use the constants of a design study: model, not measured on a GPU.
 Not modelled: cache sets (the real L1 hashes addresses), the real replacement policy, latency, blocks
 that drift apart, instructions. The streams of locations, weights and outputs, read or written once,
 count in the bounds alone. HBM: compulsory traffic only; where `value` exceeds the 50 MB L2, one head
-of it does not. One image; shapes of real models; random locations.
+of it does not. Shapes of real models; locations as models have them or random, as in
+`cupy_msda/bench/geometry.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gpu_model import (
@@ -37,58 +38,73 @@ from gpu_model import (
     Gpu,
     M,
     Order,
-    P,
     backward,
     forward,
     make_access,
 )
 
+from cupy_msda.bench import geometry
+
 DETR = ((100, 167), (50, 84), (25, 42), (13, 21))
-# Levels, and the number of queries; 0: every pixel is a query.
-SHAPES: dict[str, tuple[tuple[tuple[int, int], ...], int]] = {
-    "detr-encoder": (DETR, 0),
-    "mask2former-1024": (((32, 32), (64, 64), (128, 128)), 0),
-    "mask2former-512": (((16, 16), (32, 32), (64, 64)), 0),
-    "dino5-encoder": (((200, 334), *DETR), 0),
-    "bevformer-tsa": (((200, 200),), 0),
-    "detr-decoder": (DETR, 300),
+
+
+class Shape(NamedTuple):
+    """The sizes of one call; no queries: every pixel is a query."""
+
+    levels: tuple[tuple[int, int], ...]
+    queries: int = 0
+    points: int = 4
+    images: int = 1
+    grids: tuple[tuple[int, int], ...] = ()  # where they are not the levels
+
+
+SHAPES = {
+    "detr-encoder": Shape(DETR),
+    "mask2former-1024": Shape(((32, 32), (64, 64), (128, 128))),
+    "mask2former-512": Shape(((16, 16), (32, 32), (64, 64))),
+    "dino5-encoder": Shape(((200, 334), *DETR)),
+    "bevformer-tsa": Shape(((200, 200),)),
+    "bevformer-sca": Shape(
+        ((116, 200), (58, 100), (29, 50), (15, 25)), 10000, 8, 6, grids=((100, 100),)
+    ),
+    "detr-decoder": Shape(DETR, 300),
 }
-DIRECTED = (
-    -1.0
-)  # Deformable-DETR's initial offsets: point p lies p + 1 pixels off in the head's direction
-# Standard deviation of offsets from the reference in pixels of each level; None: uniform over the image.
-SIGMAS: tuple[float | None, ...] = (None, 0.5, 2, 4, 8, DIRECTED)
+UNIFORM, DIRECTED, CAMERAS = "uniform", "directed", "cameras"
+# Standard deviations of offsets from the reference in pixels of each level.
+SIGMAS = {"sigma 0.5": 0.5, "sigma 2": 2, "sigma 4": 4, "sigma 8": 8, CAMERAS: 1}
+LOCATIONS = (UNIFORM, "sigma 0.5", "sigma 2", "sigma 4", "sigma 8", DIRECTED)
 
 
-def make_cells(sizes: np.ndarray, queries: int, sigma: float | None, seed: int = 0) -> np.ndarray:
-    """Random cells (Lq, M, K, 2), (row, column), around the reference points or anywhere."""
+def make_cells(shape: Shape, locations: str, seed: int = 0) -> np.ndarray:
+    """Cells (N·Lq, M, K, 2), (row, column): around the reference points, or anywhere."""
     random = np.random.default_rng(seed)
-    shape = (queries or sizes.prod(axis=1).sum(), M, len(sizes), P, 2)
-    if sigma is None:
-        at = random.random(shape, np.float32) * sizes[:, None]
-    elif sigma == DIRECTED:
-        angles = 2 * np.pi * np.arange(M) / M
-        towards = np.stack([np.sin(angles), np.cos(angles)], axis=-1)
-        towards /= np.abs(towards).max(axis=-1, keepdims=True)
-        steps = towards[:, None, None] * np.arange(1, P + 1)[:, None]
-        at = _references(sizes, queries, random)[:, None, None, None] * sizes[:, None] + steps
-        at = np.broadcast_to(at, shape)
+    sizes = np.array(shape.levels)
+    queries = shape.images * (shape.queries or int(sizes.prod(axis=1).sum()))
+    points = (queries, M, len(sizes), shape.points, 2)
+    if locations == UNIFORM:
+        at = random.random(points, np.float32) * sizes[:, None]
+    elif locations == DIRECTED:
+        steps = np.arange(1, shape.points + 1)[:, None]
+        steps = geometry.directions(M)[:, None, None, ::-1] * steps
+        at = _references(shape, locations, random) * sizes[:, None] + steps
+        at = np.broadcast_to(at, points)
     else:
-        at = random.standard_normal(shape, np.float32) * np.float32(sigma)
-        at += _references(sizes, queries, random)[:, None, None, None] * sizes[:, None]
+        at = random.standard_normal(points, np.float32) * np.float32(SIGMAS[locations])
+        at += _references(shape, locations, random) * sizes[:, None]
     cells = np.floor(at - 0.5).clip(-2, 2**14).astype(np.int16)
-    return cells.reshape(shape[0], M, -1, 2)
+    return cells.reshape(queries, M, -1, 2)
 
 
-def _references(sizes: np.ndarray, queries: int, random: np.random.Generator) -> np.ndarray:
-    """Reference points (Lq, 2) as (y, x) fractions: pixels' centres, or random for other queries."""
-    if queries:
-        return random.random((queries, 2), np.float32)
-    centres = [
-        np.stack(np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij"), -1)
-        for h, w in sizes
-    ]
-    return np.concatenate([each.reshape(-1, 2) for each in centres]).astype(np.float32)
+def _references(shape: Shape, locations: str, random: np.random.Generator) -> np.ndarray:
+    """Reference points (N·Lq, 1, 1, 1 or P, 2) as (y, x) fractions: pillars, random points or pixels' centres."""
+    if locations == CAMERAS:
+        pillars = geometry.bev_in_cameras(shape.grids[0][0])
+        at = np.tile(pillars, (1, 1, shape.points // pillars.shape[2], 1))[..., ::-1]
+        return at.reshape(-1, 1, 1, shape.points, 2).astype(np.float32)
+    if shape.queries:
+        return random.random((shape.queries, 2), np.float32)[:, None, None, None]
+    centres = geometry.pixel_centres(shape.levels)[:, ::-1].astype(np.float32)
+    return centres[:, None, None, None]
 
 
 def with_starts(sizes: np.ndarray) -> np.ndarray:
@@ -104,9 +120,9 @@ BEST = Order(16, CHUNK)
 
 def forward_rows(names: list[str], gpu: Gpu) -> Iterator[dict[str, Any]]:
     """Every shape, spread, dtype and order."""
-    for about, levels, cells in problems(names):
+    for about, problem in problems(names):
         for dtype in DTYPES:
-            access = make_access(levels, cells, dtype)
+            access = make_access(dtype=dtype, **problem)
             for order in ORDERS:
                 result = forward(access, order, gpu)
                 yield about | {"dtype": dtype, "order": str(order)} | result
@@ -117,15 +133,15 @@ def variant_rows(name: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
     orders = [Order(4, CHUNK), Order(32, CHUNK), Order(16, OWN), Order(16, BESIDE), Order(1, OWN)]
     orders += [Order(16, CHUNK, False)]
     changes = [{"l1": 64}, {"l1": 128}, {"l1": 224}, {"resident": 2}, {"resident": 8}]
-    for about, levels, cells in problems([name]):
+    for about, problem in problems([name]):
         for dtype in DTYPES:
-            access = make_access(levels, cells, dtype)
+            access = make_access(dtype=dtype, **problem)
             variants = [(str(BEST), access, BEST, gpu)]
             variants += [(str(order), access, order, gpu) for order in orders]
             variants += [
                 (f"{c}"[2:-1].replace("'", ""), access, BEST, gpu._replace(**c)) for c in changes
             ]
-            outside = make_access(levels, cells, dtype, heads_outside=True)
+            outside = make_access(dtype=dtype, heads_outside=True, **problem)
             variants += [("value (N, M, S, D)", outside, BEST, gpu)]
             for text, *what in variants:
                 yield about | {"dtype": dtype, "order": text} | forward(*what)
@@ -133,20 +149,22 @@ def variant_rows(name: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
 
 def backward_rows(names: list[str]) -> Iterator[dict[str, Any]]:
     """Every shape, spread and order: gradients are float32 whatever the dtype."""
-    for about, levels, cells in problems(names):
-        access = make_access(levels, cells, "float32")
+    for about, problem in problems(names):
+        access = make_access(dtype="float32", **problem)
         for order in (*ORDERS[:2], Order(4), *ORDERS[2:4]):
             yield about | {"order": str(order)} | backward(access, order)
 
 
-def problems(names: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
-    """The labels of a row of results, the levels, and the cells of the points."""
+def problems(names: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The labels of a row of results, and what `make_access` takes."""
     for name in names:
-        sizes = np.array(SHAPES[name][0])
-        for sigma in SIGMAS:
-            locations = {None: "uniform", DIRECTED: "directed"}.get(sigma, f"sigma {sigma}")
-            cells = make_cells(sizes, SHAPES[name][1], sigma)
-            yield {"shape": name, "locations": locations}, with_starts(sizes), cells
+        shape = SHAPES[name]
+        levels = with_starts(np.array(shape.levels))
+        grids = np.array(shape.grids) if shape.grids else None
+        for locations in (UNIFORM, CAMERAS) if shape.grids else LOCATIONS:
+            cells = make_cells(shape, locations)
+            problem = {"levels": levels, "cells": cells, "images": shape.images, "grids": grids}
+            yield {"shape": name, "locations": locations}, problem
 
 
 def table(title: str, rows: list[dict[str, Any]], figures: tuple[str, ...]) -> str:
@@ -154,7 +172,7 @@ def table(title: str, rows: list[dict[str, Any]], figures: tuple[str, ...]) -> s
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         key = ", ".join(row[name] for name in ("shape", "dtype", "locations") if name in row)
-        lines.setdefault(key, {})[row["order"]] = " / ".join(f"{row[f]:.0f}" for f in figures)
+        lines.setdefault(key, {})[row["order"]] = " / ".join(f"{row[f]:.4g}" for f in figures)
     columns = list(dict.fromkeys(row["order"] for row in rows))
     text = [["", *columns], ["---"] * (len(columns) + 1)]
     text += [[key, *(line[column] for column in columns)] for key, line in lines.items()]
@@ -170,15 +188,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
     gpu = Gpu(*(getattr(arguments, name) for name in Gpu._fields))
-    encoders = [name for name in arguments.shapes if not SHAPES[name][1]]
+    on_grids = [name for name in arguments.shapes if not SHAPES[name].queries or SHAPES[name].grids]
     rows = {
         "forward": list(forward_rows(arguments.shapes, gpu)),
         "variants": list(variant_rows(arguments.shapes[0], gpu)),
-        "backward": list(backward_rows(encoders)),
+        "backward": list(backward_rows(on_grids)),
     }
     print(
         table(
-            "Forward: MB from L2 / roofline bound in microseconds", rows["forward"], ("l2_mb", "us")
+            "Forward: MB from L2 / roofline bound in microseconds / the busiest SM's reads by the mean",
+            rows["forward"],
+            ("l2_mb", "us", "busiest"),
         )
     )
     print(table("Variants: MB from L2", rows["variants"], ("l2_mb",)))

@@ -78,7 +78,9 @@ def ms_deform_attn(
         queries, on which all Lq queries lie one after another, each row-major: ``[(200, 200)]`` for
         a bird's-eye view. "auto": where Lq = S, as in an encoder, the levels are the grids. Followed
         if the queries are enough to fill the device; for pairs that are given, half of it. None:
-        queries are taken in the order given. On the host it is checked and has no effect.
+        queries are taken in the order given. Grids pay where each query samples near its own place,
+        and all about as much; they cost time where points lie anywhere (docs/performance.md). On the
+        host it is checked and has no effect.
 
     Returns
     -------

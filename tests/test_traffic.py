@@ -145,8 +145,8 @@ def test_the_script_predicts_less_traffic_in_tiles(model, tmp_path, monkeypatch,
     import traffic
 
     # A level of 1 MB on four multiprocessors with 16 KB of L1 each: nothing large fits, as on a GPU.
-    monkeypatch.setattr(traffic, "SHAPES", {"one level": (((32, 32),), 0)})
-    monkeypatch.setattr(traffic, "SIGMAS", (None, 2))
+    monkeypatch.setattr(traffic, "SHAPES", {"one level": traffic.Shape(((32, 32),))})
+    monkeypatch.setattr(traffic, "LOCATIONS", ("uniform", "sigma 2"))
     output = tmp_path / "traffic.json"
     arguments = ["--l1", "16", "--sms", "4", "--sampled", "2", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["traffic.py", *arguments])
@@ -159,3 +159,46 @@ def test_the_script_predicts_less_traffic_in_tiles(model, tmp_path, monkeypatch,
         < moved["sigma 2", "float32", "head-major"]
     )
     assert "one level, float16, sigma 2" in capsys.readouterr().out
+
+
+def image_pairs(model, sizes=((4, 4, 0),), grids=((2, 8),), cell=(0, 0)):
+    """Two images of 16 queries; only the first quarter of the queries of each samples anything, one cell."""
+    cells = np.full((2 * 16, HEADS, POINTS, 2), -2)
+    for image in range(2):
+        cells[16 * image : 16 * image + 4] = cell
+    levels, grids = np.array(sizes), np.array(grids)
+    return model.make_access(levels, cells.astype(np.int16), "float32", images=2, grids=grids)
+
+
+def test_images_share_no_value(model):
+    access = image_pairs(model)
+    cache = model.new_cache(2 * 16 * HEADS, 2 * 16 * HEADS)
+    first, again, second = (model.gather(cache, access, row * HEADS, 0) for row in (0, 1, 16))
+    assert (first, again, second) == ((16, 16), (16, 0), (16, 16))
+    assert model.gather(cache, access, 4 * HEADS, 0) == (0, 0)
+
+
+def test_work_goes_image_by_image_in_tiles_of_the_given_grids(model):
+    access = image_pairs(model)
+    work = model.make_work(model.Order(2), access)
+    assert sorted(work) == list(range(2 * 16 * HEADS))
+    of_head = (work // HEADS).reshape(2, HEADS, 16)
+    tiles = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert (of_head[0] == tiles).all()
+    assert (of_head[1] == [16 + query for query in tiles]).all()
+    assert (work.reshape(2, HEADS, 16) % HEADS == np.arange(HEADS)[:, None]).all()
+
+
+def test_ranges_are_uneven_where_only_some_queries_sample(model):
+    """As in BEVFormer's cameras: a plain grid deals blocks out, a contiguous range lies inside or outside the view."""
+    cells = np.full((1280, HEADS, POINTS, 2), -2)
+    cells[:256] = 0
+    access = model.make_access(np.array([(32, 32, 0)]), cells.astype(np.int16), "float32")
+    gpu = model.Gpu(l1=16, sms=32, sampled=32)
+    plain, chunk = (
+        model.forward(access, order, gpu)["busiest"]
+        for order in (model.Order(), model.Order(1, model.CHUNK))
+    )
+    # Each of the 8 heads has four ranges, of which the first does all the work.
+    assert chunk == 4
+    assert plain == 1

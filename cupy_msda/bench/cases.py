@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import isqrt
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cupy_msda.bench import geometry
 from cupy_msda.problem import Level
 
 _DETR = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333 at strides 8 to 64
@@ -31,12 +34,18 @@ class Shape(NamedTuple):
     channels: int = 32
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Points of each level."""
+        if isinstance(self.points, int):
+            return (self.points,) * len(self.levels)
+        return self.points
+
+    @property
     def samples(self) -> int:
         """Elements of the samples tensor, for an implementation that materialises it."""
         queries = sum(h * w for h, w in self.levels) if self.queries is None else self.queries
-        points = self.points if isinstance(self.points, int) else max(self.points)
         rows = self.batch * queries * self.heads
-        return rows * len(self.levels) * points * self.channels
+        return rows * len(self.levels) * max(self.counts) * self.channels
 
 
 SHAPES = {
@@ -55,8 +64,29 @@ SHAPES = {
     "sweep-100": Shape(4, _SWEEP, 100),
     "sweep-10000": Shape(4, _SWEEP, 10000),
 }
-# The standard deviation of offsets from the query's own pixel, in pixels; None: anywhere.
-DISTRIBUTIONS = {"uniform": None, "sigma 2": 2.0, "sigma 4": 4.0}
+# Where points lie:
+# - uniform: anywhere in the level, which no model does: the cost of no locality at all.
+# - sigma S: in encoders, at normal offsets of S pixels from the query's own pixel. BEVFormer's temporal self-attention
+#   (tsa) has small offsets: 1.
+# - directed: encoders as MSDeformAttn is initialised, point k is k pixels from the query's own in the head's direction.
+# - cameras: BEVFormer's spatial cross-attention (sca), at normal offsets of one pixel from the pillar of a cell, as
+#   each camera sees it. BEVFormer gathers the queries that a camera sees; here all stay, and most points lie outside.
+# - boxes: decoders whose references are boxes, as initialised: point k of P is k/P of half the box from its centre.
+_SIGMAS = {"sigma 1": 1.0, "sigma 2": 2.0, "sigma 4": 4.0, "cameras": 1.0}
+_LOCAL = ("sigma 2", "uniform", "directed")
+# By shape, the most telling first. Trained encoders are taken to be like sigma 2, and begin as directed; sigma 4 shows
+# on two shapes where locality ends.
+DISTRIBUTIONS = {
+    "detr-encoder": (*_LOCAL, "sigma 4"),
+    "dino5-encoder": _LOCAL,
+    "mask2former-1024": (*_LOCAL, "sigma 4"),
+    "mask2former-512": _LOCAL,
+    "bevformer-sca": ("uniform", "cameras"),
+    "bevformer-tsa": ("sigma 2", "sigma 1"),
+    "sweep-100": ("uniform",),
+    "sweep-10000": ("uniform",),
+}
+_OF_DECODERS = ("uniform", "boxes")
 
 
 class Case(NamedTuple):
@@ -83,8 +113,8 @@ _QUICK = {
         Case("dino-decoder", "uniform", "float32"),
     ),
 }
-# On a CPU large encoders take seconds: only the small one has points of every distribution, the others local ones.
-_LOCAL, _SMALL_ENCODER = "sigma 2", "mask2former-512"
+# On a CPU large encoders take seconds: only the small one has points of every distribution.
+_SMALL_ENCODER = "mask2former-512"
 _HALF = {
     "cpu": (Case("rtdetr-decoder", "uniform", "bfloat16"),),
     "cuda": tuple(
@@ -114,9 +144,9 @@ def select(device: str, quick: bool) -> tuple[Case, ...]:
 
 def _distributions(name: str, device: str) -> tuple[str, ...]:
     """The distributions that a shape is measured with."""
-    if SHAPES[name].queries is not None:
-        return ("uniform",)
-    return tuple(DISTRIBUTIONS) if device == "cuda" or name == _SMALL_ENCODER else (_LOCAL,)
+    chosen = DISTRIBUTIONS.get(name, _OF_DECODERS)
+    large = device == "cpu" and SHAPES[name].queries is None and name != _SMALL_ENCODER
+    return chosen[:1] if large else chosen
 
 
 class Inputs(NamedTuple):
@@ -165,11 +195,10 @@ def build(case: Case, device: str) -> Inputs:
     n, m, d = shape.batch, shape.heads, shape.channels
     s = sum(h * w for h, w in shape.levels)
     lq = s if shape.queries is None else shape.queries
-    counts = (shape.points,) * len(shape.levels) if isinstance(shape.points, int) else shape.points
-    points = (n, lq, m, len(counts), max(counts))
-    locations = _locations(shape, points, DISTRIBUTIONS[case.distribution], generator)
+    points = (n, lq, m, len(shape.levels), max(shape.counts))
+    locations = _locations(shape, points, case.distribution, generator)
     logits = torch.rand(points, generator=generator, device=device)
-    for level, count in enumerate(counts):  # a level with fewer points: the rest lie outside
+    for level, count in enumerate(shape.counts):  # a level with fewer points: the rest lie outside
         locations[:, :, :, level, count:] = -2
         logits[:, :, :, level, count:] = -torch.inf
     value = torch.randn(n, s, m, d, generator=generator, device=device)
@@ -181,27 +210,47 @@ def build(case: Case, device: str) -> Inputs:
 
 
 def _locations(
-    shape: Shape, points: tuple[int, ...], sigma: float | None, generator: torch.Generator
+    shape: Shape, points: tuple[int, ...], distribution: str, generator: torch.Generator
 ) -> Tensor:
-    """Sampling locations in float64, off the edges between cells."""
-    device, double = generator.device, torch.float64
+    """Sampling locations in float64, shape (N, Lq, M, L, P, 2), off the edges between cells."""
+    device = generator.device
     sizes = torch.tensor(shape.levels, device=device).flip(-1)[:, None].double()  # (W, H)
-    if sigma is None:
-        locations = torch.rand(*points, 2, generator=generator, device=device, dtype=double)
+    if distribution == "uniform":
+        locations = torch.rand(*points, 2, generator=generator, device=device, dtype=torch.float64)
     else:
-        centres = _pixel_centres(shape.levels).to(sizes)[:, None, None, None]
-        offsets = torch.randn(*points, 2, generator=generator, device=device, dtype=double)
-        locations = centres + sigma * offsets / sizes
+        reference = _references(shape, distribution).to(sizes)
+        if distribution in _SIGMAS:
+            offsets = torch.randn(
+                *points, 2, generator=generator, device=device, dtype=torch.float64
+            )
+            offsets = _SIGMAS[distribution] * offsets / sizes
+        else:
+            offsets = _directed(shape, distribution, reference, sizes)
+        locations = (reference[..., :2] + offsets).expand(*points, 2)
     pixels = locations * sizes - 0.5
     within = pixels.floor() + _MARGIN + (1 - 2 * _MARGIN) * pixels.remainder(1)
     located: Tensor = (within + 0.5) / sizes
     return located
 
 
-def _pixel_centres(levels: tuple[tuple[int, int], ...]) -> Tensor:
-    """(x, y) of the centre of each pixel of each level, as fractions of the level."""
-    grids = (
-        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
-        for h, w in levels
-    )
-    return torch.cat(list(grids))
+def _references(shape: Shape, distribution: str) -> Tensor:
+    """The reference points, or boxes, of each query, shape (N or 1, Lq, 1, 1, 1 or P, 2 or 4)."""
+    if distribution == "cameras":  # point p of a level belongs to height p mod 4
+        pillars = geometry.bev_in_cameras(isqrt(shape.queries or 0))
+        found = np.tile(pillars, (1, 1, shape.counts[0] // pillars.shape[2], 1))[:, :, None, None]
+    elif distribution == "boxes":
+        found = geometry.boxes(shape.batch, shape.queries or 0)[:, :, None, None, None]
+    else:
+        found = geometry.pixel_centres(shape.levels)[None, :, None, None, None]
+    return torch.from_numpy(found)
+
+
+def _directed(shape: Shape, distribution: str, reference: Tensor, sizes: Tensor) -> Tensor:
+    """The offsets that MSDeformAttn's initial bias gives, as fractions: broadcasts to (N, Lq, M, L, P, 2)."""
+    towards = torch.from_numpy(geometry.directions(shape.heads)).to(sizes)
+    numbers = torch.arange(1, max(shape.counts) + 1).to(sizes)[:, None]
+    steps = towards[:, None, None] * numbers
+    if distribution == "directed":
+        return steps / sizes
+    counts = torch.tensor(shape.counts).to(sizes)[:, None, None]
+    return steps / counts * reference[..., 2:] / 2

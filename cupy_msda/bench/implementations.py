@@ -13,11 +13,22 @@ from torch import Tensor
 
 from cupy_msda import ms_deform_attn, ms_deform_attn_core_pytorch
 from cupy_msda.bench.cases import SHAPES, Case, Inputs
+from cupy_msda.bench.time_limit import TookTooLongError, time_limit
 
 OURS = "cupy_msda"
 COMPILED = "grid_sample, compiled"
 
 _MOST_SAMPLES, _MOST_COMPILED = 2**28, 2**26  # on a CPU: 1 GiB and 256 MiB of float32
+# Most seconds to compile for one set of shapes, and the shapes that are compiled for on a GPU, where compiling all took
+# longer than everything else: encoders and decoders, with one level and with more.
+COMPILE_SECONDS = {"cpu": 60, "cuda": 20}
+COMPILED_ON_CUDA = (
+    "detr-encoder",
+    "mask2former-512",
+    "bevformer-tsa",
+    "dino-decoder",
+    "rtdetr-decoder",
+)
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sizes = tuple[tuple[int, int], ...]
@@ -38,10 +49,12 @@ def installed(quick: bool) -> tuple[list[str], dict[str, str]]:
 def applies(name: str, case: Case, device: str) -> bool:
     """Whether an implementation takes part in a case.
 
-    grid_sample computes half values in float32, so only float32 cases are compiled. On a CPU an
-    implementation that materialises all samples is left out where that would take minutes and most of
-    the memory.
+    grid_sample computes half values in float32, so only float32 cases are compiled, and on a GPU only
+    those of some shapes. On a CPU an implementation that materialises all samples is left out where that
+    would take minutes and most of the memory.
     """
+    if name == COMPILED and device == "cuda" and case.shape not in COMPILED_ON_CUDA:
+        return False
     if device == "cpu" and name not in (OURS, "torch-ms-deform-attn"):
         most = _MOST_COMPILED if name == COMPILED else _MOST_SAMPLES
         if SHAPES[case.shape].samples > most:
@@ -67,21 +80,44 @@ def _grid_sample(inputs: Inputs) -> Function:
 
 
 def _compiled(inputs: Inputs) -> Function:
-    """grid_sample under torch.compile, specialised to these shapes."""
+    """grid_sample under torch.compile, specialised to these shapes; TookTooLongError if that takes too long."""
     shapes = tuple(tensor.shape for tensor in inputs.tensors)
-    return _compile(tuple(inputs.sizes), shapes)
+    compiled = _compile(tuple(inputs.sizes), shapes, inputs.value.device)
+    if isinstance(compiled, TookTooLongError):
+        raise compiled
+    return compiled
 
 
 @lru_cache(maxsize=1)
-def _compile(sizes: Sizes, _shapes: tuple[torch.Size, ...]) -> Function:
-    """One function for each set of shapes; the one compiled for the previous set is dropped."""
+def _compile(
+    sizes: Sizes, shapes: tuple[torch.Size, ...], device: torch.device
+) -> Function | TookTooLongError:
+    """One function for each set of shapes, or why there is none; that of the previous set is dropped."""
     torch.compiler.reset()
 
     def function(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn_core_pytorch(value, sizes, locations, weights)
 
     compiled: Function = torch.compile(function, fullgraph=True, dynamic=False)
+    try:
+        with time_limit(COMPILE_SECONDS[device.type], "compiling"):
+            _call_both_ways(compiled, shapes, device)
+    except TookTooLongError as error:
+        torch.compiler.reset()
+        return error
     return compiled
+
+
+def _call_both_ways(
+    function: Function, shapes: tuple[torch.Size, ...], device: torch.device
+) -> None:
+    """Everything that is to be compiled: the forward without and with gradients, and the backward."""
+    value, locations, weights = (torch.zeros(shape, device=device) for shape in shapes)
+    with torch.no_grad():
+        function(value, locations, weights)
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    output = function(*leaves)
+    torch.autograd.grad(output, leaves, torch.zeros_like(output))
 
 
 def _torch_ms_deform_attn(inputs: Inputs) -> Function:

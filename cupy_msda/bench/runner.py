@@ -17,6 +17,7 @@ from cupy_msda.bench import (
     cases,
     constants,
     correctness,
+    gpu_timing,
     implementations,
     machine,
     roofline,
@@ -25,9 +26,10 @@ from cupy_msda.bench import (
 )
 from cupy_msda.bench.cases import Case, Inputs
 from cupy_msda.bench.implementations import OURS, Function
+from cupy_msda.bench.time_limit import TookTooLongError
 from cupy_msda.faults import reason
 
-SCHEMA = 2
+SCHEMA = 3  # benchmarks/README.md describes it
 _LIMITS = {
     ("cpu", True): timing.Limits(15, 8),
     ("cpu", False): timing.Limits(31, 25),
@@ -100,17 +102,28 @@ def measure(device: str, quick: bool, output: Path) -> Row:
     found = constants.measure(device)
     results["constants"] = found._asdict()
     _say_start(results, found)
-    watch = timing.timer(device)
+    watch = timing.on_cpu if device == "cpu" else gpu_timing.current_gpu().watch
     limits = _LIMITS[device, quick]
     chosen = cases.select(device, quick)
+    started = time.perf_counter()
     for number, case in enumerate(chosen, 1):
-        print(f"[{number}/{len(chosen)}, {time.perf_counter() - begin:.0f} s] {case}", flush=True)
+        now = time.perf_counter()
+        left = _seconds_left(number - 1, len(chosen), now - started, limits)
+        print(
+            f"[{number}/{len(chosen)}, {now - begin:.0f} s, about {left:.0f} s left] {case}",
+            flush=True,
+        )
         taking_part = [name for name in names if implementations.applies(name, case, device)]
         rows += _measure_case(case, device, taking_part, watch, limits, found)
         results["seconds"] = round(time.perf_counter() - begin, 1)
         results["machine"]["load_average_after"] = machine.load()
         _write(results, output)
     return results
+
+
+def _seconds_left(done: int, total: int, seconds: float, limits: timing.Limits) -> float:
+    """How long the rest takes if it is like the cases done, or, before the first, if each takes its limit."""
+    return (seconds / done if done else limits.seconds) * (total - done)
 
 
 def _write(results: Row, output: Path) -> None:
@@ -125,7 +138,7 @@ def _measure_case(
     case: Case,
     device: str,
     names: Sequence[str],
-    watch: timing.Timer,
+    watch: timing.Watch,
     limits: timing.Limits,
     found: constants.Constants,
 ) -> list[Row]:
@@ -149,7 +162,7 @@ def _measure_case(
             rows.append(
                 {"case": case.shape, "distribution": case.distribution, "dtype": case.dtype}
                 | {"way": way, "implementation": name, **verdicts[name]}
-                | _statistics(times[way].get(name, []), bound)
+                | _statistics(times[way].get(name), bound)
                 | {"peak_bytes": (peaks.get(name) or {}).get(way)}
             )
             _say(rows[-1])
@@ -163,6 +176,8 @@ def _judge(
     try:
         function = implementations.make(name, inputs)
         errors = correctness.errors(function, inputs, expected)
+    except TookTooLongError as error:
+        return _verdict("left out", str(error)), None
     except Exception as error:  # a baseline may fail in any way; its error is the result
         return _verdict("raised", reason(error)), None
     most = 1 if name == OURS else correctness.BASELINE_BUDGETS
@@ -184,22 +199,27 @@ def _verdict(verdict: str, why: str | None, errors: dict[str, float] | None = No
     return {"verdict": verdict, "why": why, "errors": errors}
 
 
-def _statistics(times: Sequence[float], bound: roofline.Bound) -> Row:
+def _statistics(times: timing.Times | None, bound: roofline.Bound) -> Row:
     """The part of a row with the measurements."""
+    wall, device, device_by = times or timing.Times([], [], None)
     row: Row = {
-        "median_ms": None,
-        "quartiles_ms": None,
-        "repeats": len(times),
+        **_quartiles("device", device),
+        "device_by": device_by,
+        **_quartiles("wall", wall),
+        "repeats": len(wall),
         "roofline_ms": bound.milliseconds,
         "roofline_terms_ms": bound.terms,
         "unshared_terms_ms": bound.unshared,
-        "roofline_share": None,
     }
-    if times:
-        low, median, high = (float(np.quantile(times, part)) for part in (0.25, 0.5, 0.75))
-        row |= {"median_ms": median, "quartiles_ms": [low, high]}
-        row["roofline_share"] = bound.milliseconds / median
-    return row
+    compared = tables.compared_us(row)
+    return row | {"roofline_share": 1e3 * bound.milliseconds / compared if compared else None}
+
+
+def _quartiles(clock: str, times: Sequence[float]) -> Row:
+    """The median and the quartiles by one clock, in microseconds."""
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist() if times else [None] * 3
+    quartiles = None if median is None else [low, high]
+    return {f"{clock}_us": median, f"{clock}_quartiles_us": quartiles}
 
 
 def _say_start(results: Row, found: constants.Constants) -> None:
@@ -213,14 +233,20 @@ def _say_start(results: Row, found: constants.Constants) -> None:
 
 def _say(row: Row) -> None:
     """Print a row as a line of progress."""
-    if row["median_ms"] is None:
+    if not row["repeats"]:
         return
-    low, high = row["quartiles_ms"]
-    text = f"{row['median_ms']:9.3f} ms [{low:.3f}, {high:.3f}] of {row['repeats']:2}"
-    text += f"   {row['roofline_share']:.1%} of roofline"
+    clocks = [clock for clock in ("device", "wall") if row[f"{clock}_us"] is not None]
+    text = ", ".join(_clock_words(row, clock) for clock in clocks)
+    text += f" of {row['repeats']:2}   {row['roofline_share']:.1%} of roofline"
     if row["peak_bytes"] is not None:
         text += f"   peak {row['peak_bytes'] / 1e6:.1f} MB"
     print(f"  {row['way']:9}{row['implementation']:22}{text}", flush=True)
+
+
+def _clock_words(row: Row, clock: str) -> str:
+    """A median and its quartiles."""
+    low, high = row[f"{clock}_quartiles_us"]
+    return f"{clock} {row[f'{clock}_us']:10.1f} us [{low:.1f}, {high:.1f}]"
 
 
 def _words(found: constants.Constants) -> str:

@@ -22,9 +22,17 @@ def caption(results: Results) -> str:
     parts += [f"{name} {version}" for name, version in machine["versions"].items()]
     before, after = machine["load_average_before"], machine["load_average_after"]
     text = f"{', '.join(parts)}; {results['date'][:10]}, load average {before} before and {after} after."
-    if not machine["driver"] and (after or 0) > threads + 1:
+    if machine["driver"]:
+        text += " Device times."
+    elif (after or 0) > threads + 1:
         text += " The machine was busy with other work: not to be relied on."
     return text
+
+
+def compared_us(row: Results) -> float | None:
+    """The median that is compared: of the device where there is one, else of the clock. None: not measured."""
+    found: float | None = row["device_us"] if row["device_us"] is not None else row["wall_us"]
+    return found
 
 
 def table(results: Results) -> str:
@@ -43,23 +51,25 @@ def table(results: Results) -> str:
 
 def _ours(row: Results) -> tuple[str, str]:
     """Our time, and the roofline bound as a part of it."""
-    if row["median_ms"] is None:
+    time = compared_us(row)
+    if time is None:
         return row["verdict"], ""
-    return _time(row["median_ms"]), f"{row['roofline_share']:.0%}"
+    return _time(time), f"{row['roofline_share']:.0%}"
 
 
 def _baseline(rows: dict[str, Results], name: str) -> str:
     """A baseline's time and its ratio to ours."""
     if name not in rows:
         return ""
-    theirs, ours = rows[name]["median_ms"], rows[OURS]["median_ms"]
+    theirs, ours = compared_us(rows[name]), compared_us(rows[OURS])
     if theirs is None:
         return str(rows[name]["verdict"])
     return _time(theirs) + (f", {theirs / ours:.1f}x" if ours else "")
 
 
-def _time(milliseconds: float) -> str:
+def _time(microseconds: float) -> str:
     """Milliseconds to three digits."""
+    milliseconds = microseconds / 1e3
     digits = f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"
     return f"{digits} ms"
 
@@ -86,7 +96,10 @@ def _rows(results: Results, case: str, way: str) -> dict[str, Results]:
 
 
 def plot(results: Results, file: Path) -> None:
-    """Plot medians, quartiles and the roofline bound for both ways; ImportError without matplotlib."""
+    """Plot medians, quartiles and the roofline bound for both ways; ImportError without matplotlib.
+
+    Where a device was timed, hollow marks are wall times.
+    """
     from matplotlib.figure import Figure
 
     cases = _cases(results)
@@ -120,8 +133,12 @@ def _draw_times(axes: Any, results: Results, way: str, name: str, colour: str) -
     """The marks of one implementation in one panel."""
     for height, case in enumerate(_cases(results)):
         row = _rows(results, case, way).get(name)
-        if row is None or row["median_ms"] is None:
+        if row is None or row["wall_us"] is None:
             continue
-        low, high = row["quartiles_ms"]
+        clock = "wall" if row["device_us"] is None else "device"
+        low, high = (time / 1e3 for time in row[f"{clock}_quartiles_us"])
         axes.plot([low, high], [height] * 2, color=colour, linewidth=2.5, alpha=0.5)
-        axes.plot([row["median_ms"]], [height], "o", color=colour, label=name)
+        axes.plot([row[f"{clock}_us"] / 1e3], [height], "o", color=colour, label=name)
+        if clock == "device":
+            hollow = {"markerfacecolor": "none", "label": "wall time"}
+            axes.plot([row["wall_us"] / 1e3], [height], "o", color=colour, **hollow)

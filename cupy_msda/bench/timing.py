@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from cupy_msda.bench.cases import Inputs
-from cupy_msda.bench.constants import l2_bytes
 from cupy_msda.bench.implementations import Function
 
 WAYS = ("forward", "backward")
-# Writing this many times the L2 cache clears it, and takes long enough for the host to get ahead of the device.
-_FLUSH = 16
 _LEAST = 3  # repeats, even beyond the time limit
 
 Call = Callable[[], object]
-Timer = Callable[[Call], float]  # milliseconds of one call
-Times = dict[str, dict[str, list[float]]]  # by way and implementation
 
 
 class Limits(NamedTuple):
@@ -32,32 +27,39 @@ class Limits(NamedTuple):
     seconds: float
 
 
-def timer(device: str) -> Timer:
-    """On a CPU the clock; on a GPU events around the call, with the L2 cache cleared before it."""
-    return _by_clock if device == "cpu" else _by_events()
+class Stopwatch(NamedTuple):
+    """One way of one implementation: each call of `wall` or `device` runs and times it, in microseconds."""
+
+    wall: Callable[[], float]
+    device: Callable[[], float] | None = None  # None: there is no device beside the host
+    device_by: str | None = None  # how the device is timed
 
 
-def _by_clock(call: Call) -> float:
-    """Milliseconds of wall time."""
+class Times(NamedTuple):
+    """Microseconds of every repeat."""
+
+    wall: list[float]
+    device: list[float]
+    device_by: str | None
+
+
+# An implementation and its inputs to a stopwatch for each way.
+Watch = Callable[[Function, Inputs], dict[str, Stopwatch]]
+
+
+def on_cpu(function: Function, inputs: Inputs) -> dict[str, Stopwatch]:
+    """By the clock, one call at a time."""
+    return {
+        "forward": Stopwatch(lambda: _clock_us(lambda: forward(function, inputs))),
+        "backward": Stopwatch(lambda: _clock_us(backward_of(function, inputs))),
+    }
+
+
+def _clock_us(call: Call) -> float:
+    """Microseconds of wall time."""
     begin = time.perf_counter()
     call()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def _by_events() -> Timer:
-    """Milliseconds of device time, from the end of the clearing to the end of the call."""
-    buffer = torch.empty(_FLUSH * l2_bytes(), dtype=torch.uint8, device="cuda")
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-
-    def milliseconds(call: Call) -> float:
-        buffer.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    return milliseconds
+    return 1e6 * (time.perf_counter() - begin)
 
 
 def forward(function: Function, inputs: Inputs) -> Tensor:
@@ -74,25 +76,30 @@ def backward_of(function: Function, inputs: Inputs) -> Call:
 
 
 def measure(
-    functions: Mapping[str, Function], inputs: Inputs, watch: Timer, limits: Limits
-) -> Times:
-    """The times of every repeat.
+    functions: Mapping[str, Function], inputs: Inputs, watch: Watch, limits: Limits
+) -> dict[str, dict[str, Times]]:
+    """The times of every repeat, by way and implementation.
 
     In each repeat all take turns in random order, so that noise affects all equally; each runs once
     untimed first, so that none starts with another's data in the caches.
     """
     order, turns = random.Random(0), list(functions)
-    times: Times = {way: {name: [] for name in turns} for way in WAYS}
+    watches = {name: watch(function, inputs) for name, function in functions.items()}
+    times = {
+        way: {name: Times([], [], watches[name][way].device_by) for name in turns} for way in WAYS
+    }
     begin = time.perf_counter()
     for repeat in range(limits.repeats):
         if repeat >= _LEAST and time.perf_counter() - begin > limits.seconds:
             break
         order.shuffle(turns)
         for name in turns:
-            function = functions[name]
-            backward_of(function, inputs)()
-            times["forward"][name].append(watch(lambda: forward(function, inputs)))  # noqa: B023
-            times["backward"][name].append(watch(backward_of(function, inputs)))
+            backward_of(functions[name], inputs)()
+            for way in WAYS:
+                stopwatch = watches[name][way]
+                times[way][name].wall.append(stopwatch.wall())
+                if stopwatch.device:
+                    times[way][name].device.append(stopwatch.device())
     return times
 
 
