@@ -214,7 +214,11 @@ def _projected(name: str, projection: nn.Module, given: Tensor) -> Any:
     try:
         return projection(given)
     except RuntimeError:
-        check_projected(name, given, projection.weight)
+        weight = getattr(projection, "weight", None)
+        if isinstance(
+            weight, Tensor
+        ):  # a wrapper's may be anywhere, that of a quantised layer is a method
+            check_projected(name, given, weight)
         raise
 
 

@@ -483,6 +483,14 @@ def test_projections_may_be_wrapped(wrap):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+def test_errors_of_wrapped_projections_are_their_own():
+    module = trained()
+    module.sampling_offsets = LowRank(module.sampling_offsets)
+    query, points, flat = example()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        module(query.double(), points, flat, SIZES, None)
+
+
 @pytest.mark.filterwarnings("ignore:.*deprecated")  # as all that quantises in torch itself
 def test_projections_may_be_quantised():
     module, inputs = trained().eval(), example()
