@@ -283,13 +283,12 @@ def test_report_names_the_kernels_of_a_plan_and_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     monkeypatch.setattr(report, "cupy_obstacle", lambda: None)
     monkeypatch.setattr(launch, "describe", lambda _: Device(132, "90"))
-    persistent = "persistent: enough queries, on known grids, for every multiprocessor"
     assert dict(report.plans()) == {
-        "encoder forward": f"msda_forward_persistent: {persistent}",
+        "encoder forward": "msda_forward_persistent: persistent, 1 per multiprocessor: model",
         "encoder backward": "msda_backward_value_binned, msda_backward_persistent: "
-        f"binned: enough queries on known grids; points {persistent}",
-        "decoder forward": "msda_forward: plain: split-K 4",
-        "decoder backward": "msda_backward: plain: split-K 2",
+        "binned; points persistent, 1 per multiprocessor: model",
+        "decoder forward": "msda_forward: plain, split-K 4: model",
+        "decoder backward": "msda_backward: plain, split-K 2: model",
     }
 
 
