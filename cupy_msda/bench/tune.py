@@ -231,9 +231,9 @@ def _allocate(result: str, inputs: Inputs) -> dict[str, Tensor]:
 def _make_call(plan: Plan, arrays: dict[str, Tensor], prepared: _Prepared) -> timing.Call:
     """Compile a plan, and make the call that queues its launches on torch's current stream."""
     bound = launch.bind(plan, prepared.device)
-    if plan.workspace:  # as large for every candidate
-        workspace = prepared.inputs.value.new_empty(plan.workspace, dtype=torch.uint8)
-        arrays.setdefault("accumulator", workspace)
+    if plan.workspace and "accumulator" not in arrays:  # as large for every candidate
+        value = prepared.inputs.value
+        arrays["accumulator"] = value.new_empty(plan.workspace, dtype=torch.uint8)
 
     def call() -> None:
         arguments = launch.thread_arguments()
@@ -265,10 +265,11 @@ def _check(
     truths = dict(zip(_ARRAYS, zip(expected.reference, expected.exact, strict=True), strict=True))
     got = {}
     for name in _WRITTEN[result]:
-        part, truth = arrays[name][:, expected.queries], truths[name]
         if name == "grad_value":
-            part, truth = arrays[name][:, ::step], tuple(array[:, ::step] for array in truth)
-        elif first and not torch.equal(part, first[name]):
+            part, *truth = (array[:, ::step] for array in (arrays[name], *truths[name]))
+        else:
+            part, *truth = arrays[name][:, expected.queries], *truths[name]
+        if name != "grad_value" and first and not torch.equal(part, first[name]):
             raise ValueError(f"{name} has other bits than by the first candidate")
         error = budget.used(part, *truth)
         if not error <= 1:
