@@ -20,8 +20,8 @@ from PIL import Image, ImageCms, features
 import cupy_msda
 from cupy_msda import __main__, demo, report
 from cupy_msda.cpu import backend as cpu
-from cupy_msda.cuda import launch
-from cupy_msda.cuda.plans import Device
+from cupy_msda.cuda import launch, tuned
+from cupy_msda.cuda.plans import Choice, Device
 
 ROOT = Path(__file__).parents[1]
 
@@ -290,6 +290,10 @@ def test_report_names_the_kernels_of_a_plan_and_why(monkeypatch):
         "decoder forward": "msda_forward: plain, split-K 4: model",
         "decoder backward": "msda_backward: plain, split-K 2: model",
     }
+    monkeypatch.setattr(tuned, "choice", lambda *_: Choice("plain, split-K 1", "tuned on sm_90"))
+    said = dict(report.plans())
+    assert said["encoder forward"] == "msda_forward: plain, split-K 1: tuned on sm_90"
+    assert said["encoder backward"] == "msda_backward: plain, split-K 1: tuned on sm_90"
 
 
 def test_typical_problems_are_an_encoder_and_a_decoder():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -221,15 +222,23 @@ def test_shapes_of_a_file(monkeypatch, tmp_path):
     assert cases.SHAPES["mine"] == Shape(2, ((7, 9), (3, 5)), None, 4, 2, 16)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"a": {}}', '{"a": {"batch": 1, "levels": [[1]], "queries": 1}}']
-)
-def test_a_file_without_shapes_is_refused(text, tmp_path):
+BAD_FILES = {
+    "{": "JSONDecodeError",
+    "[]": "AttributeError",
+    '{"a": {}}': "KeyError: 'levels'",
+    '{"a": {"batch": 1, "levels": [[1]], "queries": 1}}': "ValueError",
+    '{"a": {"batch": "1", "levels": [[1, 1]], "queries": 1}}': "sizes must be positive integers",
+    '{"a": {"batch": 1, "levels": [[1, 0]], "queries": 1}}': "sizes must be positive integers",
+    '{"a": {"batch": 1, "levels": [[1, 1]], "queries": 7, "grids": [[2, 3]]}}': "query_order must",
+}
+
+
+@pytest.mark.parametrize(("text", "why"), BAD_FILES.items())
+def test_a_file_without_shapes_is_refused(text, why, tmp_path):
     file = tmp_path / "bad.json"
     file.write_text(text)
-    with pytest.raises(
-        SystemExit, match=r"--shapes must be names or a JSON file like .*bad\.json: "
-    ):
+    start = r"--shapes must be names or a JSON file like .*bad\.json: "
+    with pytest.raises(SystemExit, match=f"{start}.*{re.escape(why)}"):
         tune.select(str(file))
 
 

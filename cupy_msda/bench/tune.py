@@ -99,7 +99,7 @@ def select(shapes: str | None) -> list[Job]:
 
 
 def _read(file: str) -> dict[str, tuple[Shape, Grids]]:
-    """The shapes of a JSON file by name: the fields of `cases.Shape` and, if queries lie on grids, "grids"."""
+    """The shapes of a JSON file by name: the fields of `cases.Shape`, and "grids" for `query_order`, if it is given."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         return {name: _shape(dict(fields)) for name, fields in content.items()}
@@ -111,15 +111,16 @@ def _read(file: str) -> dict[str, tuple[Shape, Grids]]:
 
 
 def _shape(fields: dict[str, Any]) -> tuple[Shape, Grids]:
-    """One shape of a file, and the grids of its queries."""
-    grids = fields.pop("grids", None)
-    fields["levels"] = _pairs(fields["levels"])
-    return Shape(**fields), None if grids is None else _pairs(grids)
-
-
-def _pairs(sizes: Any) -> tuple[tuple[int, int], ...]:
-    """Sizes (H, W)."""
-    return tuple((int(h), int(w)) for h, w in sizes)
+    """One shape of a file, and the grids of its queries; an error if it is none."""
+    grids = fields.pop("grids", "auto")
+    levels = tuple((h, w) for h, w in fields["levels"])
+    shape = Shape(**fields | {"levels": levels})
+    pixels = sum(h * w for h, w in levels)
+    queries = pixels if shape.queries is None else shape.queries
+    sizes = (shape.batch, queries, shape.points, shape.heads, shape.channels, *sum(levels, ()))
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"sizes must be positive integers, got {shape}")
+    return shape, contract.check_query_order(grids, queries)
 
 
 # --- the measurement -----------------------------------------------------------------------------
