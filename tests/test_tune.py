@@ -27,7 +27,7 @@ class Bench:
     """The command on an emulated device; `times` in milliseconds by candidate, one after another, else 2."""
 
     def __init__(self, monkeypatch, tmp_path, device):
-        self.times, self.faults, self.ran = {}, {}, []
+        self.times, self.faults, self.ran, self.grad_outputs = {}, {}, [], []
         self.device, self.shapes, self.output = (
             device,
             tmp_path / "shapes.json",
@@ -48,6 +48,7 @@ class Bench:
         self._run(bound, arguments, stream)
         name = bound.plan.reason.rpartition(":")[0]
         self.ran.append(name)
+        self.grad_outputs.append(arguments.pointer("grad_output"))
         self.faults.get(name, lambda _: None)(arguments)
 
     def _watch(self, call):
@@ -177,6 +178,16 @@ def test_a_wrong_candidate_is_left_out_and_told(
     assert f"  {result}: {candidate} is left out: " in said
     assert why in said
     assert "\nin any way" not in said
+
+
+def test_what_is_timed_has_the_gradient_of_every_output(bench, monkeypatch):
+    """The check has that of the compared queries alone, also where the last candidate raises."""
+    monkeypatch.setattr(tune, "_WRITTEN", {"forward": ("output",)})
+    bench.faults = {PLAIN: refuse}
+    bench()
+    (checked,), timed = set(bench.grad_outputs[:4]), set(bench.grad_outputs[4:])
+    assert len(timed) == 1
+    assert checked not in timed
 
 
 def test_nothing_right_is_no_entry(monkeypatch, tmp_path):

@@ -206,6 +206,16 @@ def test_calls_take_what_the_table_says_and_the_log_says_so(write, idle_device, 
     assert said[-1].endswith("(binned: model)")
 
 
+def test_deterministic_calls_take_an_entry_that_keeps_their_bits():
+    """The kernel of the gradient of value stays the model's; that of the others is the table's."""
+    kept, lost = f"binned; points {FOUR}", PLAIN
+    for name, expected in ((kept, f"{kept}: tuned"), (lost, "binned; points persistent, 1 per")):
+        choice = Choice(name, "tuned")
+        plan = plans.plan_backward(DINO5, NO_TABLE, H200, deterministic=True, choice=choice)
+        assert plan.reason.startswith(expected)
+        assert plan.reason.endswith("; deterministic: fixed point")
+
+
 NO_TABLES = {
     "no-json": "{",
     "a-list": "[]",

@@ -260,8 +260,10 @@ def _check(
     for name in _WRITTEN[result]:
         arrays[name].fill_(torch.nan)
     arrays["grad_output"] = expected.grad_output
-    call()
-    arrays["grad_output"] = prepared.inputs.grad_output
+    try:
+        call()
+    finally:
+        arrays["grad_output"] = prepared.inputs.grad_output
     step = max(1, prepared.inputs.value.shape[1] // _POSITIONS)
     truths = dict(zip(_ARRAYS, zip(expected.reference, expected.exact, strict=True), strict=True))
     got = {}

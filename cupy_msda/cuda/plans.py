@@ -235,7 +235,7 @@ def backward_candidates(
     of_points = _points_candidates(problem, device, grids)
     if not needs_value:
         return of_points
-    # With gradients of value by atomics in it, the kernel of the rows is never persistent.
+    # The kernel of all three gradients is never persistent.
     of_all = [rows for rows in of_points if rows.kernel != "persistent"]
     of_rest = of_points if needs_points else (Candidate(""),)
     if deterministic and is_tiled(problem):
