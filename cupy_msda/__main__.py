@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m cupy_msda`` reports the environment and checks it; its commands are ``demo`` and ``bench``."""
+"""``python -m cupy_msda`` reports the environment and checks it; its commands are ``demo``, ``bench`` and ``tune``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cupy_msda.faults import reason
 _NEEDS = {
     "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
     "bench": {"torch": "torch"},
+    "tune": {"torch": "torch"},
 }
 
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_bench(commands)
+    _add_tune(commands)
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
@@ -46,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "bench":
             from cupy_msda.bench import runner
+        elif options.command == "tune":
+            from cupy_msda.bench import tune
         else:
             from cupy_msda import demo
     except Exception as error:
         parser.exit(1, f"{parser.prog} {options.command}: cannot start: {reason(error)}\n")
     if options.command == "bench":
         return runner.run(options.device, options.quick, options.output)
+    if options.command == "tune":
+        return tune.run(options.shapes, options.output)
     return demo.run(options.image, options.output)
 
 
@@ -82,6 +88,20 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
     where = "default: cuda where its kernels can run"
     bench.add_argument("--device", choices=("cpu", "cuda"), help=where)
+
+
+def _add_tune(commands: Any) -> None:
+    """The options of the tuning."""
+    tune = _add_command(
+        commands,
+        "tune",
+        "which kernels are the fastest on this GPU, as a table that later calls use",
+        "Check and time the candidates of every kernel on this GPU, on shapes of published models or your own, and "
+        "write a table of the fastest. CUPY_MSDA_TUNED=FILE.json lets later processes use it.",
+        "msda_tuned.json",
+    )
+    names = "names of the benchmark's shapes, between commas, or a JSON file of shapes (default: all names)"
+    tune.add_argument("--shapes", metavar="FILE.json|NAMES", help=names)
 
 
 def _add_command(commands: Any, name: str, summary: str, description: str, output: str) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 import cupy_msda
 from cupy_msda import api, budget, contract, reference
 from cupy_msda.cpu import backend
-from cupy_msda.cuda import launch
+from cupy_msda.cuda import launch, tuned
 from cupy_msda.cuda.compile import capability_obstacle, kernel_dir
 from cupy_msda.cuda.importing import (
     CACHE_DIR,
@@ -289,7 +289,9 @@ def plans() -> Iterator[tuple[str, str]]:
         return
     for name, problem in TYPICAL.items():
         for way, planner in (("forward", plan_forward), ("backward", plan_backward)):
-            plan = planner(problem, PYRAMID, device)
+            plan = planner(
+                problem, PYRAMID, device, choice=tuned.choice(way, problem, device, None)
+            )
             kernels = [
                 s.kernel.name.partition("<")[0] for s in plan.launches if isinstance(s, Launch)
             ]

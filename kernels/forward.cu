@@ -6,7 +6,7 @@
 //          load. Split-K: SPLIT_K groups share a row when there are too few rows to fill the device; shuffles add their
 //          partial sums.
 // Grid     msda_forward: x: blocks of queries, y and z: (image, head).
-//          msda_forward_persistent: one block per multiprocessor, each with a contiguous range of the tile scheduler's
+//          msda_forward_persistent: a few blocks per multiprocessor, each with a contiguous range of the tile scheduler's
 //          rows.
 // Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; at most MAX_SPECIALISED_LEVELS levels; fewer
 //          than 2^22 positions and 2^31 bytes per image. generic.cu takes everything else.

@@ -33,6 +33,7 @@ from cupy_msda.bench import implementations as implementation_file
 from cupy_msda.bench.cases import Case, Inputs, Shape
 from cupy_msda.bench.constants import Constants
 from cupy_msda.bench.implementations import COMPILED, OURS
+from cupy_msda.cuda import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Shape(2, ((5, 7), (3, 4)), None, (2, 3), heads=2, channels=8)
@@ -102,6 +103,7 @@ def check_results(results, device):
         most = 1 if row["implementation"] == OURS else correctness.BASELINE_BUDGETS
         assert all(error <= most for error in row["errors"].values())
         assert (row["peak_bytes"] is None) == (device == "cpu")
+        assert (row["plan"] is None) == (device == "cpu" or row["implementation"] != OURS)
 
 
 def test_run_measures_all_that_is_installed(tiny, tmp_path, capsys):
@@ -127,6 +129,18 @@ def test_run_on_a_gpu(tiny, tmp_path):
     rates = results["constants"]
     assert all(rates[name] > 0 for name in ("gather", "gather_l2", "scatter", "launch"))
     assert rates["gather"] > rates["gather_l2"] > rates["copy"][0][1]
+
+
+def test_rows_name_the_candidate_that_ran(driver_device):
+    """In the words of the plan that the call took from the cache."""
+    inputs = cases.build(Case("rfdetr", "uniform", "float32"), "cpu")
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
+    output = implementation_file._ours(inputs)(*leaves)
+    output.backward(inputs.grad_output)
+    planned = runner._plans(inputs)
+    assert planned == {"forward": "plain, split-K 1: model", "backward": "plain, split-K 1: model"}
+    caches = launch.bind_forward.cache_info(), launch.bind_backward.cache_info()
+    assert [(cache.hits, cache.misses) for cache in caches] == [(1, 1), (1, 1)]
 
 
 def test_the_version_of_torch_names_its_build(monkeypatch):

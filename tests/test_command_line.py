@@ -20,8 +20,8 @@ from PIL import Image, ImageCms, features
 import cupy_msda
 from cupy_msda import __main__, demo, report
 from cupy_msda.cpu import backend as cpu
-from cupy_msda.cuda import launch
-from cupy_msda.cuda.plans import Device
+from cupy_msda.cuda import launch, tuned
+from cupy_msda.cuda.plans import Choice, Device
 
 ROOT = Path(__file__).parents[1]
 
@@ -283,14 +283,17 @@ def test_report_names_the_kernels_of_a_plan_and_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     monkeypatch.setattr(report, "cupy_obstacle", lambda: None)
     monkeypatch.setattr(launch, "describe", lambda _: Device(132, "90"))
-    persistent = "persistent: enough queries, on known grids, for every multiprocessor"
     assert dict(report.plans()) == {
-        "encoder forward": f"msda_forward_persistent: {persistent}",
+        "encoder forward": "msda_forward_persistent: persistent, 1 per multiprocessor: model",
         "encoder backward": "msda_backward_value_binned, msda_backward_persistent: "
-        f"binned: enough queries on known grids; points {persistent}",
-        "decoder forward": "msda_forward: plain: split-K 4",
-        "decoder backward": "msda_backward: plain: split-K 2",
+        "binned; points persistent, 1 per multiprocessor: model",
+        "decoder forward": "msda_forward: plain, split-K 4: model",
+        "decoder backward": "msda_backward: plain, split-K 2: model",
     }
+    monkeypatch.setattr(tuned, "choice", lambda *_: Choice("plain, split-K 1", "tuned on sm_90"))
+    said = dict(report.plans())
+    assert said["encoder forward"] == "msda_forward: plain, split-K 1: tuned on sm_90"
+    assert said["encoder backward"] == "msda_backward: plain, split-K 1: tuned on sm_90"
 
 
 def test_typical_problems_are_an_encoder_and_a_decoder():

@@ -64,11 +64,11 @@ def split_k(launch):
 @pytest.mark.parametrize(
     ("problem", "kernel", "reason"),
     [
-        (DECODER, "msda_forward", "plain: split-K 1"),
-        (DECODER._replace(batch=1, num_queries=10), "msda_forward", "plain: split-K 4"),
-        (ENCODER, "msda_forward_persistent", "persistent"),
-        (GENERIC, "msda_forward_generic", "generic: D = 30"),
-        (ENCODER._replace(**DOUBLE), "msda_forward_generic", "generic: float64"),
+        (DECODER, "msda_forward", "plain, split-K 1: model"),
+        (DECODER._replace(batch=1, num_queries=10), "msda_forward", "plain, split-K 4: model"),
+        (ENCODER, "msda_forward_persistent", "persistent, 1 per multiprocessor: model"),
+        (GENERIC, "msda_forward_generic", "generic, D = 30: model"),
+        (ENCODER._replace(**DOUBLE), "msda_forward_generic", "generic, float64: model"),
     ],
 )
 def test_forward(problem, kernel, reason):
@@ -235,7 +235,7 @@ def test_generic_kernels_take_what_the_specialised_cannot(change, deterministic)
     for grids in (None, ((30, 30),)):
         assert "generic.cu" not in files(DECODER, grids)
         assert files(changed, grids) == {"generic.cu"}
-    assert plan_forward(changed, NO_TABLE, H100).reason.startswith("generic: ")
+    assert plan_forward(changed, NO_TABLE, H100).reason.startswith("generic, ")
 
 
 @pytest.mark.parametrize("name", ["positions", "bytes", "levels"])

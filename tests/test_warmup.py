@@ -9,7 +9,9 @@ import torch
 
 import cupy_msda
 from cupy_msda import ms_deform_attn, ms_deform_attn_backward
-from cupy_msda.cuda import plans
+from cupy_msda.cuda import plans, tuned
+from cupy_msda.cuda.tuned import Entry
+from cupy_msda.problem import Problem
 from tests.emulated_device import emulated_device, forget
 
 VALUE, LOCATIONS = (2, 26, 3, 16), (2, 5, 3, 2, 4, 2)
@@ -123,6 +125,30 @@ def test_encoders_find_theirs(device, deterministic):
     names = kernels(compiled)
     assert {"msda_forward_persistent", "msda_backward_persistent"} < names
     assert "msda_backward" not in names
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_calls_with_a_table_of_tuned_kernels_find_theirs(device, monkeypatch, tmp_path, persistent):
+    """Both against the model: an encoder too small for persistent kernels, and one that is large enough."""
+    n, sizes = (1, [(10, 20)]) if persistent else (8, [(15, 20)])
+    pixels = sizes[0][0] * sizes[0][1]
+    problem = Problem(n, pixels, 64, 32, pixels, 1, 4, *["float32"] * 3)
+    rows = "persistent, 2 per multiprocessor" if persistent else "plain, split-K 1"
+    backward = f"binned; points {rows}" if persistent else rows
+    winners = {"forward": rows, "backward": backward, "backward of points": rows}
+    winners["backward of value"] = "binned" if persistent else rows
+    entries = [Entry(result, "levels", problem, name, "") for result, name in winners.items()]
+    (tmp_path / "t.json").write_text(tuned.as_text({"sm_90": entries}))
+    monkeypatch.setenv("CUPY_MSDA_TUNED", str(tmp_path / "t.json"))
+    shapes = (n, pixels, 64, 32), (n, pixels, 64, 1, 4, 2)
+    compiled = warm(device, *shapes)
+    call_tensors(*shapes, sizes, "float32", "float32")
+    assert device.compiled == compiled
+    names = {"msda_forward_persistent", "msda_backward_persistent", "msda_backward_value_binned"}
+    assert kernels(compiled) == (names if persistent else {"msda_forward", "msda_backward"})
+    monkeypatch.delenv("CUPY_MSDA_TUNED")
+    forget()
+    assert warm(device, *shapes) != compiled
 
 
 def test_tables_on_the_device_find_theirs(device):

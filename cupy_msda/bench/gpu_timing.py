@@ -54,11 +54,11 @@ class Gpu:
             once = loop_us(prepare, 1)
             wall = partial(loop_us, prepare, max(1, min(_LOOP_CALLS, int(_LOOP_US / once))))
             ready, spin_us = (graphs[way], 0.0) if graphs else (prepare, 2 * once)
-            device = partial(self._device_us, ready, spin_us)
+            device = partial(self.device_us, ready, spin_us)
             stopwatches[way] = Stopwatch(wall, device, device_by)
         return stopwatches
 
-    def _device_us(self, prepare: Callable[[], Call], spin_us: float) -> float:
+    def device_us(self, prepare: Callable[[], Call], spin_us: float = 0.0) -> float:
         """Microseconds of the device, from the end of the clearing to the end of the call."""
         call = prepare()
         if spin_us:

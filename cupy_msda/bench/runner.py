@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_msda import report
+from cupy_msda import contract, report
 from cupy_msda.bench import (
     cases,
     constants,
@@ -27,6 +27,7 @@ from cupy_msda.bench import (
 from cupy_msda.bench.cases import Case, Inputs
 from cupy_msda.bench.implementations import OURS, Function
 from cupy_msda.bench.time_limit import TookTooLongError
+from cupy_msda.cuda import launch
 from cupy_msda.faults import reason
 
 SCHEMA = 3  # benchmarks/README.md describes it
@@ -155,6 +156,7 @@ def _measure_case(
         _say_verdict(name, verdicts[name])
     peaks = {name: timing.peak_memory(function, inputs) for name, function in right.items()}
     times = timing.measure(right, inputs, watch, limits)
+    planned = _plans(inputs) if device == "cuda" and OURS in right else {}
     rows = []
     for way in timing.WAYS:
         bound = roofline.bound(way, inputs, work, found)
@@ -164,9 +166,19 @@ def _measure_case(
                 | {"way": way, "implementation": name, **verdicts[name]}
                 | _statistics(times[way].get(name), bound)
                 | {"peak_bytes": (peaks.get(name) or {}).get(way)}
+                | {"plan": planned.get(way) if name == OURS else None}
             )
             _say(rows[-1])
     return rows
+
+
+def _plans(inputs: Inputs) -> dict[str, str]:
+    """By way, which candidate our calls run on the GPU, and why."""
+    value, *points = inputs.tensors
+    problem, table = contract.check(value, inputs.sizes, None, *points)
+    case = problem, table.on_host, None, max(value.get_device(), 0)
+    bound = launch.bind_forward(*case), launch.bind_backward(*case, True, True, False)
+    return dict(zip(timing.WAYS, (each.plan.reason for each in bound), strict=True))
 
 
 def _judge(

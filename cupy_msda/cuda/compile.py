@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from functools import cache
 from importlib import resources
@@ -87,6 +88,14 @@ def assemble(file: str) -> str:
     """
     constants = "".join(f"constexpr int {name} = {value};\n" for name, value in CONSTANTS.items())
     return f'#line 1 "kernels/constants (generated)"\n{constants}{_expand(file, set())}'
+
+
+@cache
+def fingerprint() -> str:
+    """A short hash of all kernels' sources as they are compiled."""
+    files = sorted(file.name for file in kernel_dir().iterdir() if file.name.endswith(".cu"))
+    sources = "".join(map(assemble, files))
+    return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def _expand(file: str, seen: set[str]) -> str:

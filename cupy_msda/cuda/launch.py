@@ -15,9 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_msda.cuda import dlpack, importing
+from cupy_msda.cuda import dlpack, importing, tuned
 from cupy_msda.cuda.compile import load
-from cupy_msda.cuda.plans import ARRAYS, Device, Fill, Launch, Plan, plan_backward, plan_forward
+from cupy_msda.cuda.plans import (
+    ARRAYS,
+    BACKWARDS,
+    FORWARD,
+    Device,
+    Fill,
+    Launch,
+    Plan,
+    plan_backward,
+    plan_forward,
+)
 from cupy_msda.problem import NO_TABLE, Grids, LevelTable, Problem
 
 ALIGNMENT = 16  # bytes: the widest load
@@ -103,7 +113,9 @@ class Bound(NamedTuple):
 @lru_cache(maxsize=1024)
 def bind_forward(problem: Problem, table: LevelTable, grids: Grids, device: int) -> Bound:
     """Plan a forward for the CUDA device of this index and compile what it launches; `table` as the host knows it."""
-    return _bind(plan_forward(problem, table, describe(device), grids), device)
+    on = describe(device)
+    choice = tuned.choice(FORWARD, problem, on, grids)
+    return bind(plan_forward(problem, table, on, grids, choice), device)
 
 
 @lru_cache(maxsize=1024)
@@ -117,16 +129,19 @@ def bind_backward(
     deterministic: bool,
 ) -> Bound:
     """Plan a backward for the CUDA device of this index and compile what it launches."""
+    on = describe(device)
+    result = BACKWARDS.get((needs_value, needs_points), "")
     plan = plan_backward(
         problem,
         table,
-        describe(device),
+        on,
         grids,
         needs_value=needs_value,
         needs_points=needs_points,
         deterministic=deterministic,
+        choice=tuned.choice(result, problem, on, grids),
     )
-    return _bind(plan, device)
+    return bind(plan, device)
 
 
 def run(bound: Bound, arguments: Arguments, stream: int) -> None:
@@ -167,7 +182,7 @@ def describe(device: int) -> Device:
 # --- from a plan to steps ------------------------------------------------------------------------
 
 
-def _bind(plan: Plan, device: int) -> Bound:
+def bind(plan: Plan, device: int) -> Bound:
     """Compile the plan's kernels for a device."""
     cupy = require_cupy()
     with cupy.cuda.Device(device):

@@ -2,6 +2,7 @@
 """What a call launches: problem, level table, device and request to a tuple of launches, in order.
 
 This is the only place that decides it. The contract has checked the problem; `table` holds what the host knows.
+A problem may have several candidates, between which a measurement chooses (tuned.py), else the rules here: the model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ MAX_POINTS_TILED = 8192
 _TILE_ELEMENTS = 4096  # their accumulators take 16 KiB of shared memory
 _ROUNDED_AT_ONCE = 8  # round.cu: elements of a thread, in one pass of the grid
 
-_PERSISTENT = "persistent: enough queries, on known grids, for every multiprocessor"
+# Candidates of a persistent kernel: how many blocks for each multiprocessor, one of which fits at a time.
+_PERSISTENT_BLOCKS = (1, 2, 4)
 
 # Every array that a launch may name. `accumulator` is workspace: the others are the caller's.
 ARRAYS = (
@@ -81,6 +83,43 @@ class Plan(NamedTuple):
     reason: str
 
 
+class Candidate(NamedTuple):
+    """Kernels that compute a result.
+
+    All candidates of a result give it the same bits, but for a gradient of value that atomics add up in any order.
+    """
+
+    kernel: str  # of the output, or of gradients by row: "plain", "persistent", "generic"; "": none is needed
+    number: int = 1  # plain: split-K; persistent: blocks for each multiprocessor
+    value: str = ""  # "binned" or "tiled": the gradient of value has a kernel of its own
+    limit: str = ""  # generic: what the specialised kernels do not cover
+
+    def __str__(self) -> str:
+        """Its name in tables and logs."""
+        rows = {
+            "plain": f"plain, split-K {self.number}",
+            "persistent": f"persistent, {self.number} per multiprocessor",
+            "generic": f"generic, {self.limit}",
+        }.get(self.kernel, "")
+        return f"{self.value}; points {rows}" if self.value and rows else self.value or rows
+
+
+class Choice(NamedTuple):
+    """A candidate by name, and why it was chosen."""
+
+    candidate: str
+    why: str
+
+
+# The results that have candidates: the forward, and backwards by (needs_value, needs_points).
+FORWARD = "forward"
+BACKWARDS = {
+    (True, True): "backward",
+    (True, False): "backward of value",
+    (False, True): "backward of points",
+}
+
+
 class _Case(NamedTuple):
     """What every decision may look at."""
 
@@ -91,12 +130,19 @@ class _Case(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan_forward(problem: Problem, table: LevelTable, device: Device, grids: Grids = None) -> Plan:
-    """Plan a forward, which writes `output`."""
+def plan_forward(
+    problem: Problem,
+    table: LevelTable,
+    device: Device,
+    grids: Grids = None,
+    choice: Choice | None = None,
+) -> Plan:
+    """Plan a forward, which writes `output`; `choice`: among `forward_candidates`, else the model's."""
     if problem.is_empty:
         return _zeros(problem, "forward", {"output": problem.value_dtype})
-    launch, reason = _forward(_Case(problem, table, device, grids))
-    return _logged("forward", problem, Plan((launch,), 0, reason))
+    candidate, why = _choose(forward_candidates(problem, device, grids), choice)
+    launch = _forward(_Case(problem, table, device, grids), candidate)
+    return _logged("forward", problem, Plan((launch,), 0, f"{candidate}: {why}"))
 
 
 @lru_cache(maxsize=1024)
@@ -109,8 +155,12 @@ def plan_backward(
     needs_value: bool = True,
     needs_points: bool = True,
     deterministic: bool = False,
+    choice: Choice | None = None,
 ) -> Plan:
-    """Plan a backward, which writes `grad_value`, or `grad_locations` and `grad_weights`, or all of them."""
+    """Plan a backward, which writes `grad_value`, or `grad_locations` and `grad_weights`, or all of them.
+
+    `choice`: among `backward_candidates`, else the model's.
+    """
     written: dict[str, str] = {}
     if needs_value:
         written["grad_value"] = problem.value_dtype
@@ -120,12 +170,13 @@ def plan_backward(
     if problem.is_empty or not written:
         return _zeros(problem, "backward", written)
     case = _Case(problem, table, device, grids)
+    request = needs_value, needs_points, deterministic
+    candidate, why = _choose(backward_candidates(problem, device, grids, *request), choice)
     if needs_value:
-        plan = _backward_of_value(case, needs_points, deterministic)
+        plan = _backward_of_value(case, candidate, needs_points, deterministic)
     else:
-        launch, reason = _backward(case)
-        plan = Plan((launch,), 0, reason)
-    return _logged("backward", problem, plan)
+        plan = Plan((_backward(case, candidate),), 0, "")
+    return _logged("backward", problem, plan._replace(reason=f"{candidate}: {why}{plan.reason}"))
 
 
 def _zeros(problem: Problem, way: str, written: dict[str, str]) -> Plan:
@@ -154,58 +205,132 @@ def _logged(way: str, problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-# --- the forward ---------------------------------------------------------------------------------
+# --- candidates ----------------------------------------------------------------------------------
 
 
-def _forward(case: _Case) -> tuple[Launch, str]:
-    """The forward kernel."""
-    problem = case.problem
-    arguments = ("value", "locations", "weights", "output")
+def forward_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[Candidate, ...]:
+    """The candidates of a forward, the model's first. Another split-K would change bits, and so is none."""
     vector = 16 // _SIZE[problem.value_dtype]
     limit = _limit(problem, vector)
     if limit:
-        return _generic(case, "msda_forward_generic", arguments), f"generic: {limit}"
+        return (Candidate("generic", limit=limit),)
     group = problem.head_dim // vector
-    if _is_persistent(case, group):
-        return _persistent(case, "forward.cu", "msda_forward_persistent", arguments), _PERSISTENT
-    split_k = _split_k(case, group, WARP // group)
-    template = (*_shape_arguments(problem), split_k)
-    launch = _rows(case, "forward.cu", "msda_forward", template, group * split_k, arguments)
-    return launch, f"plain: split-K {split_k}"
+    split_k = _split_k(problem, device, group, WARP // group)
+    plain = Candidate("plain", split_k)
+    return _rows_candidates(problem, device, grids, group, [plain], split_k == 1)
+
+
+def backward_candidates(
+    problem: Problem,
+    device: Device,
+    grids: Grids,
+    needs_value: bool,
+    needs_points: bool,
+    deterministic: bool,
+) -> tuple[Candidate, ...]:
+    """The candidates of a backward, the model's first.
+
+    Deterministic gradients of value have one kernel alone: each rounds in another place.
+    """
+    of_points = _points_candidates(problem, device, grids)
+    if not needs_value:
+        return of_points
+    # The kernel of all three gradients is never persistent.
+    of_all = [rows for rows in of_points if rows.kernel != "persistent"]
+    of_rest = of_points if needs_points else (Candidate(""),)
+    if deterministic and is_tiled(problem):
+        return tuple(rows._replace(value="tiled") for rows in of_rest)
+    if not _has_bins(problem) or not _follows_grids(problem, grids):
+        return tuple(of_all)
+    binned = [rows._replace(value="binned") for rows in of_rest]
+    by_model = _fills_device(problem, device, grids, problem.head_dim // 4)
+    first, second = (binned, of_all) if by_model else (of_all, binned)
+    return tuple(first if deterministic else first + second)
+
+
+def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[Candidate, ...]:
+    """The candidates of gradients of points, the model's first; a point's bits do not depend on split-K."""
+    limit = _limit(problem, 4)
+    if limit:
+        return (Candidate("generic", limit=limit),)
+    group, points = problem.head_dim // 4, problem.num_levels * problem.num_points
+    # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle.
+    most = min(WARP // group, max(1, points // group))
+    split_k = _split_k(problem, device, group, most)
+    near = [k for k in (split_k, split_k // 2, 2 * split_k) if 1 <= k <= most and points % k == 0]
+    plain = [Candidate("plain", k) for k in near]
+    # One row per warp exceeds the persistent kernel's 64-register limit.
+    return _rows_candidates(problem, device, grids, group, plain, group < WARP)
+
+
+def _rows_candidates(
+    problem: Problem,
+    device: Device,
+    grids: Grids,
+    group: int,
+    plain: list[Candidate],
+    may_persist: bool,
+) -> tuple[Candidate, ...]:
+    """Plain and persistent kernels, with `group` lanes to a row, the model's first."""
+    if not may_persist or not _follows_grids(problem, grids):
+        return tuple(plain)
+    persistent = [Candidate("persistent", blocks) for blocks in _PERSISTENT_BLOCKS]
+    by_model = _fills_device(problem, device, grids, group)
+    return tuple(persistent + plain if by_model else plain + persistent)
+
+
+def _choose(candidates: tuple[Candidate, ...], choice: Choice | None) -> tuple[Candidate, str]:
+    """The chosen candidate, or else the model's, and why."""
+    if choice is not None:
+        for candidate in candidates:
+            if str(candidate) == choice.candidate:
+                return candidate, choice.why
+    return candidates[0], "model"
+
+
+# --- the forward ---------------------------------------------------------------------------------
+
+
+def _forward(case: _Case, candidate: Candidate) -> Launch:
+    """The forward kernel."""
+    problem = case.problem
+    arguments = ("value", "locations", "weights", "output")
+    if candidate.kernel == "generic":
+        return _generic(case, "msda_forward_generic", arguments)
+    if candidate.kernel == "persistent":
+        name = "msda_forward_persistent"
+        return _persistent(case, "forward.cu", name, candidate.number, arguments)
+    template = (*_shape_arguments(problem), candidate.number)
+    lanes = problem.head_dim * _SIZE[problem.value_dtype] // 16 * candidate.number
+    return _rows(case, "forward.cu", "msda_forward", template, lanes, arguments)
 
 
 # --- the backward --------------------------------------------------------------------------------
 
 
-def _backward_of_value(case: _Case, needs_points: bool, deterministic: bool) -> Plan:
-    """A backward that writes `grad_value`, by a kernel of its own or by that of all three gradients."""
+def _backward_of_value(
+    case: _Case, candidate: Candidate, needs_points: bool, deterministic: bool
+) -> Plan:
+    """A backward that writes `grad_value`; the reason tells only what is special in it."""
     problem = case.problem
-    if deterministic and is_tiled(problem):
-        return _separately(case, _tiled(case), "tiled: deterministic, few points", needs_points)
+    of_points = (_backward(case, candidate),) if candidate.value and needs_points else ()
+    if candidate.value == "tiled":
+        return Plan((_tiled(case), *of_points), 0, "; deterministic, few points")
     target, workspace = _accumulator(problem, deterministic)
-    if _is_binned(case):
-        binned = _binned(case, deterministic, target)
-        reason = "binned: enough queries on known grids"
-        launches, _, reason = _separately(case, binned, reason, needs_points)
+    if candidate.value == "binned":
+        of_value = _binned(case, deterministic, target)
     else:
-        launch, reason = _backward(case, target, needs_points, deterministic)
-        launches = (launch,)
+        of_value = _backward(case, candidate, target, needs_points, deterministic)
     fill = Fill(target, workspace or problem.value_elements * _SIZE[problem.value_dtype])
+    launches = (of_value, *of_points)
     if deterministic:
         before, after = _fixed_point_scale(case), _fixed_point_finish(case)
-        reason += "; fixed point: deterministic"
-        return Plan((fill, before, *launches, after), workspace, reason)
-    if workspace:
+        launches = (before, *launches, after)
+    elif workspace:
         launches = (*launches, _round(case))
-    return Plan((fill, *launches), workspace, reason)
-
-
-def _separately(case: _Case, of_value: Launch, reason: str, needs_points: bool) -> Plan:
-    """The gradient of value by this launch, those of the points by another."""
-    if not needs_points:
-        return Plan((of_value,), 0, reason)
-    of_points, other_reason = _backward(case)
-    return Plan((of_value, of_points), 0, f"{reason}; points {other_reason}")
+    return Plan(
+        (fill, *launches), workspace, "; deterministic: fixed point" if deterministic else ""
+    )
 
 
 def _accumulator(problem: Problem, deterministic: bool) -> tuple[str, int]:
@@ -219,32 +344,28 @@ def _accumulator(problem: Problem, deterministic: bool) -> tuple[str, int]:
 
 def _backward(
     case: _Case,
+    candidate: Candidate,
     target: str | None = None,
     needs_points: bool = True,
     deterministic: bool = False,
-) -> tuple[Launch, str]:
+) -> Launch:
     """The kernel of the gradients of points, of value (added to `target`, if that is not None), or of all three.
 
     `deterministic`: gradients of value are added in fixed point, before `_fixed_point_finish`.
     """
-    problem = case.problem
+    problem, split_k = case.problem, candidate.number
     of_points = ("grad_locations", "grad_weights") if needs_points else (None, None)
     arguments = ("grad_output", "value", "locations", "weights", target, *of_points)
-    limit = _limit(problem, 4)
-    if limit:
+    if candidate.kernel == "generic":
         fixed = (_cpp_bool(deterministic),)
-        return _generic(case, "msda_backward_generic", arguments, fixed), f"generic: {limit}"
-    group = problem.head_dim // 4
-    # One row per warp exceeds the persistent kernel's 64-register limit.
-    if target is None and group < WARP and _is_persistent(case, group):
-        return _persistent(case, "backward.cu", "msda_backward_persistent", arguments), _PERSISTENT
-    points = problem.num_levels * problem.num_points
-    # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle.
-    split_k = _split_k(case, group, min(WARP // group, max(1, points // group)))
+        return _generic(case, "msda_backward_generic", arguments, fixed)
+    if candidate.kernel == "persistent":
+        name = "msda_backward_persistent"
+        return _persistent(case, "backward.cu", name, candidate.number, arguments)
     flags = map(_cpp_bool, (target is not None, needs_points, deterministic))
     template = (*_shape_arguments(problem), split_k, *flags)
-    launch = _rows(case, "backward.cu", "msda_backward", template, group * split_k, arguments)
-    return launch, f"plain: split-K {split_k}"
+    lanes = problem.head_dim // 4 * split_k
+    return _rows(case, "backward.cu", "msda_backward", template, lanes, arguments)
 
 
 def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
@@ -320,28 +441,37 @@ def _limit(problem: Problem, vector: int) -> str:
     return ""
 
 
-def _is_persistent(case: _Case, group: int) -> bool:
-    """True if the persistent, tiled kernel should run, with `group` lanes to a row.
+def queries(problem: Problem, grids: Grids) -> str:
+    """Where the queries lie: on the "levels", on given "grids", or, with nothing known, in "order"."""
+    if grids:
+        return "grids"
+    return "levels" if grids is None and problem.num_queries == problem.spatial_size else "order"
+
+
+def _follows_grids(problem: Problem, grids: Grids) -> bool:
+    """Whether the tile scheduler has grids to follow, and numbers the rows in 32 bits."""
+    most = max(problem.num_queries, problem.spatial_size)
+    rows = problem.batch * problem.num_heads * most
+    return queries(problem, grids) != "order" and rows < 2**31
+
+
+def _fills_device(problem: Problem, device: Device, grids: Grids, group: int) -> bool:
+    """Whether tiled kernels are the model's choice, with `group` lanes to a row.
 
     With the levels as grids: if a block on every multiprocessor is full. On given grids: unless the rows are so few
-    that split-K would run instead, which adds the points of a row up in another order.
+    that split-K would run instead.
     """
-    problem, grids = case.problem, case.grids
-    n, s, m, lq = problem.batch, problem.spatial_size, problem.num_heads, problem.num_queries
-    if grids == () or (grids is None and lq != s):
-        return False
+    rows = problem.batch * problem.num_queries * problem.num_heads
     lanes = PERSISTENT_BLOCK if grids is None else _WARPS_PER_MULTIPROCESSOR * WARP
-    return n * lq * m * group >= case.device.multiprocessors * lanes and n * m * max(lq, s) < 2**31
+    return rows * group >= device.multiprocessors * lanes
 
 
-def _is_binned(case: _Case) -> bool:
-    """Whether gradients of value come from backward_value_binned.cu."""
-    problem = case.problem
+def _has_bins(problem: Problem) -> bool:
+    """Whether backward_value_binned.cu takes the problem."""
     return (
         not _limit(problem, 4)
         and problem.num_levels <= MAX_BINNED_LEVELS
         and problem.num_levels * problem.num_points <= MAX_BINNED_POINTS
-        and _is_persistent(case, problem.head_dim // 4)
     )
 
 
@@ -357,12 +487,11 @@ def _num_tiles(problem: Problem) -> int:
     return problem.batch * problem.num_heads * -(-problem.spatial_size // positions)
 
 
-def _split_k(case: _Case, group: int, most: int) -> int:
+def _split_k(problem: Problem, device: Device, group: int, most: int) -> int:
     """Into how many equal parts to split the points of a row so that the launch fills the device."""
-    problem = case.problem
     rows = problem.batch * problem.num_queries * problem.num_heads
     points = problem.num_levels * problem.num_points
-    lanes = case.device.multiprocessors * _WARPS_PER_MULTIPROCESSOR * WARP
+    lanes = device.multiprocessors * _WARPS_PER_MULTIPROCESSOR * WARP
     split_k = 1
     while rows * split_k * group < lanes and split_k * 2 <= most and points % (split_k * 2) == 0:
         split_k *= 2
@@ -402,10 +531,12 @@ def _rows(
     return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
 
 
-def _persistent(case: _Case, file: str, name: str, arguments: tuple[str | None, ...]) -> Launch:
-    """One persistent block for each multiprocessor."""
+def _persistent(
+    case: _Case, file: str, name: str, blocks: int, arguments: tuple[str | None, ...]
+) -> Launch:
+    """So many blocks for each multiprocessor."""
     kernel = _kernel(case.problem, file, name, _shape_arguments(case.problem))
-    grid = (case.device.multiprocessors, 1, 1)
+    grid = (blocks * case.device.multiprocessors, 1, 1)
     arguments = _with_table(arguments, case.table)
     return Launch(kernel, grid, (PERSISTENT_BLOCK, 1, 1), arguments, _params_with_grids(case))
 

@@ -13,7 +13,7 @@ import torch
 from cupy_msda.contract import check
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import assemble
-from cupy_msda.cuda.plans import Device, Fill, Launch, Plan
+from cupy_msda.cuda.plans import Choice, Device, Fill, Launch, Plan
 from cupy_msda.problem import Grids, LevelTable, Problem
 from tests.emulator.emulator import Emulated
 from tests.problems import Inputs
@@ -82,11 +82,12 @@ def forward(
     table: LevelTable | None = None,
     grids: Grids = (),
     tables: Sequence[torch.Tensor | None] = NO_TABLES,
+    choice: Choice | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """The output of the emulated forward."""
     problem, known = checked(inputs)
-    plan = plans.plan_forward(problem, table or known, device(multiprocessors), grids)
+    plan = plans.plan_forward(problem, table or known, device(multiprocessors), grids, choice)
     output = poisoned(inputs.value, problem.output_shape)
     run(plan, _arrays(inputs, tables) | {"output": output}, **options)
     return output
@@ -101,6 +102,7 @@ def backward(
     tables: Sequence[torch.Tensor | None] = NO_TABLES,
     deterministic: bool = False,
     max_points_tiled: int = 0,
+    choice: Choice | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """The three gradients of the emulated backward, None where not needed."""
@@ -114,6 +116,7 @@ def backward(
             needs_value=needs[0],
             needs_points=needs[1],
             deterministic=deterministic,
+            choice=choice,
         )
     wanted = (needs[0], needs[1], needs[1])
     gradients = tuple(
