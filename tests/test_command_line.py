@@ -22,8 +22,7 @@ from cupy_msda import __main__, demo, report
 from cupy_msda.cpu import backend as cpu
 from cupy_msda.cuda import launch, tuned
 from cupy_msda.cuda.plans import Choice, Device
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import ROOT, run
 
 
 def command(
@@ -34,15 +33,7 @@ def command(
         f"import sys, runpy; sys.modules.update(dict.fromkeys({list(absent)})); "
         "runpy.run_module('cupy_msda', run_name='__main__', alter_sys=True)"
     )
-    return subprocess.run(
-        [sys.executable, "-W", warnings, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=180,
-    )
+    return run(code, "-W", warnings, arguments=arguments, **environment)
 
 
 def fields(text: str) -> dict[str, str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import textwrap
 import time
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,21 +16,7 @@ import pytest
 from cupy_msda import report
 from cupy_msda.cuda import compile as compiler
 from cupy_msda.cuda import importing
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
-    return subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=180,
-    )
+from tests.processes import run
 
 
 @pytest.fixture

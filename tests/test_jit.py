@@ -12,12 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cupy_msda import (
-    MSDeformAttn,
-    MSDeformAttnFunction,
-    ms_deform_attn,
-    ms_deform_attn_backward,
-)
+from cupy_msda import MSDeformAttn, MSDeformAttnFunction, ms_deform_attn, ms_deform_attn_backward
 from tests.calls import with_grad
 from tests.problems import random_inputs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,24 +83,30 @@ def measure(
     In each repeat all take turns in random order, so that noise affects all equally; each runs once
     untimed first, so that none starts with another's data in the caches.
     """
-    order, turns = random.Random(0), list(functions)
     watches = {name: watch(function, inputs) for name, function in functions.items()}
     times = {
-        way: {name: Times([], [], watches[name][way].device_by) for name in turns} for way in WAYS
+        way: {name: Times([], [], watches[name][way].device_by) for name in functions}
+        for way in WAYS
     }
+    for name in in_turns(functions, limits, _LEAST):
+        backward_of(functions[name], inputs)()
+        for way in WAYS:
+            stopwatch = watches[name][way]
+            times[way][name].wall.append(stopwatch.wall())
+            if stopwatch.device:
+                times[way][name].device.append(stopwatch.device())
+    return times
+
+
+def in_turns(names: Iterable[str], limits: Limits, least: int) -> Iterator[str]:
+    """All names in random order, again and again up to the limits, but at least so many times."""
+    order, turns = random.Random(0), list(names)
     begin = time.perf_counter()
     for repeat in range(limits.repeats):
-        if repeat >= _LEAST and time.perf_counter() - begin > limits.seconds:
-            break
+        if repeat >= least and time.perf_counter() - begin > limits.seconds:
+            return
         order.shuffle(turns)
-        for name in turns:
-            backward_of(functions[name], inputs)()
-            for way in WAYS:
-                stopwatch = watches[name][way]
-                times[way][name].wall.append(stopwatch.wall())
-                if stopwatch.device:
-                    times[way][name].device.append(stopwatch.device())
-    return times
+        yield from turns
 
 
 def peak_memory(function: Function, inputs: Inputs) -> dict[str, int] | None:

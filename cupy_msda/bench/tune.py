@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -292,15 +291,9 @@ def _device_us() -> Watch:
 
 def _medians(calls: Mapping[str, timing.Call], watch: Watch) -> dict[str, float]:
     """The median microseconds of each; in each repeat all take turns in random order."""
-    order, turns = random.Random(0), list(calls)
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    begin = time.perf_counter()
-    for repeat in range(_LIMITS.repeats):
-        if repeat >= _LEAST and time.perf_counter() - begin > _LIMITS.seconds:
-            break
-        order.shuffle(turns)
-        for name in turns:
-            times[name].append(watch(calls[name]))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for name in timing.in_turns(calls, _LIMITS, _LEAST):
+        times[name].append(watch(calls[name]))
     return {name: median(found) for name, found in times.items()}
 
 

@@ -234,20 +234,13 @@ def pack(
     )
 
 
-def pack_traced(
-    value: Any,
-    spatial_shapes: Any,
-    level_start_index: Any,
-    sampling_locations: Any,
-    attention_weights: Any,
-    query_order: Any,
-) -> Operands:
+def pack_traced(*arguments: Any) -> Operands:
     """`pack` in a graph."""
-    table = traceable(spatial_shapes), traceable(level_start_index)
-    order = traceable(query_order)
+    value, shapes, start_index, locations, weights, order = arguments
+    order = traceable(order)
     if isinstance(order, Tensor):
         order = order.tolist()  # the operators take no tensor for it, so this breaks the graph
-    return pack(value, *table, sampling_locations, attention_weights, order)
+    return pack(value, traceable(shapes), traceable(start_index), locations, weights, order)
 
 
 def traceable(numbers: Any) -> Any:
