@@ -544,6 +544,36 @@ def test_the_most_that_is_remembered(checks, monkeypatch):
     assert len(checks) == 5  # the first was forgotten
 
 
+# The Function around the operators has the gradient; torch says that they have none themselves.
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("table", ["tensors", "integers"])
+@pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize(
+    "needed", [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=str
+)
+def test_operators_pass_opcheck(table, layout, needed):
+    inputs = random_inputs(n=1, d=3, lq=2, p=1)
+    value, *points = (
+        layout(t).detach().requires_grad_(i in needed) for i, t in enumerate(inputs.tensors)
+    )
+    table = operator_tables(inputs)[table]
+    torch.library.opcheck(FORWARD, (value, *table, *points))
+    flags = (0 in needed, 1 in needed or 2 in needed)
+    grad_output = layout(inputs.grad_output).requires_grad_(bool(needed))
+    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, *flags))
+
+
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.parametrize("order", [None, [], [5, 1], [1, 2, 3, 1]], ids=str)
+def test_operators_with_an_order_pass_opcheck(order):
+    inputs = random_inputs(n=1, d=3, p=1)
+    table = operator_tables(inputs)["integers"]
+    value, *points = with_grad(inputs).tensors
+    torch.library.opcheck(FORWARD, (value, *table, *points, order))
+    grad_output = inputs.grad_output.requires_grad_()
+    torch.library.opcheck(BACKWARD, (grad_output, value, *table, *points, True, True, order))
+
+
 # --- what is refused -------------------------------------------------------------------------------
 
 
