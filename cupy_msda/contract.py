@@ -107,6 +107,14 @@ def unsupported_device(where: str) -> ValueError:
     return ValueError(f"value must be on the CPU or on an NVIDIA CUDA device, got {where}")
 
 
+def made_in_inference_mode(name: str) -> ValueError:
+    """The error for a tensor that autograd cannot save."""
+    return ValueError(
+        f"{name} must not be made in torch.inference_mode() where gradients are recorded, got such a "
+        "tensor: pass a clone of it"
+    )
+
+
 def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
     """Check the gradient of the output against the inputs that `check` accepted."""
     _check_beside("grad_output", grad_output, value)

@@ -12,7 +12,7 @@ from tests.calls import call, with_grad
 from tests.problems import DTYPES, random_inputs
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-# dtypes of value, locations and weights, none of which the contract takes.
+# dtypes of value, locations and weights, and the contract takes none of these.
 MIXED = [
     (F32, F16, F16),
     (F32, BF16, BF16),

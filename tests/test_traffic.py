@@ -199,6 +199,6 @@ def test_ranges_are_uneven_where_only_some_queries_sample(model):
         model.forward(access, order, gpu)["busiest"]
         for order in (model.Order(), model.Order(1, model.CHUNK))
     )
-    # Each of the 8 heads has four ranges, of which the first does all the work.
+    # Each of the 8 heads has four ranges: the first does all the work.
     assert chunk == 4
     assert plain == 1

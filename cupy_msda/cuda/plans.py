@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 class Candidate(NamedTuple):
     """Kernels that compute a result.
 
-    All candidates of a result give it the same bits, but for a gradient of value that atomics add up in any order.
+    The results of all candidates are bitwise identical, but for a gradient of value that atomics add up in any order.
     """
 
     kernel: str  # of the output, or of gradients by row: "plain", "persistent", "generic"; "": none is needed

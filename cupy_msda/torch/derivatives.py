@@ -46,22 +46,24 @@ def active() -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether torch.jit.trace records the call, which it cannot where `active()` holds."""
-    if torch._C._get_tracing_state() is None:
-        return False
-    if active():
+    """Whether torch.jit.trace records the call."""
+    return torch._C._get_tracing_state() is not None
+
+
+def _refuse_trace() -> None:
+    """Raise the error for a trace where `active()` holds."""
+    if _is_traced():
         raise RuntimeError(
             "torch.jit.trace cannot record cupy_msda.ms_deform_attn in forward mode or under a transform of "
             "torch.func: trace the function that is transformed, or use torch.export"
         )
-    return True
 
 
 def attention(operands: Operands) -> Tensor:
     """The output, for calls where `active()` holds."""
     if not torch.compiler.is_compiling():
         flops.register()
-        _is_traced()
+        _refuse_trace()
         return Attention.apply(*operands)  # type: ignore[no-any-return,no-untyped-call]
     # Under a transform Dynamo (torch 2.13) takes every Function for a constant.
     return reference.forward(  # type: ignore[no-any-return]
@@ -76,7 +78,9 @@ def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, differentiable."""
     if not torch.compiler.is_compiling():
         flops.register()
-        if _is_traced():
+        if active():
+            _refuse_trace()
+        elif _is_traced():
             return DIFFERENTIABLE_BACKWARD(*flat(operands))  # type: ignore[no-any-return]
         return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     if not active():

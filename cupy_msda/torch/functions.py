@@ -311,10 +311,7 @@ def _savable(arguments: Sequence[Any], names: Sequence[str], error: Exception) -
     made = [name for name, part in named if isinstance(part, Tensor) and part.is_inference()]
     for name in made:
         if name not in ("spatial_shapes", "level_start_index"):
-            raise ValueError(
-                f"{name} must not be made in torch.inference_mode() where gradients are recorded, got such a "
-                "tensor: pass a clone of it"
-            ) from error
+            raise contract.made_in_inference_mode(name) from error
     if not made:
         return None
     copies = (part.clone() if name in made else part for name, part in named)

@@ -236,11 +236,8 @@ def checked(operands: Operands) -> Call:
             _contents(value, shapes, start_index),
             *constants_of(operands),
         )
-    except (
-        RuntimeError,
-        TypeError,
-    ):  # a nested tensor has no shape, others have no contents for NumPy
-        check(operands)
+    except (RuntimeError, TypeError):
+        check(operands)  # names what has no shape, or no contents for NumPy
         raise
     call = _calls.get(key)
     if call is None:

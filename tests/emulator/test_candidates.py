@@ -52,7 +52,7 @@ DEVICES = {"binned": 1, "plain": 10}
 @pytest.mark.parametrize("multiprocessors", DEVICES.values(), ids=DEVICES.keys())
 @pytest.mark.parametrize("inputs", [ENCODER, HALF], ids=["encoder", "half"])
 def test_candidates_of_the_gradients(inputs, multiprocessors):
-    """Those of points have the same bits; those of value, which atomics add up, the same error budget."""
+    """Those of points are bitwise identical; those of value, which atomics add up, keep within one error budget."""
     problem, _ = launches.checked(inputs)
     device, request = launches.device(multiprocessors), (True, True, False)
     candidates = plans.backward_candidates(problem, device, None, *request)
@@ -69,7 +69,7 @@ def test_candidates_of_the_gradients(inputs, multiprocessors):
 @pytest.mark.parametrize("tiled", [0, 2**31], ids=["fixed-point", "tiled"])
 @pytest.mark.parametrize("multiprocessors", DEVICES.values(), ids=DEVICES.keys())
 def test_deterministic_candidates(multiprocessors, tiled, monkeypatch):
-    """All gradients have the same bits, those of value too."""
+    """All gradients are bitwise identical, those of value too."""
     monkeypatch.setattr(plans, "MAX_POINTS_TILED", tiled)
     problem, _ = launches.checked(ENCODER)
     device = launches.device(multiprocessors)

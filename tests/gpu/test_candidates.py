@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All candidates of a plan give the same bits, as this GPU's compiler makes them."""
+"""The results of all candidates of a plan are bitwise identical, as this GPU's compiler makes them."""
 
 from __future__ import annotations
 
