@@ -168,7 +168,8 @@ def emulated_device(
     """Let every CUDA launch go to a small emulated device, and CPU tensors and NumPy arrays be on it."""
     device = EmulatedDevice(multiprocessors, has_driver, runs)
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "require_cupy", lambda *_: device.cupy)
+        for user in ("cuda.launch", "torch.exchange"):
+            patch.setattr(f"cupy_msda.{user}.require_cupy", lambda *_: device.cupy)
         patch.setattr(launch, "describe", lambda _: device.description)
         patch.setattr(launch, "load", device.load)
         patch.setattr("cupy_msda.api.on_host", lambda _: False)

@@ -45,7 +45,7 @@ def test_cupy_imports_where_its_cache_cannot_be_made(variable, no_folder):
     pytest.importorskip("cupy", reason="imports CuPy")
     code = f"""
         import os
-        from cupy_msda.cuda.launch import require_cupy
+        from cupy_msda.cuda.importing import require_cupy
         for _ in range(2):
             assert require_cupy().cuda.compiler
         assert os.environ["{importing.IN_MEMORY}"] == "1"
@@ -109,7 +109,7 @@ def test_a_cupy_that_does_not_import_is_told_with_its_cause(source, expected, tm
         from cupy_msda import report
         print(report.cupy_obstacle())
         print(dict(report.environment())["nvrtc"])
-        from cupy_msda.cuda.launch import require_cupy
+        from cupy_msda.cuda.importing import require_cupy
         require_cupy("12.8")
     """
     finished = run(code)

@@ -357,7 +357,7 @@ def test_names_that_need_no_torch_resolve_without_it():
 
 def test_cuda_array_without_cupy_says_what_to_install():
     code = """
-        from cupy_msda.cuda.launch import require_cupy
+        from cupy_msda.cuda.importing import require_cupy
         require_cupy()
     """
     finished = run(code, "cupy")

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_msda.cuda import dlpack, importing, tuned
+from cupy_msda.cuda import dlpack, tuned
 from cupy_msda.cuda.compile import load
+from cupy_msda.cuda.importing import require_cupy
 from cupy_msda.cuda.plans import (
     ARRAYS,
     BACKWARDS,
@@ -34,8 +35,6 @@ ALIGNMENT = 16  # bytes: the widest load
 SLOT = {name: number for number, name in enumerate(ARRAYS)}
 _NULL = len(ARRAYS)  # the slot of null pointers
 _MAX_TABLES = 4096
-
-require_cupy = importing.require_cupy  # whose errors say what to install
 
 
 class Arguments:

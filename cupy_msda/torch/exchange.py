@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from cupy_msda.cuda import dlpack, launch
+from cupy_msda.cuda.importing import require_cupy
 from cupy_msda.torch.operands import BackwardOperands, Operands
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _empty(tensor: Tensor, needed: bool) -> Tensor:
 
 def _bind(call: Call, value: Tensor, request: tuple[bool, bool, bool] | None) -> launch.Bound:
     """Prepare what the call launches, for a forward or for the gradients that are requested, once."""
-    launch.require_cupy(torch.version.cuda)
+    require_cupy(torch.version.cuda)
     key = call.problem, call.table, call.grids, max(value.get_device(), 0)
     bound = launch.bind_backward(*key, *request) if request else launch.bind_forward(*key)
     call.bound[request] = bound
