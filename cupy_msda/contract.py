@@ -14,13 +14,14 @@ from itertools import accumulate
 from math import isfinite
 from numbers import Integral, Real
 from reprlib import repr as short_repr
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from cupy_msda.arrays import Described, device_of, dtype_name, library, place
 from cupy_msda.problem import INT32_MAX, MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
 
+INTERPOLATIONS = ("bilinear", "nearest")
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Of which every library has the same; DLPack knows no narrower ones.
 _INTEGERS = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
@@ -46,19 +47,70 @@ def check(
     sampling_locations: Any,
     attention_weights: Any,
     *,
+    num_points: Any = None,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
     traced: bool = False,
 ) -> tuple[Problem, LevelTable]:
     """Check the inputs; raise TypeError or ValueError naming argument, contract and fact.
 
     `traced` leaves the contents of level arrays and symbolic sizes unchecked.
     """
+    if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f'interpolation must be "bilinear" or "nearest", got {short_repr(interpolation)}'
+        )
+    points = None if num_points is None else _level_points(num_points)
     _check_value(value)
     _check_points("sampling_locations", sampling_locations, value)
     _check_points("attention_weights", attention_weights, value)
-    sizes = _check_shapes(value, sampling_locations, attention_weights, traced)
-    table = _level_table(spatial_shapes, level_start_index, value, sampling_locations, traced)
-    points = dtype_name(sampling_locations), dtype_name(attention_weights)
-    return Problem(*sizes, dtype_name(value), *points), table
+    sizes = _check_shapes(value, sampling_locations, attention_weights, points, traced)
+    _check_mask("value_mask", value_mask, value)
+    levels = _NumLevels(sizes[5], sampling_locations if points is None else None)
+    table = _level_table(spatial_shapes, level_start_index, value, levels, traced)
+    dtypes = dtype_name(value), dtype_name(sampling_locations), dtype_name(attention_weights)
+    return Problem(*sizes, *dtypes, interpolation, value_mask is not None), table
+
+
+class _NumLevels(NamedTuple):
+    """L, and the locations whose shape has it; None: the length of `num_points` is L."""
+
+    number: int
+    locations: Any
+
+    @property
+    def origin(self) -> str:
+        """The argument that it comes from."""
+        return "num_points" if self.locations is None else "sampling_locations"
+
+
+def _level_points(num_points: Any) -> tuple[int, ...]:
+    """The points of each level, given as integers on the host."""
+    try:
+        points = tuple(_number(number, operator.index) for number in _items(num_points))
+    except Exception as error:  # also what an iterator or an __index__ of the caller's raises
+        raise TypeError(
+            "num_points must be None or a sequence of integers, one for each level, "
+            f"got {short_repr(num_points)}"
+        ) from error
+    for level, number in enumerate(points):
+        if not 0 <= number <= INT32_MAX:
+            raise ValueError(
+                f"num_points must be from 0 to 2**31 - 1, got {number} for level {level}"
+            )
+    return points
+
+
+def _check_mask(name: str, mask: Any, value: Any) -> None:
+    """Check a mask of the positions of `value`, or None."""
+    if mask is None:
+        return
+    _check_beside(name, mask, value)
+    if dtype_name(mask) != "bool":
+        raise TypeError(
+            f"{name} must have dtype bool, True where a position is valid, got {dtype_name(mask)}"
+        )
+    _check_shape(name, mask, "(N, S)", tuple(value.shape[:2]), ("value", value))
 
 
 def check_described(
@@ -289,16 +341,23 @@ def _check_points(name: str, array: Any, value: Any) -> None:
 
 
 def _check_shapes(
-    value: Any, sampling_locations: Any, attention_weights: Any, traced: bool
-) -> tuple[int, int, int, int, int, int, int]:
-    """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other."""
+    value: Any,
+    sampling_locations: Any,
+    attention_weights: Any,
+    points: tuple[int, ...] | None,
+    traced: bool,
+) -> tuple[int, int, int, int, int, int, int | tuple[int, ...]]:
+    """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other; `points`: of each level, or None."""
     n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
-    _, lq, _, levels, p, _ = _check_shape(
+    flat = points is not None
+    letters, per_row = ("K", (sum(points),)) if points is not None else ("L, P", (None, None))
+    _, lq, _, *axes, _ = _check_shape(
         "sampling_locations",
         sampling_locations,
-        "(N, Lq, M, L, P, 2)",
-        (n, None, m, None, None, 2),
+        f"(N, Lq, M, {letters}, 2)",
+        (n, None, m, *per_row, 2),
         ("value", value),
+        f"K, the sum of num_points, is {per_row[0]} and " if flat else "",
     )
     # Skipped when tracing, as in `check_module`: a comparison would specialise a dynamic size.
     for name, array in (("value", value), ("sampling_locations", sampling_locations)):
@@ -307,11 +366,13 @@ def _check_shapes(
     _check_shape(
         "attention_weights",
         attention_weights,
-        "(N, Lq, M, L, P)",
-        (n, lq, m, levels, p),
+        f"(N, Lq, M, {letters})",
+        (n, lq, m, *axes),
         ("sampling_locations", sampling_locations),
     )
-    return n, s, m, d, lq, levels, p
+    if points is None:
+        return n, s, m, d, lq, axes[0], axes[1]
+    return n, s, m, d, lq, len(points), points[0] if len(set(points)) == 1 else points
 
 
 def _check_array(name: str, array: Any) -> str:
@@ -374,8 +435,9 @@ def _check_shape(
     letters: str,
     expected: Sequence[int | None],
     source: tuple[str, Any] | None = None,
+    reason: str = "",
 ) -> tuple[int, ...]:
-    """The shape, if it has the expected sizes (None: any), which come from the shape of `source`."""
+    """The shape, if it has the expected sizes (None: any), which come from the shape of `source`, and by `reason`."""
     shape = tuple(array.shape)
     if len(shape) != len(expected) or any(
         want is not None and got != want for got, want in zip(shape, expected, strict=True)
@@ -383,7 +445,7 @@ def _check_shape(
         sizes = ", ".join("any" if want is None else str(want) for want in expected)
         comma = "," if len(expected) == 1 else ""
         wanted = "" if set(expected) == {None} else f" = ({sizes}{comma})"
-        since = f" since {source[0]} has shape {tuple(source[1].shape)}" if source else ""
+        since = f" since {reason}{source[0]} has shape {tuple(source[1].shape)}" if source else ""
         raise ValueError(f"{name} must have shape {letters}{wanted}{since}, got {shape}")
     return shape
 
@@ -392,14 +454,14 @@ def _level_table(
     spatial_shapes: Any,
     level_start_index: Any,
     value: Any,
-    sampling_locations: Any,
+    num_levels: _NumLevels,
     traced: bool,
 ) -> LevelTable:
     """Read the level table where that needs no synchronisation; keep the arrays elsewhere."""
-    sizes = _half("spatial_shapes", spatial_shapes, value, sampling_locations, traced)
+    sizes = _half("spatial_shapes", spatial_shapes, value, num_levels, traced)
     starts: tuple[int, ...] | None = None
     if level_start_index is not None:
-        starts = _half("level_start_index", level_start_index, value, sampling_locations, traced)
+        starts = _half("level_start_index", level_start_index, value, num_levels, traced)
     elif sizes is not None:
         starts = tuple(accumulate((h * w for h, w in sizes), initial=0))[:-1]
     numbers = (value.shape[1], *(n for size in sizes or () for n in size), *(starts or ()))
@@ -423,24 +485,24 @@ def _level_table(
 
 
 def _half(
-    name: str, given: Any, value: Any, sampling_locations: Any, traced: bool
+    name: str, given: Any, value: Any, num_levels: _NumLevels, traced: bool
 ) -> tuple[Any, ...] | None:
     """An int or a pair of ints for each level; None if the array that holds them stays unread."""
-    num_levels = sampling_locations.shape[3]
+    number, locations = num_levels
     if _is_array(given):
         _check_integer_array(name, given)
-        expected = (num_levels, 2) if _of_pairs(name) else (num_levels,)
-        source = ("sampling_locations", sampling_locations)
+        expected = (number, 2) if _of_pairs(name) else (number,)
+        source = None if locations is None else ("sampling_locations", locations)
         _check_shape(name, given, _letters(name), expected, source)
         if traced or _unread(name, given, value):
             return None
         rows = _contents(name, given)
     else:
         rows = tuple(given) if traced else read_sequence(name, given)
-    if len(rows) != num_levels:
+    if len(rows) != number:
         raise ValueError(
-            f"{name} must have one entry for each of the L = {num_levels} levels of "
-            f"sampling_locations, got {len(rows)}"
+            f"{name} must have one entry for each of the L = {number} levels of {num_levels.origin}, "
+            f"got {len(rows)}"
         )
     return rows
 

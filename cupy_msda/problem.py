@@ -58,7 +58,7 @@ NO_TABLE = LevelTable(None, None)
 
 
 class Problem(NamedTuple):
-    """Sizes and dtypes of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
+    """Sizes, dtypes and rules of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
 
     batch: int
     spatial_size: int
@@ -66,15 +66,29 @@ class Problem(NamedTuple):
     head_dim: int
     num_queries: int
     num_levels: int
-    num_points: int
+    num_points: int | tuple[int, ...]  # a tuple: of each level, if they differ
     value_dtype: str
     location_dtype: str
     weight_dtype: str
+    interpolation: str = "bilinear"
+    has_mask: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Whether a size is 0, so that every result is zero or has no elements."""
-        return 0 in self[:7]
+        return 0 in self[:6] or self.row_points == 0
+
+    @property
+    def level_points(self) -> tuple[int, ...]:
+        """The points of each level."""
+        points = self.num_points
+        return points if isinstance(points, tuple) else (points,) * self.num_levels
+
+    @property
+    def row_points(self) -> int:
+        """K, the points of a row (n, q, m): those of all levels."""
+        points = self.num_points
+        return sum(points) if isinstance(points, tuple) else self.num_levels * points
 
     @property
     def value_elements(self) -> int:
@@ -83,9 +97,8 @@ class Problem(NamedTuple):
 
     @property
     def point_elements(self) -> int:
-        """N*Lq*M*L*P."""
-        rows = self.batch * self.num_queries * self.num_heads
-        return rows * self.num_levels * self.num_points
+        """N*Lq*M*K."""
+        return self.batch * self.num_queries * self.num_heads * self.row_points
 
     @property
     def output_elements(self) -> int:

@@ -253,7 +253,7 @@ def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[
     limit = _limit(problem, 4)
     if limit:
         return (Candidate("generic", limit=limit),)
-    group, points = problem.head_dim // 4, problem.num_levels * problem.num_points
+    group, points = problem.head_dim // 4, problem.row_points
     # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle.
     most = min(WARP // group, max(1, points // group))
     split_k = _split_k(problem, device, group, most)
@@ -471,13 +471,13 @@ def _has_bins(problem: Problem) -> bool:
     return (
         not _limit(problem, 4)
         and problem.num_levels <= MAX_BINNED_LEVELS
-        and problem.num_levels * problem.num_points <= MAX_BINNED_POINTS
+        and problem.row_points <= MAX_BINNED_POINTS
     )
 
 
 def is_tiled(problem: Problem) -> bool:
     """Whether deterministic gradients of value come from backward_value_tiled.cu."""
-    few = problem.num_queries * problem.num_points <= MAX_POINTS_TILED
+    few = problem.num_queries * max(problem.level_points) <= MAX_POINTS_TILED
     return few and not _limit(problem, 4) and _num_tiles(problem) < 2**31
 
 
@@ -490,7 +490,7 @@ def _num_tiles(problem: Problem) -> int:
 def _split_k(problem: Problem, device: Device, group: int, most: int) -> int:
     """Into how many equal parts to split the points of a row so that the launch fills the device."""
     rows = problem.batch * problem.num_queries * problem.num_heads
-    points = problem.num_levels * problem.num_points
+    points = problem.row_points
     lanes = device.multiprocessors * _WARPS_PER_MULTIPROCESSOR * WARP
     split_k = 1
     while rows * split_k * group < lanes and split_k * 2 <= most and points % (split_k * 2) == 0:
