@@ -145,7 +145,8 @@ def refuse_undispatchable(operands: Operands) -> None:
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
     value, locations, weights = inputs_of(operands)
-    given = [tensor for tensor in tensors_of(operands) if tensor is not None]
+    optional = (operands.spatial_shapes, operands.level_start_index, operands.value_mask)
+    given = (value, locations, weights, *[part for part in optional if part is not None])
     if not all([is_dense(tensor) for tensor in given]):  # noqa: C419 - as Dynamo takes it
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
