@@ -136,7 +136,8 @@ def _check_call(
     levels = _NumLevels(sizes[5], name, array) if points.of_levels is None else None
     levels = levels or _NumLevels(sizes[5], "num_points", None)
     table = _level_table(spatial_shapes, level_start_index, value, levels, traced)
-    dtypes = (dtype_name(value), *map(dtype_name, points.arrays.values()))
+    of_locations, of_weights = map(dtype_name, points.arrays.values())
+    dtypes = dtype_name(value), of_locations, of_weights
     return Problem(*sizes, *dtypes, interpolation, value_mask is not None), table
 
 
@@ -439,21 +440,22 @@ def _check_shapes(
     """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other."""
     n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
     (first, locations), (second, weights) = points.arrays.items()
-    of_levels, letters, per_row, reason = points.of_levels, "L, P", (None, None), ""
+    of_levels, letters, reason = points.of_levels, "L, P", ""
+    per_row: tuple[int | None, ...] = (None, None)
     if of_levels is not None:
         letters, per_row = "K", (sum(of_levels),)
         reason = f"K, the sum of num_points, is {per_row[0]} and "
-    shape = (n, None, m, *per_row, 2)
+    expected = (n, None, m, *per_row, 2)
     since = ("value", value)
     _, lq, _, *axes, _ = _check_shape(
-        first, locations, f"(N, Lq, M, {letters}, 2)", shape, since, reason
+        first, locations, f"(N, Lq, M, {letters}, 2)", expected, since, reason
     )
     # Skipped when tracing, as in `check_module`: a comparison would specialise a dynamic size.
     for name, array in (("value", value), (first, locations)):
         if not traced and max(array.shape) > INT32_MAX:
             raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
-    shape = (n, lq, m, *axes)
-    _check_shape(second, weights, f"(N, Lq, M, {letters})", shape, (first, locations))
+    expected = (n, lq, m, *axes)
+    _check_shape(second, weights, f"(N, Lq, M, {letters})", expected, (first, locations))
     if of_levels is None:
         return n, s, m, d, lq, axes[0], axes[1]
     same = len(set(of_levels)) == 1
