@@ -40,6 +40,9 @@ def ms_deform_attn(
     sampling_locations: Any,
     attention_weights: Any,
     *,
+    num_points: Any = None,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
     query_order: Any = "auto",
 ) -> Any:
     """Multi-scale deformable attention: weighted bilinear samples of a feature pyramid.
@@ -72,6 +75,16 @@ def ms_deform_attn(
         Used as given: not normalised here.
         Under torch's autocast, 16-bit locations and weights of another dtype than `value` become
         float32; elsewhere they are a TypeError.
+    num_points : sequence of ints, one for each level, or None
+        The points of each level, where these differ: locations are then (N, Lq, M, K, 2) and weights
+        (N, Lq, M, K), level after level, K the sum of the numbers. A level may have none.
+    interpolation : "bilinear" or "nearest"
+        "nearest" reads the pixel in column trunc(x * W + 0.5) and row trunc(y * H + 0.5), each
+        limited to the level, so that a point outside reads its border: RT-DETRv2's discrete sampling.
+        The gradient of `sampling_locations` is zero. A NaN location contributes nothing.
+    value_mask : bool array, shape (N, S), or None
+        True where `value` is valid: elsewhere it counts as zero, whatever it holds, and its gradient is
+        zero. No masked copy is made.
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16
         A hint for speed that changes no bit of the output: CUDA kernels can take queries that lie on
         grids in tiles of these, so that caches serve most reads. The pairs are the grids, counted in
@@ -103,14 +116,19 @@ def ms_deform_attn(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    sampling = {
+        "num_points": num_points,
+        "interpolation": interpolation,
+        "value_mask": value_mask,
+    }
     if library(value) == "torch":
-        return cupy_msda.torch.ms_deform_attn(*inputs, query_order=query_order)
-    problem, table = check(*inputs)
+        return cupy_msda.torch.ms_deform_attn(*inputs, **sampling, query_order=query_order)
+    problem, table = check(*inputs, **sampling)
     grids = check_query_order(query_order, problem.num_queries)
     arrays = (value, sampling_locations, attention_weights)
     if on_host(value):
-        return _like(value, backend.forward(problem, table, *arrays))
-    return _like(value, launch.forward_arrays(problem, table, grids, *arrays))
+        return _like(value, backend.forward(problem, table, *arrays, mask=value_mask))
+    return _like(value, launch.forward_arrays(problem, table, grids, *arrays, mask=value_mask))
 
 
 @refuse_scripting
@@ -122,6 +140,9 @@ def ms_deform_attn_backward(
     sampling_locations: Any,
     attention_weights: Any,
     *,
+    num_points: Any = None,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
     query_order: Any = "auto",
 ) -> MSDeformAttnGradients:
     """Gradients of `ms_deform_attn` by value, sampling_locations and attention_weights.
@@ -130,9 +151,10 @@ def ms_deform_attn_backward(
     ----------
     grad_output : array, shape (N, Lq, M*D), dtype of `value`
         Gradient of a scalar with respect to the output.
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, query_order
-        As `ms_deform_attn` takes them. The order may change the last bits of the gradient of
-        `value`.
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+        As `ms_deform_attn` takes them.
+    num_points, interpolation, value_mask, query_order
+        Likewise. The order may change the last bits of the gradient of `value`.
 
     Returns
     -------
@@ -151,19 +173,25 @@ def ms_deform_attn_backward(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    sampling = {
+        "num_points": num_points,
+        "interpolation": interpolation,
+        "value_mask": value_mask,
+    }
     if library(value) == "torch":
         gradients = cupy_msda.torch.ms_deform_attn_backward(
-            grad_output, *inputs, query_order=query_order
+            grad_output, *inputs, **sampling, query_order=query_order
         )
         return MSDeformAttnGradients(*gradients)
-    problem, table = check(*inputs)
+    problem, table = check(*inputs, **sampling)
     grids = check_query_order(query_order, problem.num_queries)
     check_grad_output(problem, grad_output, value)
     arrays = (value, sampling_locations, attention_weights)
     if on_host(value):
-        gradients = backend.backward(problem, table, grad_output, *arrays)
+        gradients = backend.backward(problem, table, grad_output, *arrays, mask=value_mask)
     else:
-        gradients = launch.backward_arrays(problem, table, grids, grad_output, *arrays)
+        given = problem, table, grids, grad_output, *arrays
+        gradients = launch.backward_arrays(*given, mask=value_mask)
     return MSDeformAttnGradients(*map(_like, arrays, gradients))
 
 
@@ -175,6 +203,9 @@ def warmup(
     points_dtype: Any = None,
     backward: bool = True,
     device: str = "cuda",
+    num_points: Any = None,
+    interpolation: Any = "bilinear",
+    value_mask: bool = False,
     query_order: Any = "auto",
 ) -> None:
     """Compile what calls of these shapes and dtypes will run, so that none of them compiles anything.
@@ -187,7 +218,7 @@ def warmup(
     Parameters
     ----------
     value_shape : sequence of ints, (N, S, M, D)
-    sampling_locations_shape : sequence of ints, (N, Lq, M, L, P, 2)
+    sampling_locations_shape : sequence of ints, (N, Lq, M, L, P, 2); with `num_points`, (N, Lq, M, K, 2)
     dtype : str or dtype of any library
         Of `value`: float16, bfloat16, float32 or float64.
     points_dtype : str or dtype, optional
@@ -198,15 +229,18 @@ def warmup(
         `torch.use_deterministic_algorithms(True)` holds now.
     device : str
         "cuda", the current device, "cuda:1", ..., or "cpu".
-    query_order : "auto", None or sequence of (H, W) pairs of ints
-        As the calls will pass it to `ms_deform_attn`.
+    num_points, interpolation, query_order
+        As the calls will pass them to `ms_deform_attn`.
+    value_mask : bool
+        Whether the calls will have one.
 
     Raises
     ------
     TypeError, ValueError, KernelCompileError, ImportError
         As `ms_deform_attn`; a ValueError for a device that is none of these.
     """
-    problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype)
+    rules = (num_points, interpolation, value_mask)
+    problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype, *rules)
     grids = check_query_order(query_order, problem.num_queries)
     kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):

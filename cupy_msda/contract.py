@@ -56,11 +56,8 @@ def check(
 
     `traced` leaves the contents of level arrays and symbolic sizes unchecked.
     """
-    if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
-        raise ValueError(
-            f'interpolation must be "bilinear" or "nearest", got {short_repr(interpolation)}'
-        )
-    points = None if num_points is None else _level_points(num_points)
+    check_interpolation(interpolation)
+    points = check_num_points(num_points)
     _check_value(value)
     _check_points("sampling_locations", sampling_locations, value)
     _check_points("attention_weights", attention_weights, value)
@@ -84,8 +81,18 @@ class _NumLevels(NamedTuple):
         return "num_points" if self.locations is None else "sampling_locations"
 
 
-def _level_points(num_points: Any) -> tuple[int, ...]:
-    """The points of each level, given as integers on the host."""
+def check_interpolation(interpolation: Any) -> None:
+    """Check the name."""
+    if not isinstance(interpolation, str) or interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f'interpolation must be "bilinear" or "nearest", got {short_repr(interpolation)}'
+        )
+
+
+def check_num_points(num_points: Any) -> tuple[int, ...] | None:
+    """The points of each level, given as integers on the host; None for None."""
+    if num_points is None:
+        return None
     try:
         points = tuple(_number(number, operator.index) for number in _items(num_points))
     except Exception as error:  # also what an iterator or an __index__ of the caller's raises
@@ -118,6 +125,9 @@ def check_described(
     sampling_locations_shape: Sequence[int],
     dtype: Any,
     points_dtype: Any,
+    num_points: Any,
+    interpolation: Any,
+    has_mask: Any,
 ) -> Problem:
     """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64."""
     value = Described(_described("value_shape", value_shape), _dtype_of("dtype", dtype))
@@ -127,7 +137,13 @@ def check_described(
     locations = Described(shape, _dtype_of("points_dtype", points_dtype))
     weights = Described(shape[:-1], locations.dtype)
     levels = shape[3] if len(shape) > 3 else 0
-    return check(value, [(0, 0)] * levels, [0] * levels, locations, weights)[0]
+    if num_points is not None:
+        levels = len(check_num_points(num_points) or ())
+    given = value, [(0, 0)] * levels, [0] * levels, locations, weights
+    problem, _ = check(*given, num_points=num_points, interpolation=interpolation)
+    if not isinstance(has_mask, bool):
+        raise TypeError(f"value_mask must be True or False, got {short_repr(has_mask)}")
+    return problem._replace(has_mask=has_mask)
 
 
 def _described(name: str, given: Any) -> tuple[int, ...]:

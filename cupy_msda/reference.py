@@ -219,7 +219,7 @@ def _sum_of_levels(terms: Callable[[Any, Any, _Cells, int], Any], inputs: _Input
     value = inputs.value
     xp = array_namespace(value)
     n, s, m, d = value.shape
-    lq, *per_row = inputs.weights.shape[1], *inputs.weights.shape[3:]
+    lq, per_row = inputs.weights.shape[1], tuple(inputs.weights.shape[3:])
     flat = xp.reshape(value, (n * s * m, d))
     output = xp.zeros((n, lq, m, d), dtype=_wide(xp, value), device=device(value))
     if 0 not in (*flat.shape, lq, *per_row):

@@ -28,6 +28,7 @@ from cupy_msda.torch.operands import (
     levels_of,
     needs_of,
     register_once,
+    sampling_of,
     tensors_of,
     with_inputs,
 )
@@ -71,6 +72,7 @@ def attention(operands: Operands) -> Tensor:
         levels_of(operands),
         operands.sampling_locations,
         operands.attention_weights,
+        **sampling_of(operands),
     )
 
 
@@ -85,10 +87,10 @@ def gradients(operands: BackwardOperands) -> tuple[Tensor, Tensor, Tensor]:
         return Gradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
     if not active():
         return _CompiledGradients.apply(*flat(operands))  # type: ignore[no-any-return,no-untyped-call]
-    levels = levels_of(operands.forward)
+    levels, sampling = levels_of(operands.forward), sampling_of(operands.forward)
 
     def forward(value: Tensor, *points: Tensor) -> Any:
-        return reference.forward(value, levels, *points)
+        return reference.forward(value, levels, *points, **sampling)
 
     return torch.func.vjp(forward, *inputs_of(operands.forward))[1](operands.grad_output)  # type: ignore[no-any-return]
 
@@ -130,7 +132,8 @@ class Attention(Function):
             operands = joined(_primal(*ctx.saved_tensors), ctx.constants)
             value, locations, weights = inputs_of(operands)
             directions = inputs_of(Operands(*tangents))
-            return reference.tangent(value, levels_of(operands), locations, weights, directions)
+            levels, sampling = levels_of(operands), sampling_of(operands)
+            return reference.tangent(value, levels, locations, weights, directions, **sampling)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Tensor, int]:
@@ -143,7 +146,7 @@ class Attention(Function):
             _batched(tensor, dim, size)
             for tensor, dim in zip(inputs_of(operands)[1:], point_dims, strict=True)
         ]
-        if value_dim is None:
+        if value_dim is None and dims.value_mask is None:
             points = [tensor.movedim(0, 1).flatten(1, 2) for tensor in points]
             operands = with_inputs(operands, operands.value, *points)
             order = _repeated(operands.query_order, size)
@@ -151,6 +154,7 @@ class Attention(Function):
             return output.unflatten(1, (size, output.shape[1] // size)), 1
         tensors = (_batched(operands.value, value_dim, size), *points)
         images = [tensor.flatten(0, 1) for tensor in tensors]
+        operands = _with_masks_of_samples(operands, dims, size)
         output = Attention.apply(*with_inputs(operands, *images))  # type: ignore[no-untyped-call]
         return output.unflatten(0, (size, output.shape[0] // size)), 0
 
@@ -174,11 +178,11 @@ class _CompiledGradients(Function):
             raise NotImplementedError("value must not be a DTensor for gradients of gradients")
         *tensors, grad_output = ctx.saved_tensors
         operands = joined(tensors, ctx.constants)
-        levels = levels_of(operands)
+        levels, sampling = levels_of(operands), sampling_of(operands)
         along: Any = _where(ctx.computed, directions, inputs_of(operands), torch.zeros_like)
 
         def moved(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
-            return reference.tangent(value, levels, locations, weights, along)
+            return reference.tangent(value, levels, locations, weights, along, **sampling)
 
         by_grad, pull, *_ = torch.func.vjp(moved, *inputs_of(operands))
         by_inputs = with_inputs(NO_OPERANDS, *pull(grad_output))
@@ -221,7 +225,8 @@ class Gradients(Function):
                 strict=True,
             )
         )
-        given = with_inputs(operands.forward, *images)
+        given = _with_masks_of_samples(operands.forward, dims.forward, size)
+        given = with_inputs(given, *images)
         results = gradients(operands._replace(grad_output=grad_output, forward=given))
         samples = tuple(
             result.reshape(size, result.shape[0] // size, *result.shape[1:]) if need else result
@@ -236,13 +241,14 @@ class Gradients(Function):
         along = inputs_of(directions.forward)
 
         def both(value: Tensor, locations: Tensor, weights: Tensor) -> Any:
-            output = reference.forward(value, levels, locations, weights)
-            return output, reference.tangent(value, levels, locations, weights, along)
+            given = value, levels, locations, weights
+            tangent = reference.tangent(*given, along, **sampling)
+            return reference.forward(*given, **sampling), tangent
 
         with forward_ad._set_fwd_grad_enabled(True):
             *tensors, grad_output = _primal(*ctx.saved_tensors)
             operands = joined(tensors, ctx.constants)
-            levels = levels_of(operands)
+            levels, sampling = levels_of(operands), sampling_of(operands)
             _, pull, *_ = torch.func.vjp(both, *inputs_of(operands))
             results = pull((directions.grad_output, grad_output))
             return _where(ctx.computed, results, inputs_of(operands), _no_elements)
@@ -286,6 +292,14 @@ def _no_elements(tensor: Tensor) -> Tensor:
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """The tensor with its batch dimension first."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _with_masks_of_samples(operands: Operands, dims: Operands, size: int) -> Operands:
+    """The operands with the mask of every sample's images."""
+    mask = operands.value_mask
+    if mask is None:
+        return operands
+    return operands._replace(value_mask=_batched(mask, dims.value_mask, size).flatten(0, 1))
 
 
 def _refuse_batched_table(dims: Operands) -> None:

@@ -12,6 +12,8 @@ On each dimension of the device mesh, the operators split their work by one axis
     nothing   Replicate  Replicate              Replicate   Replicate
     ========  =========  =====================  ==========  ==========
 
+A mask of value lies as value does by batch, else it is replicated.
+
 The gradients of locations and weights lie as these do, and grad_output as the output. The first of
 value, locations, weights and grad_output that is sharded by one of these axes decides; whatever
 lies otherwise is redistributed. Level tables are whole on every process: integers, a plain tensor
@@ -67,10 +69,19 @@ class _Split(NamedTuple):
         value, *points = form.inputs_of(operands)
         parts = [_local(value, self.placements(by_query=Replicate()))]
         parts += [_local(tensor, self.placements()) for tensor in points]
+        mask = operands.value_mask
+        if mask is not None:
+            mask = _local(mask, [self._of_mask(axis) for axis in self.axes])
         # Grids do not describe some of the queries.
         keeps_grids = not operands.query_order or _QUERY not in self.axes
         order = operands.query_order if keeps_grids else ()
-        return form.with_inputs(operands, *parts)._replace(query_order=order)
+        operands = form.with_inputs(operands, *parts)
+        return operands._replace(query_order=order, value_mask=mask)
+
+    @staticmethod
+    def _of_mask(axis: int | None) -> Placement:
+        """Where a dimension of the mesh that splits by this axis has the mask: images alone are axes of both."""
+        return Shard(_BATCH) if axis == _BATCH else Replicate()
 
     def joined(self, part: Tensor, shape: Sequence[int], placements: list[Placement]) -> DTensor:
         """The DTensor of this shape whose part on this process is given."""
@@ -85,16 +96,8 @@ class _Split(NamedTuple):
 def _split(tensors: dict[str, Any]) -> _Split:
     """How to split a call with these arguments, the first of which is value."""
     for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            raise TypeError(
-                f"{name} must be a DTensor where any argument is one, got {type(tensor).__name__}: "
-                "distribute_tensor or DTensor.from_local makes one"
-            )
-        mesh = tensors["value"].device_mesh
-        if tensor.device_mesh != mesh:
-            raise ValueError(
-                f"{name} must be on the device mesh of value, {mesh}, got {tensor.device_mesh}"
-            )
+        _check(name, tensor, tensors["value"])
+    mesh = tensors["value"].device_mesh
     axes = [
         _axis(tensors, placements)
         for placements in zip(*(tensor.placements for tensor in tensors.values()), strict=True)
@@ -107,6 +110,19 @@ def _split(tensors: dict[str, Any]) -> _Split:
             f"{processes} processes, got M = {heads}"
         )
     return _Split(mesh, axes)
+
+
+def _check(name: str, tensor: Any, value: Any) -> None:
+    """Require a DTensor on the mesh of value."""
+    if not isinstance(tensor, DTensor):
+        raise TypeError(
+            f"{name} must be a DTensor where any argument is one, got {type(tensor).__name__}: "
+            "distribute_tensor or DTensor.from_local makes one"
+        )
+    if tensor.device_mesh != value.device_mesh:
+        raise ValueError(
+            f"{name} must be on the device mesh of value, {value.device_mesh}, got {tensor.device_mesh}"
+        )
 
 
 def _axis(names: Iterable[str], placements: Iterable[Placement]) -> int | None:
@@ -145,6 +161,7 @@ def _forward(_: type, run: Any, __: Any, arguments: Sequence[Any], ___: Any) -> 
     """The forward operator on DTensors."""
     operands = Operands(*arguments)
     split = _split(_named(operands))
+    _check_mask(operands)
     operands = _with_whole_table(operands)
     if not torch.compiler.is_compiling():
         check(operands)  # on whole shapes, so that all processes raise or none does
@@ -161,6 +178,7 @@ def _backward(
     """The backward operator on DTensors."""
     operands = form.backward_operands(arguments)
     split = _split(_named(operands.forward) | {"grad_output": operands.grad_output})
+    _check_mask(operands.forward)
     given = _with_whole_table(operands.forward)
     if not torch.compiler.is_compiling():
         check(given, operands.grad_output)
@@ -188,6 +206,12 @@ def _named(operands: Operands) -> dict[str, Any]:
     """The arguments that a mesh may split."""
     names = ("value", "sampling_locations", "attention_weights")
     return dict(zip(names, form.inputs_of(operands), strict=True))
+
+
+def _check_mask(operands: Operands) -> None:
+    """Require a mask on the mesh of value, on which it may lie anyhow."""
+    if operands.value_mask is not None:
+        _check("value_mask", operands.value_mask, operands.value)
 
 
 def _takes_part(mesh: DeviceMesh) -> bool:

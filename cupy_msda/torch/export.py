@@ -17,6 +17,7 @@ from cupy_msda.torch.operands import (
     inputs_of,
     levels_of,
     needs_of,
+    sampling_of,
 )
 from cupy_msda.torch.operators import BACKWARD, FORWARD
 
@@ -65,7 +66,8 @@ def forward(operands: Operands) -> Tensor:
     """The forward operator by standard ones."""
     check_traced(operands)
     value, locations, weights = inputs_of(operands)
-    return reference.forward(value, levels_of(operands), locations, weights)  # type: ignore[no-any-return]
+    points = locations, weights
+    return reference.forward(value, levels_of(operands), *points, **sampling_of(operands))  # type: ignore[no-any-return]
 
 
 def backward(operands: BackwardOperands) -> tuple[Tensor, ...]:
@@ -74,7 +76,7 @@ def backward(operands: BackwardOperands) -> tuple[Tensor, ...]:
     check_traced(given)
     value, locations, weights = inputs_of(given)
     gradients = reference.backward(
-        operands.grad_output, value, levels_of(given), locations, weights
+        operands.grad_output, value, levels_of(given), locations, weights, **sampling_of(given)
     )
     return tuple(
         gradient if need else tensor.new_empty(0)

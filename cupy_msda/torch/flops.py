@@ -2,8 +2,9 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for the operators.
 
 A multiply-add is two FLOPs, as for torch's matrix products. The forward has one for each channel of each of the four
-corners of every point; the backward as many for the gradient of value, and again for those of locations and weights.
-A corner outside the level counts, since shapes do not tell; coordinates and coefficients do not count.
+corners of every point, or of its one pixel for "nearest"; the backward as many for the gradient of value, and again for
+those of locations and weights. A corner outside the level counts, since shapes do not tell; coordinates and
+coefficients do not count.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from cupy_msda.torch.operands import Operands, backward_operands
 
-_CORNERS, _MULTIPLY_ADD = 4, 2
+_CORNERS = {"bilinear": 4, "nearest": 1}
+_MULTIPLY_ADD = 2
 
 
 def _once(operands: Operands) -> int:
     """One multiply-add for each channel of each corner."""
-    points: int = prod(operands.attention_weights.shape)  # N, Lq, M, L, P
+    points: int = prod(operands.attention_weights.shape)  # N, Lq, M, L, P or N, Lq, M, K
     channels: int = operands.value.shape[3]
-    return _MULTIPLY_ADD * _CORNERS * points * channels
+    return _MULTIPLY_ADD * _CORNERS[operands.interpolation] * points * channels
 
 
 def forward(*arguments: Any, out_val: Any = None) -> int:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,12 @@ from cupy_msda import contract
 from cupy_msda.torch import derivatives, export, operators
 from cupy_msda.torch.operands import (
     AUTO,
+    BILINEAR,
+    PLAIN,
     Arguments,
     BackwardOperands,
     Operands,
+    Sampling,
     argument_gradients,
     arguments_of,
     constants_of,
@@ -28,6 +30,7 @@ from cupy_msda.torch.operands import (
     pack,
     pack_traced,
     register_once,
+    sampling_of,
     tensors_of,
 )
 
@@ -43,6 +46,9 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    num_points: Any = None,
+    interpolation: Any = BILINEAR,
+    value_mask: Any = None,
     query_order: Any = AUTO,
 ) -> Tensor:
     """`cupy_msda.ms_deform_attn` for torch tensors: the same arguments, shapes, dtypes and errors, differentiable.
@@ -56,6 +62,10 @@ def ms_deform_attn(
     attention_weights : Tensor, shape (N, Lq, M, L, P)
         Under autocast, locations and weights may have another 16-bit dtype than value: they become
         float32. Value keeps its dtype, and gradients have the dtypes of the arguments.
+    num_points : sequence of ints, one for each level, or None
+        If given, locations are (N, Lq, M, K, 2) and weights (N, Lq, M, K), level after level.
+    interpolation : "bilinear" or "nearest"
+    value_mask : bool Tensor, shape (N, S), or None: True where value is valid
     query_order : "auto", None or sequence of (H, W) pairs of ints, at most 16, in queries
         A hint about time: the grids on which the Lq queries lie one after another.
 
@@ -73,13 +83,17 @@ def ms_deform_attn(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    sampling = PLAIN
+    if num_points is not None or value_mask is not None or interpolation is not BILINEAR:
+        sampling = Sampling(num_points, interpolation, value_mask)
     if has_torch_function(inputs):  # a proxy of torch.fx, say
-        return handle_torch_function(ms_deform_attn, inputs, *inputs, query_order=query_order)
+        keywords = sampling._asdict() | {"query_order": query_order}
+        return handle_torch_function(ms_deform_attn, inputs, *inputs, **keywords)
     if torch.compiler.is_compiling():
-        return _in_graph(_packed(inputs, query_order))
+        return _in_graph(_packed(inputs, query_order, sampling))
     try:
         if derivatives.active():
-            return _transformed(pack(*inputs, query_order))
+            return _transformed(pack(*inputs, query_order, sampling))
         try:
             records = (
                 torch.is_grad_enabled()
@@ -94,14 +108,15 @@ def ms_deform_attn(
             records = False
         if records:
             # Each argument that torch is spared is time on small problems.
-            rest = () if query_order is AUTO else (None, query_order)
-            return _record(*inputs, *rest)
-        return operators.recorded_forward(pack(*inputs, query_order))[0]
+            plain = query_order is AUTO and sampling is PLAIN
+            return _record(*inputs, *(() if plain else (None, query_order, *sampling)))
+        return operators.recorded_forward(pack(*inputs, query_order, sampling))[0]
     except (TypeError, RuntimeError) as error:
-        mended = _mended(inputs, error)
+        mended = _mended(inputs, sampling, error)
         if mended is None:
             raise
-    return ms_deform_attn(*mended, query_order=query_order)
+    inputs, sampling = mended
+    return ms_deform_attn(*inputs, query_order=query_order, **sampling._asdict())
 
 
 @contract.refuse_scripting
@@ -113,6 +128,9 @@ def ms_deform_attn_backward(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
+    num_points: Any = None,
+    interpolation: Any = BILINEAR,
+    value_mask: Any = None,
     query_order: Any = AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cupy_msda.ms_deform_attn_backward` for torch tensors; differentiable itself.
@@ -120,8 +138,10 @@ def ms_deform_attn_backward(
     Parameters
     ----------
     grad_output : Tensor, shape (N, Lq, M*D), dtype of `value`
-    value, spatial_shapes, level_start_index, sampling_locations, attention_weights, query_order
+    value, spatial_shapes, level_start_index, sampling_locations, attention_weights
         As `ms_deform_attn` takes them.
+    num_points, interpolation, value_mask, query_order
+        Likewise.
 
     Returns
     -------
@@ -131,18 +151,20 @@ def ms_deform_attn_backward(
     Errors and source: as `ms_deform_attn`.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    operands = _packed(inputs, query_order)
+    sampling = Sampling(num_points, interpolation, value_mask)
+    operands = _packed(inputs, query_order, sampling)
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:
-        problem, _ = contract.check(*given_of(operands))
+        problem, _ = contract.check(*given_of(operands), **sampling_of(operands))
         contract.check_grad_output(problem, grad_output, value)
     try:
         gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
     except RuntimeError as error:
-        given = _savable((grad_output, *inputs), ("grad_output", *Arguments._fields), error)
+        given = _savable({"grad_output": grad_output, **_named(inputs, sampling)}, error)
         if given is None:
             raise
-        operands = _packed(given[1:], query_order)
+        inputs, sampling = _unnamed(given)
+        operands = _packed(inputs, query_order, sampling)
         gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
     by_value, by_locations, by_weights = gradients
     return (
@@ -216,6 +238,7 @@ class _Function(torch.autograd.Function):
         attention_weights: Tensor,
         im2col_step: Any = None,
         query_order: Any = AUTO,
+        *sampling: Any,
     ) -> Tensor:
         """Run the forward operator; `im2col_step` has no effect."""
         compiling = torch.compiler.is_compiling()
@@ -226,7 +249,10 @@ class _Function(torch.autograd.Function):
             )
         inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
         # Dynamo comes here from `apply`. autograd gives gradients the dtypes of the arguments.
-        operands = _packed(inputs, query_order) if compiling else pack(*inputs, query_order)
+        rules = Sampling(*sampling) if sampling else PLAIN
+        operands = (
+            _packed(inputs, query_order, rules) if compiling else pack(*inputs, query_order, rules)
+        )
         ctx.constants = constants_of(operands)
         ctx.save_for_backward(*tensors_of(operands))
         if compiling:
@@ -283,45 +309,64 @@ class MSDeformAttnFunction(_Function):
     @classmethod
     def apply(cls, *arguments: Any) -> Tensor:
         """Run the operator; arguments, shapes and errors as `ms_deform_attn`, with `im2col_step`."""
-        *inputs, _, query_order = Arguments(*arguments)
-        return ms_deform_attn(*inputs, query_order=query_order)
+        given = Arguments(*arguments)
+        *inputs, _, query_order = given[: -len(Sampling._fields)]
+        sampling = {name: getattr(given, name) for name in Sampling._fields}
+        return ms_deform_attn(*inputs, query_order=query_order, **sampling)
 
 
 # Runs `forward` and records it, outside of transforms: at half the cost of torch's `apply`.
 _record = super(torch.autograd.Function, MSDeformAttnFunction).apply
 
 
-def _mended(inputs: _Inputs, error: Exception) -> _Inputs | None:
-    """The inputs of a call that failed as they can be taken; None if there is nothing to mend."""
+def _mended(
+    inputs: _Inputs, sampling: Sampling, error: Exception
+) -> tuple[_Inputs, Sampling] | None:
+    """The arguments of a call that failed as they can be taken; None if there is nothing to mend."""
     if isinstance(error, TypeError):
         promoted = _promoted(inputs)  # only now, since asking for autocast takes time
-        return None if promoted is inputs else promoted
-    copies: _Inputs | None = _savable(inputs, Arguments._fields, error)
-    return copies
+        return None if promoted is inputs else (promoted, sampling)
+    copies = _savable(_named(inputs, sampling), error)
+    return None if copies is None else _unnamed(copies)
 
 
-def _savable(arguments: Sequence[Any], names: Sequence[str], error: Exception) -> Any:
-    """The arguments with copies of level tables that were made in inference mode, which autograd does not save.
+def _named(inputs: _Inputs, sampling: Sampling) -> dict[str, Any]:
+    """The arguments by name."""
+    return dict(zip(Arguments._fields, inputs, strict=False)) | sampling._asdict()
+
+
+def _unnamed(arguments: dict[str, Any]) -> tuple[_Inputs, Sampling]:
+    """The same, from names."""
+    value, shapes, start_index, locations, weights = (
+        arguments[name] for name in Arguments._fields[:5]
+    )
+    sampling = Sampling(*(arguments[name] for name in Sampling._fields))
+    return (value, shapes, start_index, locations, weights), sampling
+
+
+def _savable(arguments: dict[str, Any], error: Exception) -> dict[str, Any] | None:
+    """The arguments with copies of integers and masks that were made in inference mode, which autograd does not save.
 
     None if that is not the error.
     """
     if "Inference tensors" not in str(error):
         return None
-    named = list(zip(names, arguments, strict=False))
-    made = [name for name, part in named if isinstance(part, Tensor) and part.is_inference()]
-    for name in made:
-        if name not in ("spatial_shapes", "level_start_index"):
+    made = {
+        name: part
+        for name, part in arguments.items()
+        if isinstance(part, Tensor) and part.is_inference()
+    }
+    for name, part in made.items():
+        if part.is_floating_point():
             raise contract.made_in_inference_mode(name) from error
-    if not made:
-        return None
-    copies = (part.clone() if name in made else part for name, part in named)
-    return tuple(copies)
+    copies = {name: part.clone() for name, part in made.items()}
+    return arguments | copies if made else None
 
 
-def _packed(inputs: _Inputs, query_order: Any) -> Operands:
+def _packed(inputs: _Inputs, query_order: Any, sampling: Sampling) -> Operands:
     """The operands, also in a graph and under autocast."""
     pack_here = pack_traced if torch.compiler.is_compiling() else pack
-    return pack_here(*_promoted(inputs), query_order)
+    return pack_here(*_promoted(inputs), query_order, sampling)
 
 
 def _promoted(inputs: _Inputs) -> _Inputs:
@@ -379,7 +424,9 @@ def _traced(operands: Operands) -> Tensor:
 def _differentiable_forward(*arguments: Any) -> Tensor:
     """What a trace of torch.jit runs for `ms_deform_attn`."""
     operands = Operands(*arguments)
-    return ms_deform_attn(*given_of(operands), query_order=order_of(operands))
+    return ms_deform_attn(
+        *given_of(operands), query_order=order_of(operands), **sampling_of(operands)
+    )
 
 
 register_once(

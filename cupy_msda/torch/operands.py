@@ -19,6 +19,7 @@ from cupy_msda import contract
 from cupy_msda.problem import Grids, Level, LevelTable, Problem
 
 AUTO = "auto"
+BILINEAR = "bilinear"
 
 
 class Operands(NamedTuple):
@@ -26,7 +27,7 @@ class Operands(NamedTuple):
 
     Each half of the level table is a tensor, which is passed on unread, or flat integers (H0, W0, H1, W1, ...); with
     neither for the starts, levels follow one another. `query_order` holds grids, flat as well; (): the order
-    given; None: "auto".
+    given; None: "auto". The last three are those of `Sampling`.
     """
 
     value: Any
@@ -37,7 +38,20 @@ class Operands(NamedTuple):
     sampling_locations: Any
     attention_weights: Any
     query_order: Any = None
+    value_mask: Any = None
+    num_points: Any = None
+    interpolation: Any = BILINEAR
 
+
+class Sampling(NamedTuple):
+    """How points are read, as the public functions and `contract.check` take it by keyword."""
+
+    num_points: Any = None
+    interpolation: Any = BILINEAR
+    value_mask: Any = None
+
+
+PLAIN = Sampling()
 
 _TYPES = Operands(
     value="Tensor",
@@ -48,6 +62,9 @@ _TYPES = Operands(
     sampling_locations="Tensor",
     attention_weights="Tensor",
     query_order="SymInt[]?",
+    value_mask="Tensor?",
+    num_points="int[]?",
+    interpolation="str",
 )
 _NUM_REQUIRED = len(Operands._fields) - len(Operands._field_defaults)
 
@@ -67,7 +84,7 @@ class BackwardOperands(NamedTuple):
 # --- parts of the operands: functions, since older versions of Dynamo know only the fields of a NamedTuple --------
 
 
-def tensors_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
+def tensors_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any, Any]:
     """What autograd saves."""
     return (
         operands.value,
@@ -75,19 +92,27 @@ def tensors_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
         operands.level_start_index,
         operands.sampling_locations,
         operands.attention_weights,
+        operands.value_mask,
     )
 
 
-def constants_of(operands: Operands) -> tuple[Any, Any, Any]:
+def constants_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
     """The rest."""
-    return operands.sizes, operands.starts, operands.query_order
+    return (
+        operands.sizes,
+        operands.starts,
+        operands.query_order,
+        operands.num_points,
+        operands.interpolation,
+    )
 
 
 def joined(tensors: Sequence[Any], constants: Sequence[Any]) -> Operands:
     """The operands of these `tensors_of` and `constants_of`."""
-    value, shapes, start_index, locations, weights = tensors
-    sizes, starts, order = constants
-    return Operands(value, shapes, start_index, sizes, starts, locations, weights, order)
+    value, shapes, start_index, locations, weights, mask = tensors
+    sizes, starts, order, *rules = constants
+    table = shapes, start_index, sizes, starts
+    return Operands(value, *table, locations, weights, order, mask, *rules)
 
 
 def inputs_of(operands: Operands) -> tuple[Any, Any, Any]:
@@ -97,8 +122,9 @@ def inputs_of(operands: Operands) -> tuple[Any, Any, Any]:
 
 def with_inputs(operands: Operands, value: Any, locations: Any, weights: Any) -> Operands:
     """The same with other `inputs_of`."""
-    _, shapes, start_index, _, _ = tensors_of(operands)
-    return joined((value, shapes, start_index, locations, weights), constants_of(operands))
+    _, shapes, start_index, _, _, mask = tensors_of(operands)
+    tensors = value, shapes, start_index, locations, weights, mask
+    return joined(tensors, constants_of(operands))
 
 
 def backward_operands(flat: Sequence[Any]) -> BackwardOperands:
@@ -122,9 +148,18 @@ def needs_of(operands: BackwardOperands) -> tuple[Any, Any, Any]:
 
 
 def given_of(operands: Operands) -> tuple[Any, Any, Any, Any, Any]:
-    """The arguments that `contract.check` takes."""
+    """The arguments that `contract.check` takes by position."""
     value, locations, weights = inputs_of(operands)
     return (value, *_table_of(operands), locations, weights)
+
+
+def sampling_of(operands: Operands) -> dict[str, Any]:
+    """Those that it and the reference take by keyword."""
+    return {
+        "num_points": operands.num_points,
+        "interpolation": operands.interpolation,
+        "value_mask": operands.value_mask,
+    }
 
 
 def _table_of(operands: Operands) -> tuple[Any, Any]:
@@ -146,7 +181,10 @@ def order_of(operands: Operands) -> Any:
 
 def _declared(types: Operands, names: Iterable[str]) -> list[str]:
     """Fields as a schema declares them."""
-    defaults = {name: f"={value}" for name, value in Operands._field_defaults.items()}
+    defaults = {
+        name: f'="{value}"' if isinstance(value, str) else f"={value}"
+        for name, value in Operands._field_defaults.items()
+    }
     return [f"{getattr(types, name)} {name}{defaults.get(name, '')}" for name in names]
 
 
@@ -184,17 +222,20 @@ class Arguments(NamedTuple):
     attention_weights: Any
     im2col_step: Any = None
     query_order: Any = AUTO
+    num_points: Any = None
+    interpolation: Any = BILINEAR
+    value_mask: Any = None
 
 
 def arguments_of(operands: Operands) -> tuple[Any, ...]:
     """The arguments of `apply` that `pack` makes these operands of."""
-    return (*given_of(operands), None, order_of(operands))
+    return (*given_of(operands), None, order_of(operands), *sampling_of(operands).values())
 
 
 def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, ...]:
     """What the backward of `apply` returns: None where there is no gradient."""
     # A plain tuple: of a NamedTuple, Dynamo (torch 2.13) takes every entry for None.
-    return value, None, None, locations, weights, None, None
+    return value, None, None, locations, weights, None, None, None, None, None
 
 
 _SEQUENCES = (tuple, list)
@@ -208,6 +249,7 @@ def pack(
     sampling_locations: Any,
     attention_weights: Any,
     query_order: Any,
+    sampling: Sampling = PLAIN,
 ) -> Operands:
     """The operands for arguments of the public functions; an error for what no operator can be given."""
     shapes, start_index, sizes, starts = None, None, None, None
@@ -217,30 +259,43 @@ def pack(
         sizes = _plain_pairs(spatial_shapes)
         if sizes is None:
             given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-            sizes = _read("spatial_shapes", spatial_shapes, given)
+            sizes = _read("spatial_shapes", spatial_shapes, given, sampling)
     if isinstance(level_start_index, Tensor):
         start_index = level_start_index
     elif level_start_index is not None:
         starts = _plain(level_start_index)
         if starts is None:
             given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-            starts = _read("level_start_index", level_start_index, given)
+            starts = _read("level_start_index", level_start_index, given, sampling)
     order = None
     if query_order is not AUTO:
         given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        order = _order(query_order, given)
-    return Operands(
-        value, shapes, start_index, sizes, starts, sampling_locations, attention_weights, order
+        order = _order(query_order, given, sampling)
+    table = shapes, start_index, sizes, starts
+    operands = Operands(value, *table, sampling_locations, attention_weights, order)
+    return operands if sampling is PLAIN else _with_sampling(operands, sampling)
+
+
+def _with_sampling(operands: Operands, sampling: Sampling) -> Operands:
+    """The operands with these rules; an error for what no operator can be given."""
+    num_points, interpolation, mask = sampling
+    contract.check_interpolation(interpolation)
+    num_points = contract.check_num_points(num_points)
+    if mask is not None and not isinstance(mask, Tensor):
+        contract.check(*given_of(operands), **sampling._asdict())
+    return operands._replace(
+        value_mask=mask, num_points=num_points, interpolation=str(interpolation)
     )
 
 
 def pack_traced(*arguments: Any) -> Operands:
     """`pack` in a graph."""
-    value, shapes, start_index, locations, weights, order = arguments
+    value, shapes, start_index, locations, weights, order, sampling = arguments
     order = traceable(order)
     if isinstance(order, Tensor):
         order = order.tolist()  # the operators take no tensor for it, so this breaks the graph
-    return pack(value, traceable(shapes), traceable(start_index), locations, weights, order)
+    table = traceable(shapes), traceable(start_index)
+    return pack(value, *table, locations, weights, order, sampling)
 
 
 def traceable(numbers: Any) -> Any:
@@ -265,7 +320,7 @@ def _row(row: Any) -> Tensor:
     return torch.stack([torch.as_tensor(n) for n in row]) if several else torch.as_tensor(row)
 
 
-def _order(query_order: Any, given: Sequence[Any]) -> Sequence[int] | None:
+def _order(query_order: Any, given: Sequence[Any], sampling: Sampling) -> Sequence[int] | None:
     """query_order as the operators take it."""
     if isinstance(query_order, str) and query_order == AUTO:
         return None
@@ -274,7 +329,7 @@ def _order(query_order: Any, given: Sequence[Any]) -> Sequence[int] | None:
     order = _plain_pairs(query_order)
     if order:
         return order
-    problem, _ = contract.check(*given)
+    problem, _ = contract.check(*given, **sampling._asdict())
     return _flat(contract.check_query_order(query_order, problem.num_queries) or ())
 
 
@@ -307,13 +362,13 @@ def _is_plain(number: Any) -> bool:
     return type(number) is int or isinstance(number, torch.SymInt)
 
 
-def _read(name: str, half: Any, given: Sequence[Any]) -> tuple[int, ...]:
+def _read(name: str, half: Any, given: Sequence[Any], sampling: Sampling) -> tuple[int, ...]:
     """What is no such list of half a level table, by the contract's reader, among all that `check` takes."""
     rows = contract.read_table(name, half, _integer)
     if (
         rows is None
     ):  # on a device, perhaps of another library: the contract knows whether to read it
-        _, table = contract.check(*given)
+        _, table = contract.check(*given, **sampling._asdict())
         rows = table.sizes if name == "spatial_shapes" else table.starts
     return _flat(rows) if name == "spatial_shapes" else tuple(rows)
 
@@ -335,7 +390,7 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
-    problem, table = contract.check(*given_of(operands))
+    problem, table = contract.check(*given_of(operands), **sampling_of(operands))
     grids = contract.check_query_order(order_of(operands), problem.num_queries)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
@@ -347,7 +402,7 @@ def check_traced(operands: Operands, grad_output: Any = None) -> None:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     try:
-        problem, _ = contract.check(*given_of(operands), traced=True)
+        problem, _ = contract.check(*given_of(operands), **sampling_of(operands), traced=True)
         numbers = (problem.num_queries, *(operands.query_order or ()))
         if all(isinstance(number, int) for number in numbers):
             contract.check_query_order(order_of(operands), problem.num_queries)

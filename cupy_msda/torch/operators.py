@@ -113,7 +113,7 @@ _TENSORS = {Tensor, torch.nn.Parameter}
 
 def _is_plain(operands: Operands) -> bool:
     """Whether torch's dispatcher has nothing to add: tensors in memory, and nothing that wants to see the call."""
-    value, shapes, start_index, locations, weights = tensors_of(operands)
+    value, shapes, start_index, locations, weights, mask = tensors_of(operands)
     return (
         not _is_watched()
         and type(value) in _TENSORS
@@ -121,6 +121,7 @@ def _is_plain(operands: Operands) -> bool:
         and type(weights) in _TENSORS
         and (shapes is None or type(shapes) is Tensor)
         and (start_index is None or type(start_index) is Tensor)
+        and (mask is None or type(mask) is Tensor)
         and (value.is_cuda or value.is_cpu)
         and not (value.is_neg() or locations.is_neg() or weights.is_neg())
     )
@@ -144,8 +145,7 @@ def refuse_undispatchable(operands: Operands) -> None:
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
     value, locations, weights = inputs_of(operands)
-    tables = (operands.spatial_shapes, operands.level_start_index)
-    given = (value, locations, weights, *[half for half in tables if half is not None])
+    given = [tensor for tensor in tensors_of(operands) if tensor is not None]
     if not all([is_dense(tensor) for tensor in given]):  # noqa: C419 - as Dynamo takes it
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
@@ -223,7 +223,7 @@ def is_on_device(tensor: Tensor) -> bool:
 
 def checked(operands: Operands) -> Call:
     """Check the contract, once for all calls that are alike in everything that it sees. Spelled out for speed."""
-    value, shapes, start_index, locations, weights = tensors_of(operands)
+    value, shapes, start_index, locations, weights, mask = tensors_of(operands)
     try:
         key = (
             *(value.shape, value.dtype, value.device, value.layout),
@@ -234,6 +234,7 @@ def checked(operands: Operands) -> Call:
             if start_index is None
             else (start_index.shape, start_index.dtype, start_index.device),
             _contents(value, shapes, start_index),
+            None if mask is None else (mask.shape, mask.dtype, mask.device, mask.layout),
             *constants_of(operands),
         )
     except (RuntimeError, TypeError):
@@ -279,7 +280,7 @@ def _forward(operands: Operands) -> Tensor:
 def _cpu_forward(operands: Operands, call: Call) -> Tensor:
     """The output, by the CPU's kernels."""
     arrays = map(_numpy, inputs_of(operands))
-    output = backend.forward(call.problem, call.table, *arrays, threads=torch.get_num_threads())
+    output = backend.forward(call.problem, call.table, *arrays, **_on_host(operands))
     return _tensor(output, operands.value.dtype)
 
 
@@ -295,9 +296,7 @@ def _backward(operands: BackwardOperands) -> Gradients:
     results: tuple[Any, ...] = (None, None, None)
     if operands.needs_value or operands.needs_points:
         arrays = map(_numpy, (operands.grad_output, *inputs_of(given)))
-        results = backend.backward(
-            call.problem, call.table, *arrays, threads=torch.get_num_threads()
-        )
+        results = backend.backward(call.problem, call.table, *arrays, **_on_host(given))
     by_value, by_locations, by_weights = (
         _tensor(result, tensor.dtype) if need else tensor.new_empty(0)
         for result, tensor, need in zip(results, inputs_of(given), needs_of(operands), strict=True)
@@ -315,6 +314,15 @@ def _check_grad_output(operands: BackwardOperands, call: Call) -> None:
         or grad_output.layout is not torch.strided
     ):
         contract.check_grad_output(call.problem, grad_output, value)
+
+
+def _on_host(operands: Operands) -> dict[str, Any]:
+    """What the CPU's kernels take by keyword."""
+    mask = operands.value_mask
+    return {
+        "mask": None if mask is None else _numpy(mask),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _numpy(tensor: Tensor) -> Any:
