@@ -38,10 +38,8 @@ struct LevelPoints {
   Level level;
   LevelSpan<S> span;
 
-  __device__ LevelPoints(const PointArrays<S, Location, Weight>& image_head, int l, const Level& level)
-      : level(level), span(l) {
-    arrays = image_head.from(span.first);
-  }
+  __device__ LevelPoints(const PointArrays<S, Location, Weight>& all, int l, const Level& level)
+      : arrays(all.from(S::first(l))), level(level), span(l) {}
 
   __device__ int query(int point) const { return span.row(point); }
 
@@ -267,14 +265,14 @@ __global__ void __launch_bounds__(BLOCK, 4)
   grad_output += first_row * D;
   const unsigned warp = threadIdx.x / WARP;
   const PointArrays<S, Location, Weight> arrays = {locations, weights, mask};
-  const auto image_head_points = arrays.of_image(image * p.spatial_size).from(first_row * S::K);
+  const auto all = arrays.of_image(image * p.spatial_size).from(first_row * S::K);
 
 #pragma unroll 1
   for (int l = 0; l < S::L; ++l) {
     const Level level = levels[l];
     const int beyond = level.start + level.height * level.width;  // the start, where the level is empty or does not fit
     if (beyond <= max(level.start, tile_start) || level.start >= tile_start + TILE) continue;
-    const LevelPoints<S, Location, Weight, M> points(image_head_points, l, level);
+    const LevelPoints<S, Location, Weight, M> points(all, l, level);
     const int end = p.num_queries * points.span.points;
 #pragma unroll 1
     for (int first = 0; first < end; first += STEP) {

@@ -36,6 +36,7 @@ struct GenericParams : Params<MAX_LEVELS> {
 __device__ __forceinline__ int level_of(const GenericParams& p, int k) {
   if (p.level_points != 0) return k / p.level_points;
   int level = 0;
+#pragma unroll 1
   while (k >= p.ends[level]) ++level;
   return level;
 }
