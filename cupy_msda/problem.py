@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 INT32_MAX = 2**31 - 1
 MAX_HOST_LEVELS = 320  # a CUDA launch takes the level table by value, in at most 4 KB
+MAX_UNEVEN_LEVELS = 16  # with it, numbers of points that differ
 MAX_GRIDS = 16
 
 # The (H, W) grids on which the queries lie one after another. (): queries are taken in the order given.

@@ -18,11 +18,12 @@
 constexpr int VEC = 4;
 
 // What a kernel is specialised for.
-template <int THREADS_, typename Value_, int G_, int PIXEL_, int P_, bool VALUE_, bool POINTS_, bool FIXED_>
+template <int THREADS_, typename Value_, int G_, int PIXEL_, typename S_, bool VALUE_, bool POINTS_, bool FIXED_>
 struct Traits {
   using Value = Value_;
+  using S = S_;
   using Addend = typename Accumulator<Value, FIXED_>::type;
-  static constexpr int THREADS = THREADS_, G = G_, PIXEL = PIXEL_, P = P_;
+  static constexpr int THREADS = THREADS_, G = G_, PIXEL = PIXEL_;
   static constexpr bool VALUE = VALUE_, POINTS = POINTS_, FIXED = FIXED_;
 };
 
@@ -73,7 +74,7 @@ __device__ __forceinline__ Four<float> visit(const Walk<T>& walk, int j) {
   const float (&grad)[VEC] = walk.grad;
   Four<float> dot = {};
 #pragma unroll
-  for (int corner = 0; corner < 4; ++corner) {
+  for (int corner = 0; corner < T::S::CORNERS; ++corner) {
     const bool counts = INTERIOR || has_corner(place.x, corner);
     if (T::POINTS) {
       float pixel[VEC] = {};
@@ -142,16 +143,17 @@ __device__ __forceinline__ void poison_non_finite(const Walk<T>& walk, unsigned 
 template <typename T, int COUNT, typename Location, typename Weight>
 __device__ __forceinline__ void backward_stage(const Walk<T>& walk, Descriptors<T::THREADS>& descriptors,
                                                const Level* levels, int member, bool active, int first,
-                                               const PointArrays<Location, Weight>& points,
-                                               const PointGradientArrays<Location, Weight>& gradients) {
+                                               const PointArrays<typename T::S, Location, Weight>& points,
+                                               const PointGradientArrays<typename T::S, Location, Weight>& gradients) {
   const int k = first + member, own = walk.first + padded(member);
   const bool has_point = active && member < COUNT;
   LocatedPoint<float> point;
-  if (has_point)
-    point = make_descriptor<T::PIXEL, false, T::FIXED>(descriptors, own, points.load(k, levels[level_of<T::P>(k)]),
-                                                       walk.weight_factor);
-  else
+  if (has_point) {
+    point = points.template locate_point<true>(points.load(k, levels[T::S::level_of(k)]));
+    write_descriptor<T::PIXEL, false, T::FIXED>(descriptors, own, point, walk.weight_factor);
+  } else {
     point = empty_descriptor(descriptors, own);
+  }
   const bool interior = __all_sync(ALL_LANES, point.cell.corners == ALL_CORNERS || (active && member >= COUNT));
   __syncwarp();
   const Four<float> dot =
@@ -169,8 +171,8 @@ __device__ __forceinline__ void backward_stage(const Walk<T>& walk, Descriptors<
 template <typename T, int PART, typename Location, typename Weight>
 __device__ __forceinline__ void backward_points(const Walk<T>& walk, Descriptors<T::THREADS>& descriptors,
                                                 const Level* levels, int member, bool active, int begin,
-                                                const PointArrays<Location, Weight>& points,
-                                                const PointGradientArrays<Location, Weight>& gradients) {
+                                                const PointArrays<typename T::S, Location, Weight>& points,
+                                                const PointGradientArrays<typename T::S, Location, Weight>& gradients) {
   constexpr int G = T::G, TAIL = PART % G;
   const int end = begin + PART;
 #pragma unroll 1
@@ -180,18 +182,18 @@ __device__ __forceinline__ void backward_points(const Walk<T>& walk, Descriptors
     backward_stage<T, TAIL>(walk, descriptors, levels, member, active, end - TAIL, points, gradients);
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT_K, bool VALUE,
+template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K, bool VALUE,
           bool POINTS, bool FIXED>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                  typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                  const unsigned char* __restrict__ mask, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                   Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
                   const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                  const __grid_constant__ Params<L> p) {
-  constexpr int G = D / VEC, K = L * P, PART = K / SPLIT_K;
+                  const __grid_constant__ Params<S::L> p) {
+  constexpr int G = D / VEC, L = S::L, K = S::K, PART = K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
-  using T = Traits<BLOCK, Value, G, PIXEL, P, VALUE, POINTS, FIXED>;
+  using T = Traits<BLOCK, Value, G, PIXEL, S, VALUE, POINTS, FIXED>;
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
   static_assert(VALUE || !FIXED, "only gradients of value are accumulated in fixed point");
@@ -220,34 +222,35 @@ __global__ void __launch_bounds__(BLOCK)
   } else if (VALUE) {
     walk.grad_value = reinterpret_cast<char*>(grad_value + base);
   }
-  PointGradientArrays<Location, Weight> gradients = {grad_locations, grad_weights};
+  const PointArrays<S, Location, Weight> points = {locations, weights, mask};
+  PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights};
   if (POINTS) gradients = gradients.from(index * K);
   backward_points<T, PART>(walk, descriptors, levels, row.member, row.active, row.part * PART,
-                           PointArrays<Location, Weight>{locations, weights}.from(index * K), gradients);
+                           points.of_image(row.image_start(p)).from(index * K), gradients);
 }
 
 // The gradients of locations and weights alone, bitwise identical to those of VALUE = false, on persistent blocks. It takes
 // the arguments of msda_backward.
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+template <typename Value, typename Location, typename Weight, int M, int D, typename S>
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_backward_persistent(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                              const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                             float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
+                             const unsigned char* __restrict__ mask, float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
                              Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<L> p) {
-  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
-  using T = Traits<PERSISTENT_BLOCK, Value, G, PIXEL, P, false, true, false>;
+                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+  constexpr int G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
+  using T = Traits<PERSISTENT_BLOCK, Value, G, PIXEL, S, false, true, false>;
   static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");
 
-  __shared__ Level levels[L];
+  __shared__ Level levels[S::L];
   __shared__ Descriptors<PERSISTENT_BLOCK> descriptors;
   __shared__ TileScheduler scheduler;
   load_levels(levels, sizes, starts, p);
   load_scheduler(scheduler, levels, p);
 
   const unsigned member = threadIdx.x % G;
-  const PointArrays<Location, Weight> points = {locations, weights};
-  const PointGradientArrays<Location, Weight> gradients = {grad_locations, grad_weights};
+  const PointArrays<S, Location, Weight> points = {locations, weights, mask};
+  const PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights};
   Walk<T> walk = {};
   walk.descriptors = &descriptors;
   walk.first = first_descriptor<G>();
@@ -255,6 +258,7 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
     const size_t first = static_cast<size_t>(row) * K;
-    backward_points<T, K>(walk, descriptors, levels, member, counts, 0, points.from(first), gradients.from(first));
+    backward_points<T, K>(walk, descriptors, levels, member, counts, 0, points.of_image(plane / M).from(first),
+                          gradients.from(first));
   });
 }

@@ -117,14 +117,18 @@ __device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_
 }
 
 // Number the points of every bin in the order of their rows. One warp takes a level, whose bins are its own.
-template <int P, int L, int K>
-__device__ void number_by_rows(Shared<L, K>& shared) {
-  static_assert(L <= BLOCK / WARP, "every level needs a warp");
+template <typename S>
+__device__ void number_by_rows(Shared<S::L, S::K>& shared) {
+  static_assert(S::L <= BLOCK / WARP, "every level needs a warp");
   const unsigned level = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-  if (level >= L) return;
+  if (level >= S::L) return;
+  const LevelSpan<S> span(level);
+  // Whole turns of the warp: the lanes match together.
+  static_assert(BINNED_QUERIES % WARP == 0, "every level has whole turns");
 #pragma unroll 1
-  for (unsigned point = lane; point < BINNED_QUERIES * P; point += WARP) {
-    const unsigned id = point / P * K + level * P + point % P, bin = shared.list[id];
+  for (unsigned point = lane; point < BINNED_QUERIES * span.points; point += WARP) {
+    const unsigned row = span.row(point), id = row * S::K + span.first + point - row * span.points;
+    const unsigned bin = shared.list[id];
     const unsigned same = __match_any_sync(ALL_LANES, bin), before = __popc(same & ((1u << lane) - 1));
     if (bin != NO_BIN) shared.list[id] = static_cast<unsigned short>(shared.bins.begin(bin) + before);
     __syncwarp();
@@ -135,20 +139,21 @@ __device__ void number_by_rows(Shared<L, K>& shared) {
 
 // The counting sort: list the points of the batch bin by bin; STABLE: within a bin in the order of their rows. Returns how
 // many there are.
-template <int P, bool STABLE, int L, int K, typename Location, typename Weight>
-__device__ unsigned sort_points(Shared<L, K>& shared, const PointArrays<Location, Weight>& points) {
-  constexpr int OWN = (BINNED_QUERIES * K + BLOCK - 1) / BLOCK;
+template <bool STABLE, typename S, typename Location, typename Weight>
+__device__ unsigned sort_points(Shared<S::L, S::K>& shared, const PointArrays<S, Location, Weight>& points) {
+  constexpr int K = S::K, OWN = (BINNED_QUERIES * K + BLOCK - 1) / BLOCK;
   unsigned ranks[OWN];  // bin << 16 | number within the bin, of every point that this thread takes
 #pragma unroll
   for (int i = 0; i < OWN; ++i) {
-    const unsigned id = i * BLOCK + threadIdx.x, k = id % K, l = level_of<P>(k);
+    const unsigned id = i * BLOCK + threadIdx.x, k = id % K, l = S::level_of(k);
     ranks[i] = NONE;
     if (BINNED_QUERIES * K % BLOCK != 0 && id >= BINNED_QUERIES * K) continue;
     const unsigned row = shared.rows[id / K];
     if (STABLE) shared.list[id] = NO_BIN;
     if (row == NONE) continue;
     const Level level = shared.levels[l];
-    const Cell<float> cell = locate<true>(points.coordinates(static_cast<size_t>(row) * K + k, level), level);
+    const Cell<float> cell =
+        points.template cell<true>(points.coordinates(static_cast<size_t>(row) * K + k, level), level);
     if (cell.corners == 0u) continue;
     const unsigned bin = (l * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
     if (STABLE) shared.list[id] = static_cast<unsigned short>(bin);
@@ -156,7 +161,7 @@ __device__ unsigned sort_points(Shared<L, K>& shared, const PointArrays<Location
   }
   __syncthreads();
   if constexpr (STABLE) {
-    number_by_rows<P>(shared);
+    number_by_rows<S>(shared);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < OWN; ++i)
@@ -226,14 +231,14 @@ struct Fetched {
 };
 
 // Fetch the points at `first` and after it in the list, one by each lane of a group.
-template <int G, int L, int K, typename Location, typename Weight>
-__device__ __forceinline__ Fetched fetch(const Shared<L, K>& shared, unsigned first, unsigned end,
-                                         const PointArrays<Location, Weight>& points) {
+template <int G, typename S, typename Location, typename Weight>
+__device__ __forceinline__ Fetched fetch(const Shared<S::L, S::K>& shared, unsigned first, unsigned end,
+                                         const PointArrays<S, Location, Weight>& points) {
   Fetched point = {NONE, {0.0f, 0.0f}, 0.0f};
   const unsigned member = threadIdx.x % G;
   if (first + member < end) {
     point.id = shared.list[first + member];
-    const size_t index = static_cast<size_t>(shared.rows[point.id / K]) * K + point.id % K;
+    const size_t index = static_cast<size_t>(shared.rows[point.id / S::K]) * S::K + point.id % S::K;
     point.location = points.location(index);
     point.weight = points.weight(index);
   }
@@ -241,18 +246,20 @@ __device__ __forceinline__ Fetched fetch(const Shared<L, K>& shared, unsigned fi
 }
 
 // The descriptor of the lane's point, with its weight multiplied by `weight_factor`.
-template <int P, int PIXEL, int L, int K>
-__device__ __forceinline__ void describe(Shared<L, K>& shared, const Fetched& fetched, float weight_factor) {
+template <int PIXEL, typename S, typename Location, typename Weight>
+__device__ __forceinline__ void describe(Shared<S::L, S::K>& shared, const Fetched& fetched, float weight_factor,
+                                         const PointArrays<S, Location, Weight>& points) {
   const int own = padded(threadIdx.x);
   if (fetched.id == NONE) {
     empty_descriptor(shared.descriptors, own);
     shared.descriptor_rows[own] = 0;
     return;
   }
-  const Level level = shared.levels[level_of<P>(fetched.id % K)];
-  make_descriptor<PIXEL, false>(shared.descriptors, own,
-                                {level, to_pixels(fetched.location, level), fetched.weight * weight_factor});
-  shared.descriptor_rows[own] = fetched.id / K;
+  const Level level = shared.levels[S::level_of(fetched.id % S::K)];
+  const Coordinates<float> at = to_pixels<S::NEAREST>(fetched.location, level);
+  const Point<float> point = {level, at, fetched.weight * weight_factor};
+  write_descriptor<PIXEL, false>(shared.descriptors, own, points.template locate_point<true>(point));
+  shared.descriptor_rows[own] = fetched.id / S::K;
 }
 
 // Four channels of a row's gradient: neighbours or, FIXED, channels that lie G apart, in fixed-point units. STAGED: from
@@ -271,11 +278,11 @@ __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, c
 
 // The segmented reduction: each group walks through its segment of the list of `count` points, and adds the sums of every
 // cell to memory. `cell` begins as one without corners; `channel` is the lane's first.
-template <int P, int G, int PIXEL, bool FIXED, typename Cell, int L, int K, typename Value, int D, int BYTES,
-          typename Location, typename Weight>
-__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared,
+template <int G, int PIXEL, bool FIXED, typename Cell, typename Value, int D, int BYTES, typename S, typename Location,
+          typename Weight>
+__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<S::L, S::K>& shared,
                                              const Gradients<Value, D, BYTES>& gradients, unsigned count,
-                                             const PointArrays<Location, Weight>& points, const Value* grad_output,
+                                             const PointArrays<S, Location, Weight>& points, const Value* grad_output,
                                              unsigned channel, const Scale<float>& scale) {
   constexpr int AHEAD = G < 4 ? G : 4;  // loads of gradients under way at a time
   constexpr bool STAGED = Gradients<Value, D, BYTES>::STAGED;
@@ -288,7 +295,7 @@ __device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared,
   for (unsigned first = 0; first < segment; first += G) {  // as often in every group of the warp
     const Fetched now = next;
     next = fetch<G>(shared, begin + first + G, end, points);
-    describe<P, PIXEL>(shared, now, scale.weight);
+    describe<PIXEL>(shared, now, scale.weight, points);
     __syncwarp();
 #pragma unroll 1
     for (int j = 0; j < G; j += AHEAD) {
@@ -311,15 +318,15 @@ __device__ __forceinline__ void reduce_cells(Cell& cell, Shared<L, K>& shared,
   cell.move({0, 0});
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, bool FIXED>
+template <typename Value, typename Location, typename Weight, int M, int D, typename S, bool FIXED>
 __global__ void __launch_bounds__(BLOCK, 3)
     msda_backward_value_binned(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                               const Weight* __restrict__ weights,
+                               const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
                                typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                                const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                               const __grid_constant__ SchedulerParams<L> p) {
+                               const __grid_constant__ SchedulerParams<S::L> p) {
   using Addend = typename Accumulator<Value, FIXED>::type;
-  constexpr int G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
+  constexpr int G = D / VEC, L = S::L, K = S::K, PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
   static_assert(PIXEL % 16 == 0, "the corner bits need the low four bits of an offset");
   static_assert(L <= MAX_BINNED_LEVELS && K <= MAX_BINNED_POINTS, "plans.py sends the problem elsewhere");
@@ -333,14 +340,15 @@ __global__ void __launch_bounds__(BLOCK, 3)
   load_scheduler(shared.scheduler, shared.levels, p);
   load_batch(shared, image_head, p);
   gradients.load(grad_output, shared.rows);
-  const PointArrays<Location, Weight> points = {locations, weights};
-  const unsigned count = sort_points<P, FIXED>(shared, points);
+  const size_t image_start = static_cast<size_t>(image_head / M) * p.spatial_size;
+  const auto points = PointArrays<S, Location, Weight>{locations, weights, mask}.of_image(image_start);
+  const unsigned count = sort_points<FIXED>(shared, points);
 
   const unsigned member = threadIdx.x % G, channel = FIXED ? member : member * VEC;
-  const size_t plane = static_cast<size_t>(image_head / M) * p.spatial_size * M + image_head % M;
+  const size_t plane = image_start * M + image_head % M;
   Scale<float> scale = {1.0f, 0, 0, 0, 0};
   if constexpr (FIXED) scale = read_scale<float>(grad_value, p, image_head);
   CellSums<Addend, PIXEL, sizeof(Addend) / sizeof(Value), G> cell = {
       reinterpret_cast<char*>(grad_value + plane * D + channel), {0, 0}, {}};
-  reduce_cells<P, G, PIXEL, FIXED>(cell, shared, gradients, count, points, grad_output, channel, scale);
+  reduce_cells<G, PIXEL, FIXED>(cell, shared, gradients, count, points, grad_output, channel, scale);
 }

@@ -3,7 +3,7 @@
 // (output-stationary) and collects what its points add to it. Every element is written once, without a zero fill, atomics or
 // a pass afterwards.
 //
-// Layout   grad_output, locations and weights as in backward.cu; grad_value (N, S, M, D), written whole, in Value.
+// Layout   grad_output, locations, weights and mask as in backward.cu; grad_value (N, S, M, D), written whole, in Value.
 // Threads  A block keeps the float accumulators of TILE positions of one (image, head) in shared memory. For each level that
 //          meets the tile the threads test one point each, STEP points a round, and list those that touch the tile, in
 //          order. Then every warp walks through the list and adds to its own columns of the level, those of its number
@@ -32,24 +32,26 @@ struct Pair {
 };
 
 // The points of one (image, head, level), numbered query by query.
-template <typename Location, typename Weight, int M, int L, int P>
+template <typename S, typename Location, typename Weight, int M>
 struct LevelPoints {
-  PointArrays<Location, Weight> arrays;  // from the level's first point on
+  PointArrays<S, Location, Weight> arrays;  // from the level's first point on
   Level level;
+  LevelSpan<S> span;
 
-  __device__ LevelPoints(const Location* locations, const Weight* weights, long long first_row, int l,
-                         const Level& level)
-      : arrays{locations + 2 * (first_row * L + l) * P, weights + (first_row * L + l) * P}, level(level) {}
+  __device__ LevelPoints(const PointArrays<S, Location, Weight>& all, int l, const Level& level)
+      : arrays(all.from(S::first(l))), level(level), span(l) {}
 
-  __device__ static int query(int point) { return static_cast<unsigned>(point) / P; }
+  __device__ int query(int point) const { return span.row(point); }
 
   // Index in the arrays of the point that comes `times` STRIDE points after `point`.
   template <int STRIDE = 0>
   __device__ long long index(int point, int times = 0) const {
-    if (STRIDE % P != 0) return index(point + times * STRIDE);
-    const int rest = static_cast<unsigned>(point) % P;
-    return query(point) * static_cast<long long>(M * L * P) + rest +
-           times * (STRIDE / P) * static_cast<long long>(M * L * P);
+    constexpr bool WHOLE_ROWS = S::EVEN && STRIDE % S::P == 0;
+    constexpr long long ROW = M * S::K;
+    if (!WHOLE_ROWS) point += times * STRIDE;
+    const int row = query(point);
+    const long long at = row * ROW + (point - row * span.points);
+    return WHOLE_ROWS ? at + times * (STRIDE / S::P) * ROW : at;
   }
 };
 
@@ -61,14 +63,16 @@ __device__ __forceinline__ int top_left(const Cell<float>& cell, const Level& le
   return level.start + cell.row * level.width + cell.column - tile_start;
 }
 
-// Whether a corner of the point's cell lies in the tile, and the cell's column. Points outside the level may pass:
+// Whether a corner of the point's cell lies in the tile, and the cell's column. Points that contribute nothing may pass:
 // make_pair drops them.
-template <int TILE>
+template <int TILE, bool NEAREST>
 __device__ __forceinline__ bool touches(int& column, const Coordinates<float>& at, const Level& level, int tile_start) {
-  const float width = static_cast<float>(level.width), height = static_cast<float>(level.height);
+  // NEAREST: at the border pixels; else: just outside.
+  const float width = static_cast<float>(level.width - NEAREST), height = static_cast<float>(level.height - NEAREST);
+  const float least = NEAREST ? 0.0f : -1.0f;
   Cell<float> cell;
-  floor_and_fraction<true>(fminf(fmaxf(at.x, -1.0f), width), cell.column, cell.right);
-  floor_and_fraction<true>(fminf(fmaxf(at.y, -1.0f), height), cell.row, cell.down);
+  floor_and_fraction<true>(fminf(fmaxf(at.x, least), width), cell.column, cell.right);
+  floor_and_fraction<true>(fminf(fmaxf(at.y, least), height), cell.row, cell.down);
   const int upper = top_left(cell, level, tile_start), lower = upper + level.width;
   column = cell.column;
   // At -1 it is the right corner that lies in the tile.
@@ -77,7 +81,7 @@ __device__ __forceinline__ bool touches(int& column, const Coordinates<float>& a
 
 // List the points of a round that touch the tile, in their order, and return how many they are. Each is listed as its
 // number in the round and, in front of that, the cell's column modulo WARPS.
-template <int TILE, typename Points>
+template <int TILE, bool NEAREST, typename Points>
 __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&counts)[WARPS], const Points& points,
                                          int first, int end, int tile_start) {
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -97,7 +101,7 @@ __device__ __forceinline__ int list_hits(unsigned short (&list)[STEP], int (&cou
     hits[i] = 0u;
     if (i >= words) continue;
     int column;
-    const bool hit = touches<TILE>(column, to_pixels(at[i], points.level), points.level, tile_start);
+    const bool hit = touches<TILE, NEAREST>(column, to_pixels<NEAREST>(at[i], points.level), points.level, tile_start);
     columns |= static_cast<unsigned>(column & (WARPS - 1)) << 4 * i;
     hits[i] = __ballot_sync(ALL_LANES, hit & (i * WARP < room));
     count += __popc(hits[i]);
@@ -126,7 +130,8 @@ template <int TILE, typename Points>
 __device__ __forceinline__ bool make_pair(Pair& pair, const Points& points, int point, int tile_start) {
   const int query = points.query(point);
   const long long index = points.index(point);
-  const Cell<float> cell = locate<true>(points.arrays.coordinates(index, points.level), points.level);
+  const Coordinates<float> at = points.arrays.coordinates(index, points.level);
+  const Cell<float> cell = points.arrays.template cell<true>(at, points.level);
   const int right = (static_cast<int>(threadIdx.x / WARP) - cell.column) & (WARPS - 1);
   if (right > 1) return false;
   const Four<float> coefficient = corner_coefficients(cell, points.arrays.weight(index));
@@ -233,16 +238,16 @@ __device__ __forceinline__ void store_tile(Value* grad_value, const float4* tile
   }
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int TILE>
+template <typename Value, typename Location, typename Weight, int M, int D, typename S, int TILE>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_backward_value_tiled(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                              const Weight* __restrict__ weights, Value* __restrict__ grad_value,
-                              const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                              const __grid_constant__ Params<L> p) {
+                              const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                              Value* __restrict__ grad_value, const long long* __restrict__ sizes,
+                              const long long* __restrict__ starts, const __grid_constant__ Params<S::L> p) {
   static_assert(STEP * WARPS <= 1 << 16, "a listed point has 16 bits");
   static_assert(D % 8 == 0 && D <= 128 && (D & (D - 1)) == 0, "lanes share out the channels evenly");
   static_assert((TILE & (TILE - 1)) == 0, "shifts take places apart");
-  __shared__ Level levels[L];
+  __shared__ Level levels[S::L];
   __shared__ float4 tile[TILE * D / 4];
   __shared__ unsigned short list[STEP];
   __shared__ int counts[WARPS];
@@ -259,17 +264,19 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const long long first_row = image * p.num_queries * M + head;
   grad_output += first_row * D;
   const unsigned warp = threadIdx.x / WARP;
-  const int end = p.num_queries * P;
+  const PointArrays<S, Location, Weight> arrays = {locations, weights, mask};
+  const auto all = arrays.of_image(image * p.spatial_size).from(first_row * S::K);
 
 #pragma unroll 1
-  for (int l = 0; l < L; ++l) {
+  for (int l = 0; l < S::L; ++l) {
     const Level level = levels[l];
     const int beyond = level.start + level.height * level.width;  // the start, where the level is empty or does not fit
     if (beyond <= max(level.start, tile_start) || level.start >= tile_start + TILE) continue;
-    const LevelPoints<Location, Weight, M, L, P> points(locations, weights, first_row, l, level);
+    const LevelPoints<S, Location, Weight, M> points(all, l, level);
+    const int end = p.num_queries * points.span.points;
 #pragma unroll 1
     for (int first = 0; first < end; first += STEP) {
-      const int hits = list_hits<TILE>(list, counts, points, first, end, tile_start);
+      const int hits = list_hits<TILE, S::NEAREST>(list, counts, points, first, end, tile_start);
       add_hits<Value, M, D, TILE>(tile, queue[warp], pairs[warp], list, hits, points, first, tile_start, grad_output);
     }
   }

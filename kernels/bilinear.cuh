@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The geometry of one sampling point: its cell, the coefficients of its four corners, and the gradients of both.
 // Corners are numbered top-left, top-right, bottom-left, bottom-right; bit i of `corners` is set if corner i lies inside
-// the level.
+// the level and is not masked. NEAREST: the cell is one pixel, its corner 0.
 #pragma once
 
 #include "levels.cuh"
@@ -60,10 +60,20 @@ struct Coordinates {
   Real x, y;
 };
 
-template <typename Real>
+// u * size + 1/2 in two roundings: fused to one, the nearest pixel might not be that of the reference.
+__device__ __forceinline__ float scale_and_round(float u, float size) { return __fadd_rn(__fmul_rn(u, size), 0.5f); }
+__device__ __forceinline__ double scale_and_round(double u, double size) { return __dadd_rn(__dmul_rn(u, size), 0.5); }
+
+// NEAREST: without its fraction, a coordinate is the index of the nearest pixel.
+template <bool NEAREST, typename Real>
 __device__ __forceinline__ Coordinates<Real> to_pixels(const Fractions<Real>& at, const Level& level) {
-  const Real half = static_cast<Real>(0.5);
-  return {at.u * static_cast<Real>(level.width) - half, at.v * static_cast<Real>(level.height) - half};
+  const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
+  if constexpr (NEAREST) {
+    return {scale_and_round(at.u, width), scale_and_round(at.v, height)};
+  } else {
+    const Real half = static_cast<Real>(0.5);
+    return {at.u * width - half, at.v * height - half};
+  }
 }
 
 // row * width + column of the point's cell, in a level of fewer than 2^22 positions. One multiplication of floats, which are
@@ -73,11 +83,16 @@ __device__ __forceinline__ int cell_pixel(const Coordinates<float>& at, const Le
   return static_cast<int>(__float_as_uint(row * static_cast<float>(level.width) + column) - ONES_BITS);
 }
 
-// Whether the point contributes anything. The comparisons are false for NaN and infinity, here and below.
-template <typename Real>
+// Whether the point contributes anything, if nothing is masked. The comparisons are false for NaN and infinity, here and
+// below. NEAREST: all but NaN are moved inside, unless there is no pixel.
+template <bool NEAREST, typename Real>
 __device__ __forceinline__ bool is_inside(const Coordinates<Real>& at, const Level& level) {
-  const Real one = static_cast<Real>(1);
-  return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) && at.y < static_cast<Real>(level.height);
+  if constexpr (NEAREST) {
+    return at.x == at.x && at.y == at.y && level.height > 0;
+  } else {
+    const Real one = static_cast<Real>(1);
+    return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) && at.y < static_cast<Real>(level.height);
+  }
 }
 
 // Whether all four corners lie inside the level: 0 <= x < W - 1, and so for y, by one comparison each. The bits of positive
@@ -92,7 +107,7 @@ __device__ __forceinline__ bool is_interior(const Coordinates<float>& at, const 
 // The point's cell. INTERIOR: all four corners are known to lie inside the level.
 template <bool SMALL, bool INTERIOR = false, typename Real>
 __device__ __forceinline__ Cell<Real> locate(Coordinates<Real> at, const Level& level) {
-  const bool inside = INTERIOR || is_inside(at, level);
+  const bool inside = INTERIOR || is_inside<false>(at, level);
   at.x = inside ? at.x : 0;
   at.y = inside ? at.y : 0;
   Cell<Real> cell;
@@ -103,6 +118,36 @@ __device__ __forceinline__ Cell<Real> locate(Coordinates<Real> at, const Level& 
   const unsigned rows = (cell.row >= 0 ? 3u : 0u) | (cell.row + 1 < level.height ? 12u : 0u);
   cell.corners = INTERIOR ? ALL_CORNERS : inside ? columns & rows : 0u;
   return cell;
+}
+
+// The index of the pixel nearest to a coordinate, among `size` of them. SMALL: size < 2^22.
+template <bool SMALL, typename Real>
+__device__ __forceinline__ int nearest_index(Real x, int size) {
+  if constexpr (SMALL) {
+    int index;
+    Real fraction;
+    floor_and_fraction<true>(min(max(x, static_cast<Real>(0)), static_cast<Real>(size - 1)), index, fraction);
+    return index;
+  } else {  // a float of `size` or `size - 1` may be larger
+    const Real limited = min(max(x, static_cast<Real>(0)), static_cast<Real>(size));
+    return static_cast<int>(min(static_cast<long long>(limited), size - 1ll));
+  }
+}
+
+// The nearest pixel as a cell.
+template <bool SMALL, typename Real>
+__device__ __forceinline__ Cell<Real> locate_nearest(const Coordinates<Real>& at, const Level& level) {
+  const int column = nearest_index<SMALL>(at.x, level.width), row = nearest_index<SMALL>(at.y, level.height);
+  const unsigned corners = is_inside<true>(at, level) ? 1u : 0u;
+  return {column, row, SMALL ? row * level.width + column : 0, 0, 0, corners};
+}
+
+// The corners that are not masked. `pixel`: the mask of the top-left one.
+__device__ __forceinline__ unsigned unmasked_corners(unsigned corners, const unsigned char* pixel, int width) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (has_corner(corners, i) && pixel[(i & 1) + (i & 2 ? static_cast<long long>(width) : 0)] == 0) corners &= ~(1u << i);
+  return corners;
 }
 
 // The coefficient of each corner in the output: attention weight times bilinear weight. Products alone: weight - weight *
@@ -138,16 +183,20 @@ __device__ __forceinline__ PointGradient<Real> unit_gradient(const Cell<Real>& c
 
 // dot[i] is the sum over D of grad_output times corner i, or times zero if the corner does not count; the gradient of
 // corner i is its coefficient * grad_output.
-template <typename Real>
+template <bool NEAREST, typename Real>
 __device__ __forceinline__ PointGradient<Real> point_gradient(const Cell<Real>& cell, Real weight, const Level& level,
                                                               const Four<Real>& dot) {
-  const Real across_upper = dot.at[1] - dot.at[0], across_lower = dot.at[3] - dot.at[2];
-  const Real upper = dot.at[0] + cell.right * across_upper, lower = dot.at[2] + cell.right * across_lower;
-  PointGradient<Real> unit = {across_upper + cell.down * (across_lower - across_upper), lower - upper,
-                              upper + cell.down * (lower - upper)};
-  // These are fewer operations than in the equations. Where a dot product is not finite they may give NaN instead of
-  // infinity, always by the weight too; and a corner that does not count has NaN there if grad_output is not finite.
-  if (unit.weight != unit.weight) unit = unit_gradient(cell, dot);
-  return {static_cast<Real>(level.width) * weight * unit.x, static_cast<Real>(level.height) * weight * unit.y,
-          unit.weight};
+  if constexpr (NEAREST) {
+    return {0, 0, has_corner(cell.corners, 0) ? dot.at[0] : 0};
+  } else {
+    const Real across_upper = dot.at[1] - dot.at[0], across_lower = dot.at[3] - dot.at[2];
+    const Real upper = dot.at[0] + cell.right * across_upper, lower = dot.at[2] + cell.right * across_lower;
+    PointGradient<Real> unit = {across_upper + cell.down * (across_lower - across_upper), lower - upper,
+                                upper + cell.down * (lower - upper)};
+    // These are fewer operations than in the equations. Where a dot product is not finite they may give NaN instead of
+    // infinity, always by the weight too; and a corner that does not count has NaN there if grad_output is not finite.
+    if (unit.weight != unit.weight) unit = unit_gradient(cell, dot);
+    return {static_cast<Real>(level.width) * weight * unit.x, static_cast<Real>(level.height) * weight * unit.y,
+            unit.weight};
+  }
 }

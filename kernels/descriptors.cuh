@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sample descriptors in shared memory: computed once per point, read by every lane of a group.
 //
-// A group of G lanes owns a row (n, q, m) or, with split-K, one of SPLIT_K equal parts of its K = L * P points; each lane
+// A group of G lanes owns a row (n, q, m) or, with split-K, one of SPLIT_K equal parts of its K points; each lane
 // of the group owns D / G channels. Points are taken in stages of G: every lane computes the descriptor of one point, then
 // the whole group walks through its G descriptors. A descriptor is shared within one warp, so __syncwarp orders all.
 #pragma once
@@ -82,6 +82,11 @@ struct GroupRow {
     return (static_cast<size_t>(image) * static_cast<unsigned>(p.num_queries) + query) * M + head;
   }
 
+  // Index of position 0 of the row's image among N * S.
+  __device__ size_t image_start(const Shape& p) const {
+    return static_cast<size_t>(image) * static_cast<unsigned>(p.spatial_size);
+  }
+
   // Index of the first element of position 0 of the row's (image, head) in an array of shape (N, S, M, D).
   template <int D>
   __device__ size_t base(const Shape& p) const {
@@ -89,13 +94,12 @@ struct GroupRow {
   }
 };
 
-// Write the descriptor of a point to the place `index`. PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all four corners are
-// known to lie inside the level, and the descriptor counts pixels. FIXED: the coefficients are multiplied by `factor`, and
+// Write the descriptor of a point to the place `index`. PIXEL: bytes between neighbouring pixels of one head. INTERIOR: all
+// four corners are known to count, and the descriptor counts pixels. FIXED: the coefficients are multiplied by `factor`, and
 // are zero where the weight is non-finite.
 template <int PIXEL, bool INTERIOR, bool FIXED = false, int THREADS>
-__device__ __forceinline__ LocatedPoint<float> make_descriptor(Descriptors<THREADS>& descriptors, int index,
-                                                               const Point<float>& loaded, float factor = 1.0f) {
-  const LocatedPoint<float> point = locate_point<true, INTERIOR>(loaded);
+__device__ __forceinline__ void write_descriptor(Descriptors<THREADS>& descriptors, int index,
+                                                 const LocatedPoint<float>& point, float factor = 1.0f) {
   float weight = point.weight;
   if (FIXED) weight = is_finite(weight) ? weight * factor : 0.0f;
   const Four<float> coefficient = corner_coefficients<FIXED>(point.cell, weight);
@@ -104,7 +108,6 @@ __device__ __forceinline__ LocatedPoint<float> make_descriptor(Descriptors<THREA
       make_float4(coefficient.at[0], coefficient.at[1], coefficient.at[2], coefficient.at[3]);
   descriptors.places[index] = INTERIOR ? make_int2(pixel, pixel + width)
                                        : make_int2(pixel * PIXEL | static_cast<int>(point.cell.corners), width * PIXEL);
-  return point;
 }
 
 // A descriptor that contributes nothing.

@@ -3,7 +3,7 @@
 // finds the largest exponents, which decide the unit of each (image, head); msda_fixed_point_finish converts the accumulator
 // into grad_value.
 //
-// Layout   grad_output, locations, weights and grad_value as in backward.cu, the accumulator as in fixed_point.cuh.
+// Layout   grad_output, locations, weights, mask and grad_value as in backward.cu, the accumulator as in fixed_point.cuh.
 // Threads  One warp takes a row of one (image, head): of a query in msda_fixed_point_scale, of a position in
 //          msda_fixed_point_finish, with its lanes over the channels or points; then the next row, as many rows on as the
 //          grid has warps.
@@ -35,17 +35,18 @@ __device__ inline void keep_largest(int* to, int number) {
   if (threadIdx.x % WARP == 0) atomicMax(to, number);
 }
 
-template <typename Value, typename Location, typename Weight>
+template <typename Value, typename Location, typename Weight, typename S>
 __global__ void __launch_bounds__(BLOCK)
     msda_fixed_point_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
-                           const Weight* __restrict__ weights, FixedPoint* __restrict__ accumulator,
-                           const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                           const __grid_constant__ GenericParams p) {
+                           const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                           FixedPoint* __restrict__ accumulator, const long long* __restrict__ sizes,
+                           const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   const Rows rows = these_rows(p);
   if (!rows.active) return;
-  const int lane = threadIdx.x % WARP, points = p.num_levels * p.num_points;
-  const PointArrays<Location, Weight> arrays = {locations, weights};
+  const int lane = threadIdx.x % WARP, points = p.row_points;
+  const long long image_start = static_cast<long long>(rows.image) * p.spatial_size;
+  const auto arrays = PointArrays<S, Location, Weight>{locations, weights, mask}.of_image(image_start);
   int of_grad = 0, of_weights = 0;
   for (long long query = rows.first; query < p.num_queries; query += rows.step) {
     const long long row = (rows.image * static_cast<long long>(p.num_queries) + query) * p.num_heads + rows.head;
@@ -56,9 +57,8 @@ __global__ void __launch_bounds__(BLOCK)
       const long long at = row * points + k;
       const int field = exponent_field(arrays.template weight<Real>(at));
       if (field <= of_weights) continue;  // mostly so, which spares the location
-      // The weight of a point outside may be anything, and must not make the unit coarse.
-      const Level level = read_level(k / p.num_points, sizes, starts, p);
-      if (is_inside(arrays.template coordinates<Real>(at, level), level)) of_weights = field;
+      // The weight of a point that contributes nothing may be anything, and must not make the unit coarse.
+      if (arrays.template contributes<Real>(at, read_level(level_of(p, k), sizes, starts, p))) of_weights = field;
     }
   }
   int* fields = largest_exponents<Real>(accumulator, p, rows.image_head);

@@ -6,7 +6,7 @@
 // float64 the rounding error goes, in finer units, to a second integer.
 //
 // Layout   LIMBS arrays of the shape of value, one after another, then for each (image, head) two 32-bit integers: the
-//          largest exponent fields of grad_output and of the weights of points inside. All zero before the first launch.
+//          largest exponent fields of grad_output and of the weights of points that contribute. All zero before the first launch.
 #pragma once
 
 #include "levels.cuh"
@@ -85,7 +85,7 @@ __device__ inline Scale<Real> read_scale(FixedPoint* accumulator, const Shape& p
   const int* fields = largest_exponents<Real>(accumulator, p, image_head);
   // |grad_output| < 2^of_grad and |weight| < 2^of_weight.
   const int of_grad = max(fields[0], 1) + LOWEST, of_weight = max(fields[1], 1) + LOWEST;
-  long long addends = static_cast<long long>(p.num_queries) * p.num_levels * p.num_points;
+  long long addends = static_cast<long long>(p.num_queries) * p.row_points;
   // backward_value_binned.cu adds up to 4096 of them as floats, which makes a sum too large by 2^-12 at most.
   addends += addends >> 10;
   const int bits = min(MOST_BITS, VALID_BITS - (64 - __clzll(addends)));

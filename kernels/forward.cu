@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: out[n, q, m, :] = sum over l, p of weight * bilinear(value level l, location).
+// Forward: out[n, q, m, :] = sum over l, p of weight * sample(value level l, location).
 //
-// Layout   value (N, S, M, D), locations (N, Lq, M, L, P, 2), weights (N, Lq, M, L, P), output (N, Lq, M, D), contiguous.
+// Layout   value (N, S, M, D), locations (N, Lq, M, K, 2), weights (N, Lq, M, K), mask (N, S), output (N, Lq, M, D),
+//          contiguous. The K points of a row come level after level.
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. Split-K: SPLIT_K groups share a row when there are too few rows to fill the device; shuffles add their
 //          partial sums.
 // Grid     msda_forward: x: blocks of queries, y and z: (image, head).
 //          msda_forward_persistent: a few blocks per multiprocessor, each with a contiguous range of the tile scheduler's
 //          rows.
-// Limits   M, D, L, P are template arguments; D / VEC a power of two up to 32; at most MAX_SPECIALISED_LEVELS levels; fewer
+// Limits   M, D and the points of each level are template arguments; D / VEC a power of two up to 32; at most MAX_SPECIALISED_LEVELS levels; fewer
 //          than 2^22 positions and 2^31 bytes per image. generic.cu takes everything else.
 #include "tile_scheduler.cuh"
 #include "descriptors.cuh"
@@ -38,14 +39,14 @@ __device__ __forceinline__ const char* pixel_pointer(const char* base, const int
   return corner & 1 ? left + PIXEL : left;
 }
 
-// Add the four corners of one descriptor to the lane's channels. INTERIOR: all four lie inside the level.
-template <bool INTERIOR, int PIXEL, typename Value, int VEC>
+// Add the corners of one descriptor to the lane's channels. INTERIOR: all four count.
+template <bool INTERIOR, int CORNERS, int PIXEL, typename Value, int VEC>
 __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base, const float4& coefficient,
                                             const int2& place) {
   const float coefficients[4] = {coefficient.x, coefficient.y, coefficient.z, coefficient.w};
 #pragma unroll
-  for (int corner = 0; corner < 4; ++corner) {
-    float pixel[VEC] = {};  // outside the level reads exact zero
+  for (int corner = 0; corner < CORNERS; ++corner) {
+    float pixel[VEC] = {};  // a corner that does not count reads exact zero
     if (INTERIOR || has_corner(place.x, corner))
       load(pixel, reinterpret_cast<const Value*>(pixel_pointer<INTERIOR, PIXEL>(base, place, corner)));
     add_product(sum, coefficients[corner], pixel);
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_corners(float (&sum)[VEC], const char* base,
 }
 
 // Add COUNT descriptors of every group of the warp. The first of this thread's group lies at `first`.
-template <bool INTERIOR, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
+template <bool INTERIOR, int CORNERS, int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS>
 __device__ __forceinline__ void add_descriptors(float (&sum)[VEC], const char* base,
                                                 const Descriptors<THREADS>& descriptors, unsigned first) {
   __syncwarp();
@@ -62,60 +63,74 @@ __device__ __forceinline__ void add_descriptors(float (&sum)[VEC], const char* b
   constexpr int UNROLL = INTERIOR ? 8 : 2;  // unrolled further, predicated loads spill registers
 #pragma unroll UNROLL
   for (int j = 0; j < COUNT; ++j)
-    add_corners<INTERIOR, PIXEL, Value>(sum, base, coefficients[padded(j)], places[padded(j)]);
+    add_corners<INTERIOR, CORNERS, PIXEL, Value>(sum, base, coefficients[padded(j)], places[padded(j)]);
   __syncwarp();
 }
 
 // One stage: COUNT points of every group of the warp. The lane makes the descriptor of point k of its row.
-template <int COUNT, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
+template <int COUNT, int G, int PIXEL, typename Value, int VEC, int THREADS, typename S, typename Location,
+          typename Weight>
 __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, Descriptors<THREADS>& descriptors,
                                           const Level* levels, unsigned first, unsigned k,
-                                          const PointArrays<Location, Weight>& points) {
-  const Point<float> point = points.load(static_cast<size_t>(k), levels[level_of<P>(k)]);
+                                          const PointArrays<S, Location, Weight>& points) {
+  constexpr bool MAY_MISS = S::NEAREST || S::MASKED;  // a corner anywhere
+  const Point<float> point = points.load(static_cast<size_t>(k), levels[S::level_of(k)]);
   const unsigned own = first + padded(threadIdx.x % G);
-  if (__all_sync(ALL_LANES, is_interior(point.at, point.level))) {
-    make_descriptor<UNIT, true>(descriptors, own, point);
-    add_descriptors<true, COUNT, G, PIXEL, Value>(sum, base, descriptors, first);
+  LocatedPoint<float> located;
+  bool interior;
+  if constexpr (MAY_MISS) {
+    located = points.template locate_point<true>(point);
+    interior = located.cell.corners == ALL_CORNERS;
   } else {
-    make_descriptor<UNIT, false>(descriptors, own, point);
-    add_descriptors<false, COUNT, G, PIXEL, Value>(sum, base, descriptors, first);
+    interior = is_interior(point.at, point.level);
+  }
+  if (__all_sync(ALL_LANES, interior)) {
+    if constexpr (!MAY_MISS) located = points.template locate_point<true, true>(point);
+    write_descriptor<UNIT, true>(descriptors, own, located);
+    add_descriptors<true, S::CORNERS, COUNT, G, PIXEL, Value>(sum, base, descriptors, first);
+  } else {
+    if constexpr (!MAY_MISS) located = points.template locate_point<true>(point);
+    write_descriptor<UNIT, false>(descriptors, own, located);
+    add_descriptors<false, S::CORNERS, COUNT, G, PIXEL, Value>(sum, base, descriptors, first);
   }
 }
 
 // Points [begin, begin + PART) of every group's row, in stages of G; `points` are the row's. A fixed base and one index
 // take fewer registers and instructions than moving pointers.
-template <int PART, int G, int PIXEL, int P, typename Value, int VEC, int THREADS, typename Location, typename Weight>
+template <int PART, int G, int PIXEL, typename Value, int VEC, int THREADS, typename S, typename Location,
+          typename Weight>
 __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, Descriptors<THREADS>& descriptors,
                                            const Level* levels, unsigned first, unsigned begin,
-                                           PointArrays<Location, Weight> points) {
+                                           PointArrays<S, Location, Weight> points) {
   constexpr unsigned TAIL = PART % G;
   base = opaque(base);
-  points = {opaque(points.locations), opaque(points.weights)};
+  points = {opaque(points.locations), opaque(points.weights), points.mask};
   const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned k = begin + member;
   if constexpr (PART >= G) {
 #pragma unroll 1
     do {
-      add_stage<G, G, PIXEL, P, Value>(sum, base, descriptors, levels, first, k, points);
+      add_stage<G, G, PIXEL, Value>(sum, base, descriptors, levels, first, k, points);
       k = opaque(k + G);
     } while (PART >= 2 * G && k < end);
   }
   if constexpr (TAIL != 0) {
     // Lanes without a point repeat the last one, in a descriptor that nothing reads.
     k = end + min(member, TAIL - 1);
-    add_stage<TAIL, G, PIXEL, P, Value>(sum, base, descriptors, levels, first, k, points);
+    add_stage<TAIL, G, PIXEL, Value>(sum, base, descriptors, levels, first, k, points);
   }
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P, int SPLIT_K>
+template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
-                 const Weight* __restrict__ weights, Value* __restrict__ output, const long long* __restrict__ sizes,
-                 const long long* __restrict__ starts, const __grid_constant__ Params<L> p) {
-  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PART = K / SPLIT_K;
+                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                 Value* __restrict__ output, const long long* __restrict__ sizes,
+                 const long long* __restrict__ starts, const __grid_constant__ Params<S::L> p) {
+  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, L = S::L, PART = S::K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
-  static_assert(K % SPLIT_K == 0 && G * SPLIT_K <= WARP, "the parts must be equal and share a warp");
+  static_assert(S::K % SPLIT_K == 0 && G * SPLIT_K <= WARP, "the parts must be equal and share a warp");
   static_assert(L <= MAX_SPECIALISED_LEVELS, "generic.cu takes more levels");
 
   __shared__ Shared<L, BLOCK> shared;
@@ -124,12 +139,12 @@ __global__ void __launch_bounds__(BLOCK, 4)
   GroupRow<M, G, SPLIT_K> row(p, threadIdx.x);
   if (!__any_sync(ALL_LANES, row.active)) return;
   if (!row.active) row.image = row.query = 0;  // computes along with its warp, and stores nothing
-  const PointArrays<Location, Weight> points = {locations, weights};
+  const PointArrays<S, Location, Weight> points = {locations, weights, mask};
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  add_points<PART, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()),
-                                       row.part * PART, points.from(row.index(p) * K));
+  add_points<PART, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()),
+                                    row.part * PART, points.of_image(row.image_start(p)).from(row.index(p) * S::K));
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT_K; offset *= 2)
@@ -139,26 +154,26 @@ __global__ void __launch_bounds__(BLOCK, 4)
   if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
 }
 
-template <typename Value, typename Location, typename Weight, int M, int D, int L, int P>
+template <typename Value, typename Location, typename Weight, int M, int D, typename S>
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_forward_persistent(const Value* __restrict__ value, const Location* __restrict__ locations,
-                            const Weight* __restrict__ weights, Value* __restrict__ output,
-                            const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                            const __grid_constant__ SchedulerParams<L> p) {
-  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = L * P, PIXEL = M * D * sizeof(Value);
+                            const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                            Value* __restrict__ output, const long long* __restrict__ sizes,
+                            const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
 
-  __shared__ Shared<L, PERSISTENT_BLOCK> shared;
+  __shared__ Shared<S::L, PERSISTENT_BLOCK> shared;
   __shared__ TileScheduler scheduler;
   load_levels(shared.levels, sizes, starts, p);
   load_scheduler(scheduler, shared.levels, p);
 
   const unsigned member = threadIdx.x % G;
-  const PointArrays<Location, Weight> points = {locations, weights};
+  const PointArrays<S, Location, Weight> points = {locations, weights, mask};
   visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
     const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     float sum[VEC] = {};
-    add_points<K, G, PIXEL, P, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
-                                      points.from(static_cast<size_t>(row) * K));
+    add_points<K, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
+                                   points.of_image(plane / M).from(static_cast<size_t>(row) * K));
     if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
   });
 }

@@ -33,27 +33,30 @@ struct WarpRow {
     query = static_cast<int>(at);
     index = (static_cast<long long>(image) * p.num_queries + at) * p.num_heads + head;
   }
+
+  // The points of this row among those of a launch.
+  template <typename Points>
+  __device__ Points points_of(const Points& points, const Shape& p) const {
+    return points.of_image(static_cast<long long>(image) * p.spatial_size).from(index * p.row_points);
+  }
 };
 
-// The points of a launch, with the table of their levels.
-template <typename Location, typename Weight>
-struct LaunchPoints {
-  PointArrays<Location, Weight> arrays;
+// The points of a row, with the table of their levels.
+template <typename S, typename Location, typename Weight>
+struct RowPoints {
+  PointArrays<S, Location, Weight> arrays;
   const long long* sizes;
   const long long* starts;
   const GenericParams& p;
-
-  __device__ int per_row() const { return p.num_levels * p.num_points; }
 };
 
 // Make the descriptor of point k of the row, its coefficients multiplied by `factor`.
-template <typename Real, typename Location, typename Weight>
+template <typename Real, typename S, typename Location, typename Weight>
 __device__ LocatedPoint<Real> make_descriptor(Descriptor<Real>& descriptor, const WarpRow& row, int k,
-                                              const LaunchPoints<Location, Weight>& points, Real factor) {
+                                              const RowPoints<S, Location, Weight>& points, Real factor) {
   const GenericParams& p = points.p;
-  const Level level = read_level(k / p.num_points, points.sizes, points.starts, p);
-  const long long index = row.index * points.per_row() + k;
-  const LocatedPoint<Real> point = locate_point<false>(points.arrays.template load<Real>(index, level));
+  const Level level = read_level(level_of(p, k), points.sizes, points.starts, p);
+  const LocatedPoint<Real> point = points.arrays.template locate_point<false>(points.arrays.template load<Real>(k, level));
   const long long pixel = level.start + static_cast<long long>(point.cell.row) * level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
   descriptor.coefficient = corner_coefficients(point.cell, point.weight * factor);
@@ -65,14 +68,15 @@ __device__ LocatedPoint<Real> make_descriptor(Descriptor<Real>& descriptor, cons
 
 // Call visit(descriptor, j) for every point of the row, WARP points at a time, j counting within them; after each of these
 // stages, in every lane that has made a descriptor, finish(k, point) with the point that it was made of.
-template <typename Real, typename Location, typename Weight, typename Visit, typename Finish>
+template <typename Real, typename S, typename Location, typename Weight, typename Visit, typename Finish>
 __device__ __forceinline__ void visit_points(Descriptor<Real> (&descriptors)[BLOCK], const WarpRow& row,
-                                             const LaunchPoints<Location, Weight>& points, Real factor, Visit visit,
+                                             const RowPoints<S, Location, Weight>& points, Real factor, Visit visit,
                                              Finish finish) {
   const int lane = threadIdx.x % WARP;
   const Descriptor<Real>* own = descriptors + (threadIdx.x - lane);
-  for (int first = 0; first < points.per_row(); first += WARP) {
-    const int count = min(WARP, points.per_row() - first);
+  const int row_points = points.p.row_points;
+  for (int first = 0; first < row_points; first += WARP) {
+    const int count = min(WARP, row_points - first);
     LocatedPoint<Real> point = {};
     if (lane < count) point = make_descriptor(descriptors[threadIdx.x], row, first + lane, points, factor);
     __syncwarp();
@@ -89,23 +93,24 @@ __device__ __forceinline__ long long corner_index(const Descriptor<Real>& descri
          (corner & 2 ? descriptor.pitch : 0);
 }
 
-template <typename Value, typename Location, typename Weight>
+template <typename Value, typename Location, typename Weight, typename S>
 __global__ void __launch_bounds__(BLOCK)
     msda_forward_generic(const Value* __restrict__ value, const Location* __restrict__ locations,
-                         const Weight* __restrict__ weights, Value* __restrict__ output,
-                         const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                         const __grid_constant__ GenericParams p) {
+                         const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                         Value* __restrict__ output, const long long* __restrict__ sizes,
+                         const long long* __restrict__ starts, const __grid_constant__ GenericParams p) {
   using Real = typename Compute<Value>::type;
   __shared__ Descriptor<Real> descriptors[BLOCK];
   const WarpRow row(p);
   if (!row.active) return;
-  const LaunchPoints<Location, Weight> points = {{locations, weights}, sizes, starts, p};
+  const PointArrays<S, Location, Weight> arrays = {locations, weights, mask};
+  const RowPoints<S, Location, Weight> points = {row.points_of(arrays, p), sizes, starts, p};
   for (int first_channel = 0; first_channel < p.head_dim; first_channel += WARP) {
     const int channel = first_channel + threadIdx.x % WARP;
     Real sum = 0;
     const auto add_corners = [&](const Descriptor<Real>& descriptor, int) {
       if (channel >= p.head_dim) return;
-      for (int corner = 0; corner < 4; ++corner) {
+      for (int corner = 0; corner < S::CORNERS; ++corner) {
         const bool counts = has_corner(descriptor.corners, corner);
         const Real pixel = counts ? static_cast<Real>(widen(value[corner_index(descriptor, corner, p) + channel])) : 0;
         sum += descriptor.coefficient.at[corner] * pixel;
@@ -145,11 +150,11 @@ __device__ Four<Real> visit(const Descriptor<Real>& descriptor, const Value* gra
   return dot;
 }
 
-template <typename Value, typename Location, typename Weight, bool FIXED>
+template <typename Value, typename Location, typename Weight, typename S, bool FIXED>
 __global__ void __launch_bounds__(BLOCK)
     msda_backward_generic(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                           const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                          typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                          const unsigned char* __restrict__ mask, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                           Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
                           const long long* __restrict__ sizes, const long long* __restrict__ starts,
                           const __grid_constant__ GenericParams p) {
@@ -158,8 +163,9 @@ __global__ void __launch_bounds__(BLOCK)
   const WarpRow row(p);
   if (!row.active) return;
   const int lane = threadIdx.x % WARP;
-  const LaunchPoints<Location, Weight> points = {{locations, weights}, sizes, starts, p};
-  const PointGradientArrays<Location, Weight> gradients = {grad_locations, grad_weights};
+  const PointArrays<S, Location, Weight> arrays = {locations, weights, mask};
+  const RowPoints<S, Location, Weight> points = {row.points_of(arrays, p), sizes, starts, p};
+  const PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights};
   const Value* grad_row = grad_output + row.index * p.head_dim;
   Scale<Real> scale = {1, 0, 0, 0, 0};
   if constexpr (FIXED)
@@ -170,6 +176,6 @@ __global__ void __launch_bounds__(BLOCK)
     if (j == lane) dot = all;
   };
   visit_points(descriptors, row, points, scale.weight, visit_one, [&](int k, const LocatedPoint<Real>& point) {
-    if (grad_locations != nullptr) gradients.store(row.index * points.per_row() + k, point, dot);
+    if (grad_locations != nullptr) gradients.store(row.index * p.row_points + k, point, dot);
   });
 }

@@ -12,7 +12,7 @@ struct Shape {
   int head_dim;      // D
   int num_queries;   // Lq
   int num_levels;    // L
-  int num_points;    // P
+  int row_points;    // K: points of a row, over all levels
 };
 
 // Elements of value.
@@ -26,7 +26,20 @@ struct Params : Shape {
   int levels[LEVELS][3];  // H, W, start
 };
 
-using GenericParams = Params<MAX_LEVELS>;
+// Of kernels that take any shape.
+struct GenericParams : Params<MAX_LEVELS> {
+  int level_points;             // P; 0: the levels differ, at most MAX_UNEVEN_LEVELS of them
+  int ends[MAX_UNEVEN_LEVELS];  // then: where the points of each level end in a row
+};
+
+// The level of point k of a row.
+__device__ __forceinline__ int level_of(const GenericParams& p, int k) {
+  if (p.level_points != 0) return k / p.level_points;
+  int level = 0;
+#pragma unroll 1
+  while (k >= p.ends[level]) ++level;
+  return level;
+}
 
 struct alignas(16) Level {  // one load
   int height, width;

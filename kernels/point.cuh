@@ -1,13 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
 // One sampling point: load it, locate it, store its gradients. Every kernel reads and writes points through this file,
-// so that a variant (reference points added here, masks, levels of different numbers of points) is added once.
+// so that a variant (nearest pixels, masks, levels of different numbers of points, reference points) is added once.
 //
 // Layout   locations (..., 2): (u, v) as fractions of the level; weights (...). An index counts points from where the
-//          pointers begin: the whole array (N, Lq, M, L, P), or one row, or one level of an (image, head).
+//          pointers begin: the whole array (N, Lq, M, K), or one row, or one level of an (image, head). The K points of a
+//          row come level after level. mask (N, S): zero where a position of value is masked.
 #pragma once
 
 #include "bilinear.cuh"
 #include "scalar.cuh"
+
+// How a kernel samples. NEAREST: the nearest pixel, not four. MASKED: only positions that the mask names. POINTS: of each
+// level; of no level, the launch parameters tell.
+template <bool NEAREST_, bool MASKED_, int... POINTS>
+struct Sampling {
+  static constexpr bool NEAREST = NEAREST_, MASKED = MASKED_;
+  static constexpr int CORNERS = NEAREST ? 1 : 4;  // that a point may have
+  static constexpr int L = sizeof...(POINTS), K = (0 + ... + POINTS);
+  static constexpr int P = K > L ? K / L : 1;
+  static constexpr bool EVEN = ((POINTS == P) && ...);  // every level has P points
+
+  // The points of a level in a row.
+  __device__ static constexpr int points(int level) {
+    int i = 0, count = 0;
+    ((count += i++ == level ? POINTS : 0), ...);
+    return EVEN ? P : count;
+  }
+
+  // The first of them.
+  __device__ static constexpr int first(int level) {
+    int i = 0, sum = 0;
+    ((sum += i++ < level ? POINTS : 0), ...);
+    return EVEN ? level * P : sum;
+  }
+
+  // The level of point k.
+  __device__ static __forceinline__ unsigned level_of(unsigned k) {
+    if constexpr (EVEN) {
+      return k / P;
+    } else {
+      unsigned i = 1, end = 0, level = 0;
+      ((end += POINTS, level += i++ < L && k >= end ? 1 : 0), ...);
+      return level;
+    }
+  }
+};
+
+// The points of one level, known at run time only, of many rows: numbered row by row.
+template <typename S>
+struct LevelSpan {
+  int first, points;  // in a row
+  unsigned inverse;   // 2^31 / points, rounded up; not used if it is known at compile time
+
+  __device__ explicit LevelSpan(int level) : first(S::first(level)), points(S::points(level)), inverse(0) {
+    if (!S::EVEN && points != 0) inverse = (0x7fffffffu / points) + 1u;
+  }
+
+  // The row of a point, for number * points < 2^31.
+  __device__ __forceinline__ int row(int number) const {
+    if constexpr (S::EVEN)
+      return static_cast<unsigned>(number) / S::P;
+    else
+      return static_cast<int>(static_cast<unsigned long long>(number) * inverse >> 31);
+  }
+};
 
 // A point as loaded.
 template <typename Real>
@@ -17,21 +73,30 @@ struct Point {
   Real weight;
 };
 
-// The level of point k of a row of L * P points.
-template <int P>
-__device__ __forceinline__ unsigned level_of(unsigned k) {
-  return k / P;
-}
+// A point and its cell.
+template <typename Real>
+struct LocatedPoint {
+  Cell<Real> cell;
+  Level level;
+  Real weight;  // zero if the point contributes nothing, whatever was loaded; NaN if its level does not fit S
+};
 
-template <typename Location, typename Weight>
+template <typename S, typename Location, typename Weight>
 struct PointArrays {
   const Location* locations;
   const Weight* weights;
+  const unsigned char* mask;  // of the points' image, if S::MASKED
 
   // The points from `index` on.
   template <typename Index>
   __device__ PointArrays from(Index index) const {
-    return {locations + 2 * index, weights + index};
+    return {locations + 2 * index, weights + index, mask};
+  }
+
+  // The points as those of the image whose position 0 is at this index among N * S.
+  template <typename Index>
+  __device__ PointArrays of_image(Index position) const {
+    return {locations, weights, S::MASKED ? mask + position : mask};
   }
 
   template <typename Real = float, typename Index>
@@ -43,7 +108,7 @@ struct PointArrays {
 
   template <typename Real = float, typename Index>
   __device__ Coordinates<Real> coordinates(Index index, const Level& level) const {
-    return to_pixels(location<Real>(index), level);
+    return to_pixels<S::NEAREST>(location<Real>(index), level);
   }
 
   template <typename Real = float, typename Index>
@@ -56,27 +121,44 @@ struct PointArrays {
   __device__ Point<Real> load(Index index, Level level) const {
     return {level, coordinates<Real>(index, level), weight<Real>(index)};
   }
-};
 
-// A point and its cell.
-template <typename Real>
-struct LocatedPoint {
-  Cell<Real> cell;
-  Level level;
-  Real weight;  // zero if the point contributes nothing, whatever was loaded; NaN if its level does not fit S
-};
+  // The cell at these coordinates, of the corners that count. INTERIOR: they are known to be all four.
+  template <bool SMALL, bool INTERIOR = false, typename Real>
+  __device__ __forceinline__ Cell<Real> cell(const Coordinates<Real>& at, const Level& level) const {
+    static_assert(!INTERIOR || !(S::NEAREST || S::MASKED), "a corner may be missing anywhere");
+    Cell<Real> cell;
+    if constexpr (S::NEAREST)
+      cell = locate_nearest<SMALL>(at, level);
+    else
+      cell = locate<SMALL, INTERIOR>(at, level);
+    if constexpr (S::MASKED) {
+      const long long pixel = level.start + static_cast<long long>(cell.row) * level.width + cell.column;
+      cell.corners = unmasked_corners(cell.corners, mask + pixel, level.width);
+    }
+    return cell;
+  }
 
-// INTERIOR: all four corners are known to lie inside the level.
-template <bool SMALL, bool INTERIOR = false, typename Real>
-__device__ __forceinline__ LocatedPoint<Real> locate_point(const Point<Real>& point) {
-  LocatedPoint<Real> located = {locate<SMALL, INTERIOR>(point.at, point.level), point.level, point.weight};
-  if (located.cell.corners == 0u) located.weight = 0;
-  if (!INTERIOR && point.level.start < 0) located.weight = static_cast<Real>(__int_as_float(0x7fc00000));
-  return located;
-}
+  template <bool SMALL, bool INTERIOR = false, typename Real>
+  __device__ __forceinline__ LocatedPoint<Real> locate_point(const Point<Real>& point) const {
+    LocatedPoint<Real> located = {cell<SMALL, INTERIOR>(point.at, point.level), point.level, point.weight};
+    if (located.cell.corners == 0u) located.weight = 0;
+    if (!INTERIOR && point.level.start < 0) located.weight = static_cast<Real>(__int_as_float(0x7fc00000));
+    return located;
+  }
+
+  // Whether the point contributes anything.
+  template <typename Real, typename Index>
+  __device__ bool contributes(Index index, const Level& level) const {
+    const Coordinates<Real> at = coordinates<Real>(index, level);
+    if constexpr (S::MASKED)
+      return cell<false>(at, level).corners != 0u;
+    else
+      return is_inside<S::NEAREST>(at, level);
+  }
+};
 
 // Where the gradients of points go.
-template <typename Location, typename Weight>
+template <typename S, typename Location, typename Weight>
 struct PointGradientArrays {
   Location* locations;
   Weight* weights;
@@ -91,7 +173,7 @@ struct PointGradientArrays {
   template <typename Real, typename Index>
   __device__ void store(Index index, const LocatedPoint<Real>& point, const Four<Real>& dot) const {
     using Wide = typename Compute<Location>::type;
-    PointGradient<Real> gradient = point_gradient(point.cell, point.weight, point.level, dot);
+    PointGradient<Real> gradient = point_gradient<S::NEAREST>(point.cell, point.weight, point.level, dot);
     if (point.level.start < 0) gradient = {point.weight, point.weight, point.weight};  // NaN
     const Wide by_location[2] = {static_cast<Wide>(gradient.x), static_cast<Wide>(gradient.y)};
     ::store(locations + 2 * index, by_location);

@@ -202,13 +202,13 @@ def test_a_launch_takes_the_threads_slots_and_the_plans_params(calls):
     (call,) = calls
     assert (call.grid, call.block) == (step.grid, step.block)
     assert (call.shared, call.stream, call.extra) == (0, STREAM, 0)
-    assert step.arguments == ("value", "locations", "weights", "output", None, None)
+    assert step.arguments == ("value", "locations", "weights", None, "output", None, None)
     addresses = launch.thread_arguments().addresses
-    slots = [addresses[launch.SLOT[name]] for name in step.arguments[:4]]
-    null = addresses[len(launch.SLOT)]
-    assert call.pointers == [*slots, null, null, step.params.ctypes.data]
-    assert [pointer_at(slot) for slot in slots[:3]] == [array.ctypes.data for array in arrays]
-    assert pointer_at(slots[3]) == output.ctypes.data
+    inputs_at = [addresses[launch.SLOT[name]] for name in step.arguments[:3]]
+    output_at, null = addresses[launch.SLOT["output"]], addresses[len(launch.SLOT)]
+    assert call.pointers == [*inputs_at, null, output_at, null, null, step.params.ctypes.data]
+    assert [pointer_at(slot) for slot in inputs_at] == [array.ctypes.data for array in arrays]
+    assert pointer_at(output_at) == output.ctypes.data
     assert pointer_at(null) is None
 
 
@@ -240,8 +240,8 @@ def test_a_thread_has_a_table_of_its_own(calls):
     mine, theirs = calls[0], calls[2]
     assert mine.table != theirs.table
     assert mine.pointers[-1] == theirs.pointers[-1]  # the plan's params
-    assert set(theirs.pointers[:6]) <= set(others.addresses)
-    assert not set(theirs.pointers[:6]) & set(mine.pointers[:6])
+    assert set(theirs.pointers[:-1]) <= set(others.addresses)
+    assert not set(theirs.pointers[:-1]) & set(mine.pointers[:-1])
 
 
 def test_tables_of_many_plans_do_not_pile_up(calls):

@@ -11,7 +11,14 @@ import torch
 
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.plans import ARRAYS, Device, Fill, Launch, plan_backward, plan_forward
-from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, NO_TABLE, LevelTable, Problem
+from cupy_msda.problem import (
+    MAX_GRIDS,
+    MAX_HOST_LEVELS,
+    MAX_UNEVEN_LEVELS,
+    NO_TABLE,
+    LevelTable,
+    Problem,
+)
 from tests.emulator import launches
 from tests.problems import random_inputs
 
@@ -54,8 +61,8 @@ def points_of(problem, multiprocessors=132, grids=None):
 
 
 def split_k(launch):
-    """The template argument after M, D, L and P."""
-    return int(launch.kernel.name.rstrip(">").split(", ")[7])
+    """The template argument after M, D and how points are sampled."""
+    return int(launch.kernel.name.partition("Sampling<")[2].split(">")[1].split(", ")[1])
 
 
 # --- which steps -----------------------------------------------------------------------------------
@@ -296,6 +303,69 @@ def test_a_split_row_takes_more_lanes():
     assert forward_of(problem, 10**6).grid == (320 * 32 // 256, 8, 1)
 
 
+# --- how points are sampled -----------------------------------------------------------------------------
+
+UNEVEN = ENCODER._replace(num_points=(3, 6, 0, 3))
+SAMPLING = {
+    "even": (ENCODER, "Sampling<false, false, 4, 4, 4, 4>"),
+    "uneven": (UNEVEN, "Sampling<false, false, 3, 6, 0, 3>"),
+    "nearest": (
+        ENCODER._replace(interpolation="nearest"),
+        "Sampling<true, false, 4, 4, 4, 4>",
+    ),
+    "masked": (ENCODER._replace(has_mask=True), "Sampling<false, true, 4, 4, 4, 4>"),
+    "all": (
+        UNEVEN._replace(interpolation="nearest", has_mask=True),
+        "Sampling<true, true, 3, 6, 0, 3>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "sampling"), SAMPLING.values(), ids=SAMPLING.keys())
+def test_every_kernel_of_points_knows_how_they_are_sampled(problem, sampling):
+    def planned(problem, grids=None):
+        yield from plan_forward(problem, NO_TABLE, H100, grids).launches
+        for deterministic in (False, True):
+            yield from plan_backward(
+                problem, NO_TABLE, H100, grids, deterministic=deterministic
+            ).launches
+
+    few = problem._replace(num_queries=900)
+    kernels = [
+        launch.kernel.name
+        for case in (planned(problem), planned(problem, ()), planned(few), planned(few, ()))
+        for launch in case
+        if isinstance(launch, Launch) and "weights" in launch.arguments
+    ]
+    without_levels = f"{sampling.split(', ')[0]}, {sampling.split(', ')[1]}>"
+    names = {name.partition("<")[0] for name in kernels}
+    assert names == {
+        *("msda_forward", "msda_forward_persistent", "msda_backward", "msda_backward_persistent"),
+        *("msda_backward_value_binned", "msda_backward_value_tiled", "msda_fixed_point_scale"),
+    }
+    for name in kernels:
+        assert (without_levels if "fixed_point" in name else sampling) in name
+
+
+def test_generic_kernels_take_the_points_of_the_levels_at_run_time():
+    for problem in (UNEVEN, UNEVEN._replace(num_points=4)):
+        name = forward_of(problem._replace(head_dim=30)).kernel.name
+        assert name == "msda_forward_generic<float, float, float, Sampling<false, false>>"
+
+
+def test_parts_of_uneven_points_are_equal():
+    few = DECODER._replace(batch=1, num_queries=10, num_levels=3)
+    for points, most in (((3, 6, 3), 4), ((3, 6, 4), 1), ((2, 3, 5), 2)):
+        assert split_k(forward_of(few._replace(num_points=points), 10**6)) == most
+
+
+def test_tiles_take_few_points_of_the_level_that_has_most():
+    uneven = DECODER._replace(num_points=(3, 6, 0, 3))
+    most = plans.MAX_POINTS_TILED // 6
+    assert plans.is_tiled(uneven._replace(num_queries=most))
+    assert not plans.is_tiled(uneven._replace(num_queries=most + 1))
+
+
 # --- persistent kernels -------------------------------------------------------------------------------
 
 
@@ -362,13 +432,12 @@ def arguments(plan):
 
 
 def test_arguments_of_the_forward():
-    expected = (*INPUTS, "output", *TABLE)
     for problem in (DECODER, ENCODER, GENERIC):
-        assert forward_of(problem).arguments == expected
+        assert forward_of(problem).arguments == (*INPUTS, None, "output", *TABLE)
 
 
 def test_arguments_of_the_backward():
-    names = ("grad_output", *INPUTS)
+    names = ("grad_output", *INPUTS, None)
     for problem in (DECODER, GENERIC):
         (found,) = arguments(plan_backward(problem, NO_TABLE, H100)).values()
         assert found == (*names, *GRADIENTS, *TABLE)
@@ -376,15 +445,15 @@ def test_arguments_of_the_backward():
         assert found == (*names, "grad_value", None, None, *TABLE)
     for problem in (DECODER, GENERIC, ENCODER):
         assert points_of(problem).arguments == (*names, None, *GRADIENTS[1:], *TABLE)
-    read = ("grad_output", "locations", "weights")
+    read = ("grad_output", "locations", "weights", None)
     found = arguments(plan_backward(ENCODER, NO_TABLE, H100))
     assert found["msda_backward_value_binned"] == (*read, "grad_value", *TABLE)
     assert found["msda_backward_persistent"] == (*names, None, *GRADIENTS[1:], *TABLE)
 
 
 def test_arguments_around_an_accumulator():
-    names = ("grad_output", *INPUTS)
-    read = ("grad_output", "locations", "weights")
+    names = ("grad_output", *INPUTS, None)
+    read = ("grad_output", "locations", "weights", None)
     finish = ("accumulator", "grad_value")
     found = arguments(plan_backward(DECODER._replace(**HALF), NO_TABLE, H100))
     assert found["msda_backward"] == (*names, "accumulator", *GRADIENTS[1:], *TABLE)
@@ -410,23 +479,53 @@ def test_a_null_pointer_stands_for_what_the_host_knows_of_the_table(table, expec
                 assert kernel == "msda_fixed_point_finish" or names[-2:] == expected
 
 
-SHAPE = Problem._fields[:7]
+def test_a_mask_comes_after_the_weights():
+    for problem in (DECODER, ENCODER, GENERIC, MANY_QUERIES):
+        masked = problem._replace(has_mask=True)
+        launches = [forward_of(masked)]
+        for deterministic in (False, True):
+            plan = plan_backward(masked, NO_TABLE, H100, deterministic=deterministic)
+            launches += [step for step in plan.launches if isinstance(step, Launch)]
+        for launch in launches:
+            if launch.kernel.file == "generic.cu" or "weights" in launch.arguments:
+                at = launch.arguments.index("weights") + 1
+                assert launch.arguments[at] == "mask"
+                assert "Sampling<false, true" in launch.kernel.name
+
+
+SHAPE = (*Problem._fields[:6], "row_points")
+POINTS_OF_ANY = ("level_points", "ends")
 
 
 def test_params_hold_the_shape_and_the_levels():
     for problem, further, room in (
         (DECODER, (), 4),
         (ENCODER, ("num_grids", "grids"), 4),
-        (GENERIC, (), MAX_HOST_LEVELS),
+        (GENERIC, POINTS_OF_ANY, MAX_HOST_LEVELS),
     ):
         params = forward_of(problem, table=TABLES["host"]).params
         assert params.dtype.names == (*SHAPE, "levels", *further)
         assert {field[0].base.name for field in params.dtype.fields.values()} == {"int32"}
-        assert tuple(params[name] for name in SHAPE) == problem[:7]
+        assert tuple(params[name] for name in SHAPE) == (*problem[:6], 16)
         levels = [[*size, start] for size, start in zip(SIZES, STARTS, strict=True)]
         assert params["levels"].shape == (room, 3)
         assert params["levels"][:4].tolist() == levels
-        assert params.nbytes <= 4096  # what a launch takes by value
+        # What a launch takes by value, ten pointers among it.
+        assert params.nbytes <= 4096 - 10 * 8
+
+
+def test_params_of_generic_kernels_hold_the_points_of_the_levels():
+    def points(problem):
+        params = forward_of(problem).params
+        return params["level_points"].item(), params["ends"].tolist()
+
+    nothing = [0] * MAX_UNEVEN_LEVELS
+    assert points(GENERIC) == (4, nothing)
+    assert points(GENERIC._replace(num_points=(3, 0, 6, 3))) == (0, [3, 3, 9, 12, *nothing[4:]])
+    most = GENERIC._replace(
+        num_levels=MAX_UNEVEN_LEVELS, num_points=tuple(range(MAX_UNEVEN_LEVELS))
+    )
+    assert points(most)[1][-1] == most.row_points
 
 
 @pytest.mark.parametrize("problem", [DECODER, ENCODER, GENERIC], ids=["rows", "persistent", "any"])

@@ -16,7 +16,7 @@ from cupy_msda.cuda.importing import (
     without_disk_cache,
 )
 from cupy_msda.faults import reason
-from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS
+from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, MAX_UNEVEN_LEVELS
 
 OPTIONS = ("-std=c++17",)
 # Compute capabilities, times ten.
@@ -39,6 +39,7 @@ CONSTANTS = {
     "PERSISTENT_BLOCK": PERSISTENT_BLOCK,
     "WARP": WARP,
     "MAX_LEVELS": MAX_HOST_LEVELS,
+    "MAX_UNEVEN_LEVELS": MAX_UNEVEN_LEVELS,
     "MAX_GRIDS": MAX_GRIDS,
     "DERIVED_START": DERIVED_START,
     "MAX_SPECIALISED_LEVELS": MAX_SPECIALISED_LEVELS,

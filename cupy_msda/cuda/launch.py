@@ -41,15 +41,18 @@ class Arguments:
     """The arguments that one thread's next launch takes.
 
     `words` are its DLTensors, one after another in the order of `ARRAYS`, then one of zeros. `addresses` are theirs;
-    `inputs` has the bytes of those of value, locations and weights, `inputs_and_table` also those of the level table.
+    `inputs` has the bytes of those of value, locations and weights, `inputs_and_table` also those of the level table,
+    `mask` those of the mask.
     """
 
     def __init__(self) -> None:
         """Make room; all pointers are null."""
         self.words = (ctypes.c_uint64 * (dlpack.WORDS * (_NULL + 1)))()
         memory = memoryview(self.words).cast("B")
-        first, table, end = (8 * dlpack.WORDS * SLOT[name] for name in ("value", "sizes", "output"))
-        self.inputs, self.inputs_and_table = memory[first:table], memory[first:end]
+        names = "value", "sizes", "mask", "output"
+        first, table, mask, end = (8 * dlpack.WORDS * SLOT[name] for name in names)
+        self.inputs, self.inputs_and_table = memory[first:table], memory[first:mask]
+        self.mask = memory[mask:end]
         base = ctypes.addressof(self.words)
         self.addresses = [base + 8 * dlpack.WORDS * slot for slot in range(_NULL + 1)]
         self.stream = ctypes.c_uint64()  # where a current stream may be written
@@ -247,7 +250,14 @@ class _External:
 
 
 def forward_arrays(
-    problem: Problem, table: LevelTable, grids: Grids, value: Any, locations: Any, weights: Any
+    problem: Problem,
+    table: LevelTable,
+    grids: Grids,
+    value: Any,
+    locations: Any,
+    weights: Any,
+    *,
+    mask: Any = None,
 ) -> Any:
     """The output for CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
     cupy = require_cupy()
@@ -256,7 +266,7 @@ def forward_arrays(
         given = {"value": value, "locations": locations, "weights": weights}
         arrays = {name: _aligned(array) for name, array in given.items()}
         arrays["output"] = cupy.empty(problem.output_shape, arrays["value"].dtype)
-        _run_arrays(bind_forward(problem, table.on_host, grids, device), arrays, table)
+        _run_arrays(bind_forward(problem, table.on_host, grids, device), arrays, table, mask)
     return arrays["output"]
 
 
@@ -268,6 +278,8 @@ def backward_arrays(
     value: Any,
     locations: Any,
     weights: Any,
+    *,
+    mask: Any = None,
 ) -> tuple[Any, Any, Any]:
     """The three gradients for CUDA arrays of any library but torch, as CuPy arrays."""
     cupy = require_cupy()
@@ -278,15 +290,15 @@ def backward_arrays(
         arrays = {name: _aligned(array) for name, array in given.items()}
         gradients = {f"grad_{name}": cupy.empty_like(arrays[name]) for name in list(given)[1:]}
         bound = bind_backward(problem, table.on_host, grids, device, True, True, False)
-        _run_arrays(bound, arrays | gradients, table)
+        _run_arrays(bound, arrays | gradients, table, mask)
     by_value, by_locations, by_weights = gradients.values()
     return by_value, by_locations, by_weights
 
 
-def _run_arrays(bound: Bound, arrays: dict[str, Any], table: LevelTable) -> None:
-    """Run a plan on CuPy arrays by name, the device's part of the level table and workspace."""
+def _run_arrays(bound: Bound, arrays: dict[str, Any], table: LevelTable, mask: Any) -> None:
+    """Run a plan on CuPy arrays by name, the device's part of the level table, a mask or None, and workspace."""
     cupy = require_cupy()
-    arrays = dict(arrays)
+    arrays = arrays | {"mask": None if mask is None else _aligned(mask)}
     for name, array in (("sizes", table.device_sizes), ("starts", table.device_starts)):
         arrays[name] = None if array is None else _aligned(array, "int64")
     if bound.plan.workspace:

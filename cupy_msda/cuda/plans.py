@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,15 @@ from cupy_msda.cuda.compile import (
     WARP,
     Kernel,
 )
-from cupy_msda.problem import MAX_GRIDS, MAX_HOST_LEVELS, NO_TABLE, Grids, LevelTable, Problem
+from cupy_msda.problem import (
+    MAX_GRIDS,
+    MAX_HOST_LEVELS,
+    MAX_UNEVEN_LEVELS,
+    NO_TABLE,
+    Grids,
+    LevelTable,
+    Problem,
+)
 
 MAX_GRID_YZ = 65535
 
@@ -43,7 +52,7 @@ _PERSISTENT_BLOCKS = (1, 2, 4)
 
 # Every array that a launch may name. `accumulator` is workspace: the others are the caller's.
 ARRAYS = (
-    *("grad_output", "value", "locations", "weights", "sizes", "starts"),
+    *("grad_output", "value", "locations", "weights", "sizes", "starts", "mask"),
     *("output", "grad_value", "grad_locations", "grad_weights", "accumulator"),
 )
 
@@ -294,7 +303,7 @@ def _choose(candidates: tuple[Candidate, ...], choice: Choice | None) -> tuple[C
 def _forward(case: _Case, candidate: Candidate) -> Launch:
     """The forward kernel."""
     problem = case.problem
-    arguments = ("value", "locations", "weights", "output")
+    arguments = ("value", *_points(problem), "output")
     if candidate.kernel == "generic":
         return _generic(case, "msda_forward_generic", arguments)
     if candidate.kernel == "persistent":
@@ -355,7 +364,7 @@ def _backward(
     """
     problem, split_k = case.problem, candidate.number
     of_points = ("grad_locations", "grad_weights") if needs_points else (None, None)
-    arguments = ("grad_output", "value", "locations", "weights", target, *of_points)
+    arguments = ("grad_output", "value", *_points(problem), target, *of_points)
     if candidate.kernel == "generic":
         fixed = (_cpp_bool(deterministic),)
         return _generic(case, "msda_backward_generic", arguments, fixed)
@@ -374,7 +383,7 @@ def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
     template = (*_shape_arguments(problem), _cpp_bool(deterministic))
     kernel = _kernel(problem, "backward_value_binned.cu", "msda_backward_value_binned", template)
     grid = _grid(problem, -(-problem.num_queries // BINNED_QUERIES))
-    arguments = _with_table(("grad_output", "locations", "weights", target), case.table)
+    arguments = _with_table(("grad_output", *_points(problem), target), case.table)
     return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params_with_grids(case))
 
 
@@ -383,7 +392,7 @@ def _tiled(case: _Case) -> Launch:
     problem = case.problem
     template = (*_shape_arguments(problem), _TILE_ELEMENTS // problem.head_dim)
     kernel = _kernel(problem, "backward_value_tiled.cu", "msda_backward_value_tiled", template)
-    arguments = _with_table(("grad_output", "locations", "weights", "grad_value"), case.table)
+    arguments = _with_table(("grad_output", *_points(problem), "grad_value"), case.table)
     grid = (_num_tiles(problem), 1, 1)
     return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params(problem, case.table))
 
@@ -391,10 +400,11 @@ def _tiled(case: _Case) -> Launch:
 def _fixed_point_scale(case: _Case) -> Launch:
     """Find the fixed-point unit of each (image, head)."""
     problem = case.problem
-    kernel = Kernel("fixed_point.cu", f"msda_fixed_point_scale<{_types(problem)}>")
+    template = (_sampling(problem),)
+    kernel = _kernel(problem, "fixed_point.cu", "msda_fixed_point_scale", template)
     grid = _filling_grid(case, problem.num_queries)
-    arguments = _with_table(("grad_output", "locations", "weights", "accumulator"), case.table)
-    params = _params(problem, case.table, MAX_HOST_LEVELS)
+    arguments = _with_table(("grad_output", *_points(problem), "accumulator"), case.table)
+    params = _generic_params(case)
     return Launch(kernel, grid, (BLOCK, 1, 1), arguments, params)
 
 
@@ -509,10 +519,10 @@ def _generic(
 ) -> Launch:
     """One warp for each row, with everything about the shape at run time."""
     problem = case.problem
-    kernel = _kernel(problem, "generic.cu", name, template)
+    kernel = _kernel(problem, "generic.cu", name, (_sampling(problem), *template))
     grid = _grid(problem, -(-problem.num_queries // (BLOCK // WARP)))
-    params = _params(problem, case.table, MAX_HOST_LEVELS)
-    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
+    arguments = _with_table(arguments, case.table)
+    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _generic_params(case))
 
 
 def _rows(
@@ -541,6 +551,11 @@ def _persistent(
     return Launch(kernel, grid, (PERSISTENT_BLOCK, 1, 1), arguments, _params_with_grids(case))
 
 
+def _points(problem: Problem) -> tuple[str | None, ...]:
+    """The arrays that a kernel reads points from: a null pointer for a mask that there is not."""
+    return "locations", "weights", "mask" if problem.has_mask else None
+
+
 def _with_table(arguments: tuple[str | None, ...], table: LevelTable) -> tuple[str | None, ...]:
     """The arguments, then the level table: null pointers for what the host knows of it."""
     sizes = "sizes" if table.sizes is None else None
@@ -553,9 +568,15 @@ def _kernel(problem: Problem, file: str, name: str, template: tuple[object, ...]
     return Kernel(file, f"{name}<{', '.join([_types(problem), *map(str, template)])}>")
 
 
-def _shape_arguments(problem: Problem) -> tuple[int, ...]:
-    """The shape among the template arguments: M, D, L, P."""
-    return problem.num_heads, problem.head_dim, problem.num_levels, problem.num_points
+def _shape_arguments(problem: Problem) -> tuple[object, ...]:
+    """The shape among the template arguments: M, D and how points are sampled."""
+    return problem.num_heads, problem.head_dim, _sampling(problem, problem.level_points)
+
+
+def _sampling(problem: Problem, points: tuple[int, ...] = ()) -> str:
+    """How points are sampled, as point.cuh declares it, with the points of each level if the kernel must know."""
+    flags = map(_cpp_bool, (problem.interpolation == "nearest", problem.has_mask))
+    return f"Sampling<{', '.join([*flags, *map(str, points)])}>"
 
 
 def _types(problem: Problem) -> str:
@@ -584,7 +605,8 @@ def _filling_grid(case: _Case, rows: int) -> tuple[int, int, int]:
     return _grid(problem, min(blocks, -(-rows // (BLOCK // WARP))))
 
 
-_SCALARS = [(name, "i4") for name in Problem._fields[:7]]
+_SIZES = (*Problem._fields[:6], "row_points")
+_SCALARS = [(name, "i4") for name in _SIZES]
 
 
 def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.ndarray:
@@ -594,7 +616,7 @@ def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.
     """
     room = problem.num_levels if room is None else room
     params = np.zeros((), [*_SCALARS, ("levels", "i4", (room, 3))])
-    for name, _ in _SCALARS:
+    for name in _SIZES:
         params[name] = getattr(problem, name)
     levels = params["levels"]
     levels[:, 2] = DERIVED_START
@@ -607,12 +629,29 @@ def _params(problem: Problem, table: LevelTable, room: int | None = None) -> np.
 
 def _params_with_grids(case: _Case) -> np.ndarray:
     """The same and, as tile_scheduler.cuh declares it, the grids of the queries: if there are none, the levels."""
-    plain = _params(case.problem, case.table)
     grids = [("num_grids", "i4"), ("grids", "i4", (MAX_GRIDS, 2))]
-    params = np.zeros((), [*_SCALARS, ("levels", "i4", plain["levels"].shape), *grids])
-    for name in (*Problem._fields[:7], "levels"):
-        params[name] = plain[name]
+    params = _extended(_params(case.problem, case.table), grids)
     if case.grids:
         params["num_grids"] = len(case.grids)
         params["grids"][: len(case.grids)] = case.grids
     return params
+
+
+def _generic_params(case: _Case) -> np.ndarray:
+    """The same for any level table and, as levels.cuh declares it, the points of the levels."""
+    problem, points = case.problem, case.problem.num_points
+    further = [("level_points", "i4"), ("ends", "i4", MAX_UNEVEN_LEVELS)]
+    params = _extended(_params(problem, case.table, MAX_HOST_LEVELS), further)
+    if isinstance(points, int):
+        params["level_points"] = points
+    else:
+        params["ends"][: len(points)] = list(accumulate(points))
+    return params
+
+
+def _extended(params: np.ndarray, further: list[tuple[Any, ...]]) -> np.ndarray:
+    """The same with further fields, which are zero."""
+    longer = np.zeros((), [*_SCALARS, ("levels", "i4", params["levels"].shape), *further])
+    for name in (*_SIZES, "levels"):
+        longer[name] = params[name]
+    return longer

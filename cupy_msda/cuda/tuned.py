@@ -150,7 +150,10 @@ def _parse(text: str) -> tuple[str | None, Table]:
 
 def _entry(fields: dict[str, Any]) -> Entry:
     """An entry of a table; an error if it is none."""
-    entry = Entry(**fields | {"problem": Problem(**fields["problem"])})
-    if not all(type(size) is int and size > 0 for size in entry.problem[:7]):
-        raise ValueError(f"the sizes of a problem must be positive integers, got {entry.problem}")
-    return entry
+    problem = Problem(**fields["problem"])
+    if isinstance(problem.num_points, list):
+        problem = problem._replace(num_points=tuple(problem.num_points))
+    sizes = *problem[:6], problem.row_points, *problem.level_points
+    if not all(type(size) is int and size >= 0 for size in sizes) or problem.is_empty:
+        raise ValueError(f"the sizes of a problem must be positive integers, got {problem}")
+    return Entry(**fields | {"problem": problem})

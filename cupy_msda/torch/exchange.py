@@ -25,9 +25,9 @@ _read = dlpack.reader(Tensor, to_dlpack)
 _read_stream = dlpack.stream_reader(Tensor)
 
 # Slots of a thread's arguments.
-_GRAD_OUTPUT, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS = (
+_GRAD_OUTPUT, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS, _MASK = (
     launch.SLOT[name]
-    for name in ("grad_output", "value", "locations", "weights", "sizes", "starts")
+    for name in ("grad_output", "value", "locations", "weights", "sizes", "starts", "mask")
 )
 # The places of the inputs' data pointers and byte offsets among a thread's words.
 _VALUE_DATA, _LOCATIONS_DATA, _WEIGHTS_DATA = (
@@ -35,6 +35,9 @@ _VALUE_DATA, _LOCATIONS_DATA, _WEIGHTS_DATA = (
 )
 _VALUE_OFFSET, _LOCATIONS_OFFSET, _WEIGHTS_OFFSET = (
     dlpack.WORDS * slot + dlpack.BYTE_OFFSET for slot in (_VALUE, _LOCATIONS, _WEIGHTS)
+)
+_MASK_DATA, _MASK_OFFSET = (
+    dlpack.WORDS * _MASK + word for word in (dlpack.DATA, dlpack.BYTE_OFFSET)
 )
 _STARTS_WORDS = slice(dlpack.WORDS * _STARTS, dlpack.WORDS * (_STARTS + 1))
 _NO_WORDS: list[Any] = [0] * dlpack.WORDS
@@ -135,10 +138,12 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
             _read(operands.sampling_locations, addresses[_LOCATIONS]),
             _read(operands.attention_weights, addresses[_WEIGHTS]),
         )
+        if call.problem.has_mask:
+            kept += (_read(operands.value_mask, addresses[_MASK]),)
     except RuntimeError as error:
         raise NoMemoryError(
-            "value, sampling_locations and attention_weights must be tensors in memory that DLPack can export, "
-            f"got {error}"
+            "value, sampling_locations, attention_weights and value_mask must be tensors in memory that DLPack can "
+            f"export, got {error}"
         ) from error
     if call.table_on_host:
         return kept
@@ -154,7 +159,8 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
 
 def _seen(arguments: launch.Arguments, call: Call) -> bytes:
     """The DLTensors that `_read_inputs` has filled in."""
-    return (arguments.inputs if call.table_on_host else arguments.inputs_and_table).tobytes()
+    seen = (arguments.inputs if call.table_on_host else arguments.inputs_and_table).tobytes()
+    return seen + arguments.mask.tobytes() if call.problem.has_mask else seen
 
 
 def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -> Any:
@@ -177,6 +183,11 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
             _pass(arguments, _LOCATIONS, locations),
             _pass(arguments, _WEIGHTS, weights),
         )
+    if call.problem.has_mask:
+        # Of bytes: unlike the others, it may begin anywhere.
+        mask = operands.value_mask
+        if not words[_MASK_DATA] or words[_MASK_OFFSET] or not mask.is_contiguous():
+            kept += (_pass(arguments, _MASK, mask),)
     if not call.table_on_host:
         for slot, table in (
             (_SIZES, operands.spatial_shapes),

@@ -13,6 +13,7 @@ from cupy_msda import reference
 from cupy_msda.budget import assert_within_budget
 from cupy_msda.problem import LevelTable
 from tests.emulator.emulator import EmulatorError
+from tests.emulator.launches import PLAIN, Rules
 from tests.problems import Inputs, ragged, random_inputs
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -102,21 +103,26 @@ def copied(inputs: Inputs) -> Inputs:
     return Inputs(inputs.sizes, *(tensor.clone() for tensor in inputs[1:]))
 
 
-def check_forward(inputs: Inputs, output: torch.Tensor) -> None:
+def check_forward(inputs: Inputs, output: torch.Tensor, rules: Rules = PLAIN) -> None:
     """The output must stay within the error budget."""
     same, exact = (
-        reference.forward(case.value, case.levels, case.locations, case.weights)
+        reference.forward(case.value, case.levels, case.locations, case.weights, **rules)
         for case in (inputs, inputs.to(torch.float64))
     )
     assert_within_budget(output, same, exact)
 
 
 def check_backward(
-    inputs: Inputs, gradients: Sequence[torch.Tensor | None], needs: Sequence[bool] = (True,) * 3
+    inputs: Inputs,
+    gradients: Sequence[torch.Tensor | None],
+    needs: Sequence[bool] = (True,) * 3,
+    rules: Rules = PLAIN,
 ) -> None:
     """Each gradient that is needed must stay within the error budget, and the others be absent."""
     same, exact = (
-        reference.backward(case.grad_output, case.value, case.levels, case.locations, case.weights)
+        reference.backward(
+            case.grad_output, case.value, case.levels, case.locations, case.weights, **rules
+        )
         for case in (inputs, inputs.to(torch.float64))
     )
     for needed, *three in zip(needs, gradients, same, exact, strict=True):
@@ -126,9 +132,9 @@ def check_backward(
             assert three[0] is None
 
 
-def check_value(inputs: Inputs, grad_value: torch.Tensor) -> None:
+def check_value(inputs: Inputs, grad_value: torch.Tensor, rules: Rules = PLAIN) -> None:
     """The gradient of value must stay within the error budget."""
-    check_backward(inputs, (grad_value, None, None), (True, False, False))
+    check_backward(inputs, (grad_value, None, None), (True, False, False), rules)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

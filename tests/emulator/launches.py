@@ -20,14 +20,17 @@ from tests.problems import Inputs
 
 Arrays = Mapping[str, torch.Tensor | None]
 NO_TABLES = (None, None)
+# How points are sampled: num_points, interpolation and value_mask, as the operator takes them by keyword.
+Rules = Mapping[str, Any]
+PLAIN: Rules = {}
 # Files that go before and after the kernel that a test is about.
 _AROUND = ("fixed_point.cu", "round.cu")
 
 
-def checked(inputs: Inputs) -> tuple[Problem, LevelTable]:
+def checked(inputs: Inputs, rules: Rules = PLAIN) -> tuple[Problem, LevelTable]:
     """The problem and its level table, through the contract."""
     starts = inputs.starts().tolist()
-    return check(inputs.value, inputs.sizes, starts, inputs.locations, inputs.weights)
+    return check(inputs.value, inputs.sizes, starts, inputs.locations, inputs.weights, **rules)
 
 
 def device(multiprocessors: int) -> Device:
@@ -83,13 +86,14 @@ def forward(
     grids: Grids = (),
     tables: Sequence[torch.Tensor | None] = NO_TABLES,
     choice: Choice | None = None,
+    rules: Rules = PLAIN,
     **options: Any,
 ) -> torch.Tensor:
     """The output of the emulated forward."""
-    problem, known = checked(inputs)
+    problem, known = checked(inputs, rules)
     plan = plans.plan_forward(problem, table or known, device(multiprocessors), grids, choice)
     output = poisoned(inputs.value, problem.output_shape)
-    run(plan, _arrays(inputs, tables) | {"output": output}, **options)
+    run(plan, _arrays(inputs, tables, rules) | {"output": output}, **options)
     return output
 
 
@@ -103,10 +107,11 @@ def backward(
     deterministic: bool = False,
     max_points_tiled: int = 0,
     choice: Choice | None = None,
+    rules: Rules = PLAIN,
     **options: Any,
 ) -> tuple[torch.Tensor | None, ...]:
     """The three gradients of the emulated backward, None where not needed."""
-    problem, known = checked(inputs)
+    problem, known = checked(inputs, rules)
     with patch.object(plans, "MAX_POINTS_TILED", max_points_tiled):
         plan = plans.plan_backward.__wrapped__(
             problem,
@@ -124,7 +129,7 @@ def backward(
         for tensor, need in zip(inputs.tensors, wanted, strict=True)
     )
     names = ("grad_value", "grad_locations", "grad_weights")
-    run(plan, _arrays(inputs, tables) | dict(zip(names, gradients, strict=True)), **options)
+    run(plan, _arrays(inputs, tables, rules) | dict(zip(names, gradients, strict=True)), **options)
     return gradients
 
 
@@ -155,7 +160,7 @@ def backward_binned(inputs: Inputs, grids: Grids = None, **options: Any) -> torc
     return grad_value
 
 
-def _arrays(inputs: Inputs, tables: Sequence[torch.Tensor | None]) -> dict[str, Any]:
+def _arrays(inputs: Inputs, tables: Sequence[torch.Tensor | None], rules: Rules) -> dict[str, Any]:
     """What both directions read, by the names of the plans."""
     return {
         "grad_output": inputs.grad_output,
@@ -164,4 +169,5 @@ def _arrays(inputs: Inputs, tables: Sequence[torch.Tensor | None]) -> dict[str, 
         "weights": inputs.weights,
         "sizes": tables[0],
         "starts": tables[1],
+        "mask": rules.get("value_mask"),
     }

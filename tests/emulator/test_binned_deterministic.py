@@ -43,10 +43,10 @@ def test_any_order_of_blocks_and_lanes(case: str) -> None:
 @pytest.mark.parametrize("case", ["f32", "several-images"])
 def test_without_the_numbering_bits_depend_on_the_order(case: str) -> None:
     """Otherwise the test above would show nothing, neither of the list nor of the additions to memory."""
-    stable = "sort_points<P, FIXED>"
+    stable = "sort_points<FIXED>"
     source = assemble("backward_value_binned.cu")
     assert source.count(stable) == 1
-    unstable = source.replace(stable, "sort_points<P, false>")
+    unstable = source.replace(stable, "sort_points<false>")
     for run, options in ((binned, {"source": unstable}), (backward_binned, {})):
         results = [run(ENCODERS[case], seed=seed, **options) for seed in (0, *SEEDS)]
         assert not all(torch.equal(other, results[0]) for other in results[1:])
