@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from cupy_msda.bench.cases import Inputs
 from cupy_msda.bench.correctness import by_reference
 from cupy_msda.budget import assert_within_budget
-from cupy_msda.problem import Level
 from tests import exact
 
 # dtypes of value and of locations and weights.
@@ -65,12 +63,6 @@ def random_inputs(
         weights.to(device, of_weights),
         grad_output.to(device, of_value),
     )
-
-
-def levels_of(sizes: Sequence[tuple[int, int]]) -> list[Level]:
-    """Levels of these sizes, one after another."""
-    starts = accumulate((h * w for h, w in sizes), initial=0)
-    return [Level(h, w, start) for (h, w), start in zip(sizes, starts, strict=False)]
 
 
 def ragged(inputs: Inputs, points: Sequence[int]) -> Inputs:

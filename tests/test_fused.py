@@ -21,8 +21,9 @@ from cupy_msda import (  # noqa: E402
     ms_deform_attn_fused_backward,
     reference,
 )
+from cupy_msda.bench.cases import consecutive  # noqa: E402
 from cupy_msda.budget import assert_within_budget  # noqa: E402
-from tests.problems import DTYPES, levels_of  # noqa: E402
+from tests.problems import DTYPES  # noqa: E402
 
 pytestmark = [
     # torch 2.13's own: it deprecates torch.jit, and Dynamo makes what it says is not to be made.
@@ -124,7 +125,7 @@ def by_formula(given: Call) -> tuple[torch.Tensor, ...]:
             parts.append(at[..., :2] + part / max(numbers[level], 1) * at[..., 2:] * 0.5)
     locations = torch.cat(parts, 3)
     output = reference.forward(
-        value, levels_of(SIZES), locations, weights, num_points=numbers, **keywords
+        value, consecutive(SIZES), locations, weights, num_points=numbers, **keywords
     )
     gradients = torch.autograd.grad(
         output, given.tensors, given.grad_output, materialize_grads=True
