@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from cupy_msda.cuda.compile import OPTIONS, Kernel, assemble
-from cupy_msda.cuda.plans import Device, Launch, Plan, plan_backward, plan_forward
+from cupy_msda.cuda.plans import Choice, Device, Launch, Plan, plan_backward, plan_forward
 from cupy_msda.problem import Grids, LevelTable, Problem
 
 nvrtc = pytest.importorskip(
@@ -105,10 +105,16 @@ def planned(plan: Plan) -> list[Kernel]:
     return [step.kernel for step in plan.launches if isinstance(step, Launch)]
 
 
-def forward(shape: str, dtypes: str, multiprocessors: int = 1, grids: Grids = ()) -> Kernel:
+def forward(
+    shape: str,
+    dtypes: str,
+    multiprocessors: int = 1,
+    grids: Grids = (),
+    choice: Choice | None = None,
+) -> Kernel:
     """The forward of a shape."""
     case = of_shape(shape, dtypes)
-    (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids))
+    (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids, choice))
     return kernel
 
 
@@ -138,6 +144,7 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
     points = {"needs_value": False}
     return {
         "forward": forward(*case),
+        "forward-query-tiles": forward(*case, grids=LEVELS, choice=Choice("query tiles", "test")),
         "forward-persistent": forward(*case, grids=LEVELS),
         "forward-split-k": forward(*case, MANY),
         "backward": backward(*case)[0],
