@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cupy_msda.api import (
+        MSDeformAttnFusedGradients,
         MSDeformAttnGradients,
         ms_deform_attn,
         ms_deform_attn_backward,
+        ms_deform_attn_fused,
+        ms_deform_attn_fused_backward,
         warmup,
     )
     from cupy_msda.cuda.compile import KernelCompileError
@@ -31,11 +34,14 @@ _HOMES = {
     "KernelCompileError": "cupy_msda.cuda.compile",
     "MSDeformAttn": "cupy_msda.modules",
     "MSDeformAttnFunction": "cupy_msda.torch",
+    "MSDeformAttnFusedGradients": "cupy_msda.api",
     "MSDeformAttnGradients": "cupy_msda.api",
     "decompositions": "cupy_msda.torch.export",
     "ms_deform_attn": "cupy_msda.api",
     "ms_deform_attn_backward": "cupy_msda.api",
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",
+    "ms_deform_attn_fused": "cupy_msda.api",
+    "ms_deform_attn_fused_backward": "cupy_msda.api",
     "warmup": "cupy_msda.api",
 }
 
@@ -43,11 +49,14 @@ __all__ = [
     "KernelCompileError",
     "MSDeformAttn",
     "MSDeformAttnFunction",
+    "MSDeformAttnFusedGradients",
     "MSDeformAttnGradients",
     "decompositions",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_core_pytorch",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_backward",
     "warmup",
 ]
 

@@ -9,19 +9,21 @@ from reprlib import repr as short_repr
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 import cupy_msda
 from cupy_msda.arrays import library, on_host
 from cupy_msda.contract import (
     check,
     check_described,
+    check_fused,
     check_grad_output,
     check_query_order,
     refuse_scripting,
 )
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
+from cupy_msda.fused import FusedPoints, gradients, locations_and_weights
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -193,6 +195,156 @@ def ms_deform_attn_backward(
         given = problem, table, grids, grad_output, *arrays
         gradients = launch.backward_arrays(*given, mask=value_mask)
     return MSDeformAttnGradients(*map(_like, arrays, gradients))
+
+
+class MSDeformAttnFusedGradients(NamedTuple):
+    """Gradients of the four differentiable inputs of a fused call, each with the shape and dtype of its input."""
+
+    value: Any
+    reference_points: Any
+    sampling_offsets: Any
+    attention_logits: Any
+
+
+@refuse_scripting
+def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to sample
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Any,
+    sampling_offsets: Any,
+    attention_logits: Any,
+    *,
+    num_points: Any = None,
+    offset_scale: float = 0.5,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
+    query_order: Any = "auto",
+) -> Any:
+    """`ms_deform_attn` from what an attention module holds: reference points, offsets and logits.
+
+    The sampling locations are, for reference points (x, y), ``(x, y) + offset / (W, H)``, and for boxes
+    (x, y, w, h), ``(x, y) + offset / P * (w, h) * offset_scale`` with the P points of the level. The attention
+    weights are the softmax of the logits over all points of a query and head. Both are computed in float32
+    (float64 for float64), whatever the dtypes.
+
+    Parameters
+    ----------
+    value, spatial_shapes, level_start_index, num_points, interpolation, value_mask, query_order
+        As `ms_deform_attn` takes them.
+    reference_points : array, shape (N or 1, Lq, L or 1, 2 or 4), float32 or the dtype of `value`
+        Fractions of the level, (0, 0) top-left and (1, 1) bottom-right. One image or level stands for all.
+    sampling_offsets : array, shape (N, Lq, M, L, P, 2), float32 or the dtype of `value`
+        With points (x, y) in pixels of the level. With `num_points`: (N, Lq, M, K, 2).
+    attention_logits : array, shape (N, Lq, M, L, P), float32 or the dtype of `value`
+        Of any finite size; -inf gives a weight of zero. With `num_points`: (N, Lq, M, K).
+    offset_scale : float
+        For boxes alone; 0.5: an offset of P moves a point by half the box.
+
+    Returns
+    -------
+    array of the same library, shape (N, Lq, M*D), dtype of `value`
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ImportError
+        As `ms_deform_attn`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159; Peng et al., "D-FINE", arXiv:2410.13842.
+    """
+    inputs = (
+        *(value, spatial_shapes, level_start_index),
+        *(reference_points, sampling_offsets, attention_logits),
+    )
+    rules = {"num_points": num_points, "interpolation": interpolation, "value_mask": value_mask}
+    if library(value) == "torch":
+        return cupy_msda.torch.ms_deform_attn_fused(
+            *inputs, **rules, offset_scale=offset_scale, query_order=query_order
+        )
+    points = _points(inputs, rules, offset_scale, query_order)
+    plain = (value, spatial_shapes, level_start_index, *locations_and_weights(points))
+    return ms_deform_attn(*plain, **rules, query_order=query_order)
+
+
+@refuse_scripting
+def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
+    grad_output: Any,
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Any,
+    sampling_offsets: Any,
+    attention_logits: Any,
+    *,
+    num_points: Any = None,
+    offset_scale: float = 0.5,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
+    query_order: Any = "auto",
+) -> MSDeformAttnFusedGradients:
+    """Gradients of `ms_deform_attn_fused` by value, reference points, offsets and logits.
+
+    Parameters
+    ----------
+    grad_output : array, shape (N, Lq, M*D), dtype of `value`
+        Gradient of a scalar with respect to the output.
+    value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+        As `ms_deform_attn_fused` takes them.
+    num_points, offset_scale, interpolation, value_mask, query_order
+        Likewise.
+
+    Returns
+    -------
+    MSDeformAttnFusedGradients
+        Four arrays of the same library, each with the shape and dtype of the input it belongs to.
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ImportError
+        As `ms_deform_attn`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    inputs = (
+        *(value, spatial_shapes, level_start_index),
+        *(reference_points, sampling_offsets, attention_logits),
+    )
+    rules = {"num_points": num_points, "interpolation": interpolation, "value_mask": value_mask}
+    if library(value) == "torch":
+        keywords = {"offset_scale": offset_scale, "query_order": query_order, **rules}
+        found = cupy_msda.torch.ms_deform_attn_fused_backward(grad_output, *inputs, **keywords)
+        return MSDeformAttnFusedGradients(*found)
+    points = _points(inputs, rules, offset_scale, query_order)
+    locations, weights = locations_and_weights(points)
+    plain = (value, spatial_shapes, level_start_index, locations, weights)
+    by_value, *by_points = ms_deform_attn_backward(
+        grad_output, *plain, **rules, query_order=query_order
+    )
+    given = (reference_points, sampling_offsets, attention_logits)
+    found = gradients(points, weights, *by_points)
+    return MSDeformAttnFusedGradients(by_value, *map(_like, given, found))
+
+
+def _points(
+    inputs: tuple[Any, ...], rules: dict[str, Any], offset_scale: Any, query_order: Any
+) -> FusedPoints:
+    """The points of a fused call in the dtype to compute in, after the check."""
+    problem, levels = check_fused(*inputs, **rules, offset_scale=offset_scale)
+    check_query_order(query_order, problem.num_queries, "sampling_offsets")
+    xp = array_namespace(inputs[0])
+    wide = xp.float64 if problem.value_dtype == "float64" else xp.float32
+    references, offsets, logits = (xp.astype(array, wide) for array in inputs[3:])
+    if levels.sizes is None:
+        heights_first = xp.astype(levels.device_sizes, wide)
+    else:
+        numbers = [number for size in levels.sizes for number in size]
+        heights_first = xp.asarray(numbers, dtype=wide, device=device(offsets))
+    sizes = xp.flip(xp.reshape(heights_first, (problem.num_levels, 2)), axis=1)
+    return FusedPoints(references, offsets, logits, sizes, rules["num_points"], offset_scale)
 
 
 def warmup(

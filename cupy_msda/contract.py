@@ -19,7 +19,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from cupy_msda.arrays import Described, device_of, dtype_name, library, place
-from cupy_msda.problem import INT32_MAX, MAX_GRIDS, MAX_HOST_LEVELS, Grids, LevelTable, Problem
+from cupy_msda.problem import (
+    INT32_MAX,
+    MAX_GRIDS,
+    MAX_HOST_LEVELS,
+    Grids,
+    LevelTable,
+    Problem,
+    References,
+)
 
 INTERPOLATIONS = ("bilinear", "nearest")
 VALUE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -56,29 +64,89 @@ def check(
 
     `traced` leaves the contents of level arrays and symbolic sizes unchecked.
     """
-    check_interpolation(interpolation)
-    points = check_num_points(num_points)
+    points = _Points(
+        {"sampling_locations": sampling_locations, "attention_weights": attention_weights},
+        check_num_points(num_points),
+    )
+    table = spatial_shapes, level_start_index
+    return _check_call(value, *table, points, interpolation, value_mask, traced)
+
+
+def check_fused(  # noqa: PLR0913 - the arguments of the operator
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Any,
+    sampling_offsets: Any,
+    attention_logits: Any,
+    *,
+    num_points: Any = None,
+    offset_scale: Any = 0.5,
+    interpolation: Any = "bilinear",
+    value_mask: Any = None,
+    traced: bool = False,
+) -> tuple[Problem, LevelTable]:
+    """Check the inputs of a fused call, as `check` does."""
+    points = _Points(
+        {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits},
+        check_num_points(num_points),
+    )
+    if (
+        isinstance(offset_scale, bool)
+        or not isinstance(offset_scale, Real)
+        or not isfinite(offset_scale)
+    ):
+        raise TypeError(f"offset_scale must be a finite number, got {short_repr(offset_scale)}")
     _check_value(value)
-    _check_points("sampling_locations", sampling_locations, value)
-    _check_points("attention_weights", attention_weights, value)
-    sizes = _check_shapes(value, sampling_locations, attention_weights, points, traced)
+    _check_points("reference_points", reference_points, value)
+    table = spatial_shapes, level_start_index
+    problem, levels = _check_call(value, *table, points, interpolation, value_mask, traced)
+    n, lq, num_levels = problem.batch, problem.num_queries, problem.num_levels
+    shape = _check_reference_shape(
+        reference_points, n, lq, num_levels, "sampling_offsets", sampling_offsets
+    )
+    references = References(shape[0], shape[2], shape[3], dtype_name(reference_points))
+    return problem._replace(references=references), levels
+
+
+class _Points(NamedTuple):
+    """The two arrays of points by name, the first with coordinates, and the points of each level if they are given."""
+
+    arrays: dict[str, Any]
+    of_levels: tuple[int, ...] | None
+
+
+def _check_call(
+    value: Any,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    points: _Points,
+    interpolation: Any,
+    value_mask: Any,
+    traced: bool,
+) -> tuple[Problem, LevelTable]:
+    """What all calls have in common."""
+    check_interpolation(interpolation)
+    _check_value(value)
+    for name, array in points.arrays.items():
+        _check_points(name, array, value)
+    sizes = _check_shapes(value, points, traced)
     _check_mask("value_mask", value_mask, value)
-    levels = _NumLevels(sizes[5], sampling_locations if points is None else None)
+    name, array = next(iter(points.arrays.items()))
+    levels = _NumLevels(sizes[5], name, array) if points.of_levels is None else None
+    levels = levels or _NumLevels(sizes[5], "num_points", None)
     table = _level_table(spatial_shapes, level_start_index, value, levels, traced)
-    dtypes = dtype_name(value), dtype_name(sampling_locations), dtype_name(attention_weights)
+    of_locations, of_weights = map(dtype_name, points.arrays.values())
+    dtypes = dtype_name(value), of_locations, of_weights
     return Problem(*sizes, *dtypes, interpolation, value_mask is not None), table
 
 
 class _NumLevels(NamedTuple):
-    """L, and the locations whose shape has it; None: the length of `num_points` is L."""
+    """L, the argument that it comes from, and the array whose shape has it, if it is one."""
 
     number: int
-    locations: Any
-
-    @property
-    def origin(self) -> str:
-        """The argument that it comes from."""
-        return "num_points" if self.locations is None else "sampling_locations"
+    origin: str
+    array: Any
 
 
 def check_interpolation(interpolation: Any) -> None:
@@ -194,8 +262,10 @@ def check_grad_output(problem: Problem, grad_output: Any, value: Any) -> None:
     _check_shape("grad_output", grad_output, "(N, Lq, M*D)", problem.output_shape)
 
 
-def check_query_order(query_order: Any, num_queries: int) -> Grids:
-    """Check `query_order` of a call with `num_queries` queries; "auto" becomes None, None becomes ()."""
+def check_query_order(
+    query_order: Any, num_queries: int, origin: str = "sampling_locations"
+) -> Grids:
+    """Check `query_order` of a call; "auto" becomes None, None becomes (). `origin`: the argument that has Lq."""
     if query_order is None:
         return ()
     if isinstance(query_order, str) and query_order == "auto":
@@ -220,7 +290,7 @@ def check_query_order(query_order: Any, num_queries: int) -> Grids:
     if total != num_queries:
         raise ValueError(
             f"query_order must have grids that hold the Lq = {num_queries} queries of "
-            f"sampling_locations, got {total} in {short_repr(query_order)}"
+            f"{origin}, got {total} in {short_repr(query_order)}"
         )
     return grids
 
@@ -299,12 +369,19 @@ def check_module(
 
 def _check_reference_points(reference_points: Any, query: Any, num_levels: int) -> None:
     """Check them beside a query that is right."""
-    n, lq, _ = query.shape
     _check_tensor("reference_points", reference_points, query)
     if not dtype_name(reference_points).startswith(("float", "bfloat")):
         raise TypeError(
             f"reference_points must have a floating dtype, got {dtype_name(reference_points)}"
         )
+    n, lq, _ = query.shape
+    _check_reference_shape(reference_points, n, lq, num_levels, "query", query)
+
+
+def _check_reference_shape(
+    reference_points: Any, n: int, lq: int, num_levels: int, name: str, beside: Any
+) -> tuple[int, ...]:
+    """The shape of reference points, if it fits the array `beside` them, an argument called `name`."""
     shape = tuple(reference_points.shape)
     if not (
         len(shape) == 4
@@ -315,9 +392,10 @@ def _check_reference_points(reference_points: Any, query: Any, num_levels: int) 
     ):
         raise ValueError(
             "reference_points must have shape (N or 1, Lq, L or 1, 2 or 4) = "
-            f"({n} or 1, {lq}, {num_levels} or 1, 2 or 4) since query has shape {tuple(query.shape)}, "
+            f"({n} or 1, {lq}, {num_levels} or 1, 2 or 4) since {name} has shape {tuple(beside.shape)}, "
             f"got {shape}"
         )
+    return shape
 
 
 def check_projected(name: str, given: Any, weight: Any) -> None:
@@ -357,38 +435,31 @@ def _check_points(name: str, array: Any, value: Any) -> None:
 
 
 def _check_shapes(
-    value: Any,
-    sampling_locations: Any,
-    attention_weights: Any,
-    points: tuple[int, ...] | None,
-    traced: bool,
+    value: Any, points: _Points, traced: bool
 ) -> tuple[int, int, int, int, int, int, int | tuple[int, ...]]:
-    """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other; `points`: of each level, or None."""
+    """The sizes (N, S, M, D, Lq, L, P), if the three shapes fit each other."""
     n, s, m, d = _check_shape("value", value, "(N, S, M, D)", (None,) * 4)
-    flat = points is not None
-    letters, per_row = ("K", (sum(points),)) if points is not None else ("L, P", (None, None))
+    (first, locations), (second, weights) = points.arrays.items()
+    of_levels, letters, reason = points.of_levels, "L, P", ""
+    per_row: tuple[int | None, ...] = (None, None)
+    if of_levels is not None:
+        letters, per_row = "K", (sum(of_levels),)
+        reason = f"K, the sum of num_points, is {per_row[0]} and "
+    expected = (n, None, m, *per_row, 2)
+    since = ("value", value)
     _, lq, _, *axes, _ = _check_shape(
-        "sampling_locations",
-        sampling_locations,
-        f"(N, Lq, M, {letters}, 2)",
-        (n, None, m, *per_row, 2),
-        ("value", value),
-        f"K, the sum of num_points, is {per_row[0]} and " if flat else "",
+        first, locations, f"(N, Lq, M, {letters}, 2)", expected, since, reason
     )
     # Skipped when tracing, as in `check_module`: a comparison would specialise a dynamic size.
-    for name, array in (("value", value), ("sampling_locations", sampling_locations)):
+    for name, array in (("value", value), (first, locations)):
         if not traced and max(array.shape) > INT32_MAX:
             raise ValueError(f"{name} must have sizes below 2**31, got shape {tuple(array.shape)}")
-    _check_shape(
-        "attention_weights",
-        attention_weights,
-        f"(N, Lq, M, {letters})",
-        (n, lq, m, *axes),
-        ("sampling_locations", sampling_locations),
-    )
-    if points is None:
+    expected = (n, lq, m, *axes)
+    _check_shape(second, weights, f"(N, Lq, M, {letters})", expected, (first, locations))
+    if of_levels is None:
         return n, s, m, d, lq, axes[0], axes[1]
-    return n, s, m, d, lq, len(points), points[0] if len(set(points)) == 1 else points
+    same = len(set(of_levels)) == 1
+    return n, s, m, d, lq, len(of_levels), of_levels[0] if same else of_levels
 
 
 def _check_array(name: str, array: Any) -> str:
@@ -504,11 +575,11 @@ def _half(
     name: str, given: Any, value: Any, num_levels: _NumLevels, traced: bool
 ) -> tuple[Any, ...] | None:
     """An int or a pair of ints for each level; None if the array that holds them stays unread."""
-    number, locations = num_levels
+    number, origin, array = num_levels
     if _is_array(given):
         _check_integer_array(name, given)
         expected = (number, 2) if _of_pairs(name) else (number,)
-        source = None if locations is None else ("sampling_locations", locations)
+        source = None if array is None else (origin, array)
         _check_shape(name, given, _letters(name), expected, source)
         if traced or _unread(name, given, value):
             return None
@@ -517,7 +588,7 @@ def _half(
         rows = tuple(given) if traced else read_sequence(name, given)
     if len(rows) != number:
         raise ValueError(
-            f"{name} must have one entry for each of the L = {number} levels of {num_levels.origin}, "
+            f"{name} must have one entry for each of the L = {number} levels of {origin}, "
             f"got {len(rows)}"
         )
     return rows

@@ -58,6 +58,15 @@ def _levels(sizes: tuple[tuple[int, int], ...], starts: tuple[int, ...]) -> tupl
 NO_TABLE = LevelTable(None, None)
 
 
+class References(NamedTuple):
+    """The reference points of a fused call: (N or 1, Lq, L or 1, 2 or 4)."""
+
+    batch: int
+    num_levels: int
+    coordinates: int
+    dtype: str
+
+
 class Problem(NamedTuple):
     """Sizes, dtypes and rules of one call (letters as in the README: N, S, M, D, Lq, L, P)."""
 
@@ -73,6 +82,9 @@ class Problem(NamedTuple):
     weight_dtype: str
     interpolation: str = "bilinear"
     has_mask: bool = False
+    references: References | None = (
+        None  # of a fused call, whose locations are offsets and whose weights are logits
+    )
 
     @property
     def is_empty(self) -> bool:

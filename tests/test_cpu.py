@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ pytest.importorskip("numba")
 from cupy_msda import contract
 from cupy_msda.cpu import backend, kernels
 
+inf = np.inf
 Array = np.ndarray[Any, Any]
 Levels = tuple[Level, ...]
 
@@ -30,14 +32,23 @@ def placed(*levels: tuple[int, int, int]) -> Levels:
     return tuple(Level(*level) for level in levels)
 
 
+class Rules(NamedTuple):
+    """The keyword arguments of one problem."""
+
+    num_points: tuple[int, ...] | None = None
+    interpolation: str = "bilinear"
+    value_mask: Array | None = None
+
+
 class Case(NamedTuple):
-    """The arrays of one problem."""
+    """The arguments of one problem."""
 
     value: Array
     levels: Levels
     locations: Array
     weights: Array
     grad_output: Array
+    rules: Rules = Rules()
 
 
 def consecutive(*sizes: tuple[int, int]) -> Levels:
@@ -56,24 +67,33 @@ def make(
     m: int = 2,
     d: int = 32,
     lq: int = 30,
-    p: int = 4,
+    p: int | tuple[int, ...] = 4,
+    interpolation: str = "bilinear",
+    valid: float | None = None,
     dtype: Any = np.float32,
     point_dtype: Any = None,
     spatial_size: int | None = None,
     seed: int = 0,
 ) -> Case:
-    """A random problem, some of whose points lie outside."""
+    """A random problem, some of whose points lie outside; `valid`: the part that a mask leaves of value."""
     rng = np.random.default_rng(seed)
     point_dtype = dtype if point_dtype is None else point_dtype
     s = spatial_size or max((h * w + start for h, w, start in levels), default=0)
-    points = (n, lq, m, len(levels), p)
-    return Case(
+    per_row = (len(levels), p) if isinstance(p, int) else (sum(p),)
+    points = (n, lq, m, *per_row)
+    case = Case(
         rng.standard_normal((n, s, m, d)).astype(dtype),
         levels,
         rng.uniform(-0.15, 1.15, (*points, 2)).astype(point_dtype),
-        rng.uniform(0, 1 / max(1, len(levels) * p), points).astype(point_dtype),
+        rng.uniform(0, 1 / max(1, math.prod(per_row)), points).astype(point_dtype),
         rng.standard_normal((n, lq, m * d)).astype(dtype),
+        Rules(None if isinstance(p, int) else p, interpolation),
     )
+    if valid is None:
+        return case
+    mask = rng.random((n, s)) < valid
+    case.value[~mask] = np.nan
+    return case._replace(rules=case.rules._replace(value_mask=mask))
 
 
 def run(case: Case, **options: Any) -> tuple[Array, ...]:
@@ -81,7 +101,8 @@ def run(case: Case, **options: Any) -> tuple[Array, ...]:
     arrays = case.value, case.locations, case.weights
     sizes = [(level.height, level.width) for level in case.levels]
     starts = [level.start for level in case.levels]
-    call = contract.check(case.value, sizes, starts, *arrays[1:])
+    call = contract.check(case.value, sizes, starts, *arrays[1:], **case.rules._asdict())
+    options["mask"] = case.rules.value_mask
     output = backend.forward(*call, *arrays, **options)
     results = output, *backend.backward(*call, case.grad_output, *arrays, **options)
     sources = case.grad_output, *arrays
@@ -91,8 +112,9 @@ def run(case: Case, **options: Any) -> tuple[Array, ...]:
 def by_reference(case: Case) -> tuple[Array, ...]:
     """The same from the reference."""
     inputs = case.value, case.levels, case.locations, case.weights
-    output = reference.forward(*inputs)
-    return (output, *reference.backward(case.grad_output, *inputs))
+    rules = case.rules._asdict()
+    output = reference.forward(*inputs, **rules)
+    return (output, *reference.backward(case.grad_output, *inputs, **rules))
 
 
 def exactly(case: Case) -> tuple[Array, ...]:
@@ -132,25 +154,191 @@ def test_shapes_of_models(name: str) -> None:
     check(make(**MODELS[name]))
 
 
-def test_another_number_of_points_on_each_level() -> None:
-    """D-FINE's decoder: three, six and three points, filled up with points outside that weigh nothing."""
-    case = make(consecutive((20, 20), (10, 10), (5, 5)), n=3, m=8, p=6)
-    for level in (0, 2):
-        case.locations[:, :, :, level, 3:] = -2
-        case.weights[:, :, :, level, 3:] = 0
-    output, _, by_locations, by_weights = check(case)
-    parts = [
-        reference.forward(
-            case.value,
-            case.levels[level : level + 1],
-            case.locations[:, :, :, level : level + 1, :points],
-            case.weights[:, :, :, level : level + 1, :points],
-        )
-        for level, points in enumerate((3, 6, 3))
-    ]
-    np.testing.assert_allclose(output, sum(parts), atol=1e-6)
-    assert not by_locations[:, :, :, ::2, 3:].any()
-    assert not by_weights[:, :, :, ::2, 3:].any()
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("lq", [5, 200])
+@pytest.mark.parametrize("p", [(3, 6, 3), (0, 5, 2), (4, 0, 1), (2, 3, 0), (0, 0, 3), (4, 4, 4)])
+def test_another_number_of_points_on_each_level(p: tuple[int, ...], lq: int, dtype: Any) -> None:
+    check(make(DETR[:3], n=2, p=p, lq=lq, dtype=dtype))
+
+
+def test_another_number_of_points_on_levels_that_overlap() -> None:
+    check(make(placed((6, 8, 0), (4, 5, 20), (3, 3, 49)), p=(3, 6, 1)))
+
+
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+@pytest.mark.parametrize("levels", [DETR[:3], DETR[:1]], ids=len)
+def test_points_level_after_level_are_the_same_memory(levels: Levels, interpolation: str) -> None:
+    case = make(levels, n=2, interpolation=interpolation)
+    n, lq, m, _, _ = case.weights.shape
+    flat = case._replace(
+        locations=case.locations.reshape(n, lq, m, -1, 2),
+        weights=case.weights.reshape(n, lq, m, -1),
+        rules=case.rules._replace(num_points=(4,) * len(levels)),
+    )
+    for actual, same in zip(run(flat), run(case), strict=True):
+        np.testing.assert_array_equal(actual, same.reshape(actual.shape))
+
+
+def test_points_that_pad_a_level_change_nothing() -> None:
+    """D-FINE's decoder: three, six and three points, filled up with points outside."""
+    padded = make(consecutive((20, 20), (10, 10), (5, 5)), n=3, m=8, p=6)
+    kept = np.arange(6) < np.array([3, 6, 3])[:, None]
+    padded.locations[:, :, :, ~kept] = -2
+    ragged = padded._replace(
+        locations=padded.locations[:, :, :, kept],
+        weights=padded.weights[:, :, :, kept],
+        rules=Rules(num_points=(3, 6, 3)),
+    )
+    output, by_value, by_locations, by_weights = run(padded)
+    expected = output, by_value, by_locations[:, :, :, kept], by_weights[:, :, :, kept]
+    for actual, same in zip(run(ragged), expected, strict=True):
+        np.testing.assert_array_equal(actual, same)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("valid", [None, 0.7])
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+@pytest.mark.parametrize("p", [4, (3, 0, 6)])
+@pytest.mark.parametrize("lq", [4, 60])
+def test_every_combination_of_rules(
+    lq: int, p: int | tuple[int, ...], interpolation: str, valid: float | None, dtype: Any
+) -> None:
+    """Within the budget, and bitwise identical for any number of threads."""
+    case = make(
+        DETR[:3],
+        n=2,
+        m=8,
+        lq=lq,
+        p=p,
+        interpolation=interpolation,
+        valid=valid,
+        dtype=dtype,
+    )
+    check(case)
+    expected = run(case, threads=1)
+    for threads in (2, 3):
+        for actual, same in zip(run(case, threads=threads), expected, strict=True):
+            np.testing.assert_array_equal(actual, same)
+
+
+def discrete(case: Case) -> Array:
+    """The output by the rule of Hugging Face's RT-DETRv2, method "discrete"."""
+    n, lq, m = case.weights.shape[:3]
+    image, _, head = np.ogrid[:n, :lq, :m]
+    output = np.zeros((n, lq, m, case.value.shape[3]), case.value.dtype)
+    for index, (height, width, start) in enumerate(case.levels):
+        for point in range(case.weights.shape[4]):
+            u, v = np.moveaxis(case.locations[:, :, :, index, point], -1, 0)
+            column = (u * width + 0.5).astype(np.int64).clip(0, width - 1)
+            row = (v * height + 0.5).astype(np.int64).clip(0, height - 1)
+            pixels = case.value[image, start + row * width + column, head]
+            output += case.weights[:, :, :, index, point, None] * pixels
+    return output.reshape(n, lq, -1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nearest_is_the_discrete_rule(dtype: Any) -> None:
+    case = make(DETR, n=2, m=3, lq=100, interpolation="nearest", dtype=dtype)
+    exact = Case(*(a if isinstance(a, tuple) else a.astype(np.float64) for a in case))
+    output, _, by_locations, _ = check(case)
+    assert_within_budget(output, discrete(case), discrete(exact))
+    assert not by_locations.any()
+
+
+@pytest.mark.parametrize("size", [(4, 8), (1, 8), (4, 1), (1, 1)])
+def test_nearest_at_the_edges_of_a_pixel_and_of_the_level(size: tuple[int, int]) -> None:
+    # Products and sums with powers of two are exact in float32.
+    height, width = size
+    steps = [-inf, -9, -1.5, -0.5, 0, *np.arange(0.25, 9, 0.25), 20, 1e30, inf]
+    x, y = (grid.ravel() for grid in np.meshgrid(steps, steps))
+    case = make(placed((height, width, 0)), m=1, lq=x.size, p=1, interpolation="nearest")
+    locations = np.stack([x / width, y / height], axis=-1)
+    case = case._replace(locations=locations.reshape(case.locations.shape).astype(np.float32))
+    case.weights[...] = 1
+    column, row = (
+        np.trunc(np.clip(at + 0.5, 0, most - 1)).astype(int)
+        for at, most in ((x, width), (y, height))
+    )
+    output = check(case)[0]
+    np.testing.assert_array_equal(output[0], case.value[0, row * width + column, 0])
+
+
+def test_nearest_of_no_place_contributes_nothing() -> None:
+    case = make(DETR, lq=60, interpolation="nearest")
+    nowhere = np.random.default_rng(1).random(case.weights.shape) < 0.3
+    case.locations[nowhere, 0] = np.nan
+    case.weights[nowhere] = np.inf
+    clean = case._replace(weights=np.where(nowhere, np.float32(0), case.weights))
+    clean.locations[nowhere] = np.nan
+    results = check(case)
+    for actual, expected in zip(results, run(clean), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    assert not results[3][nowhere].any()
+
+
+def test_nearest_on_an_empty_level_contributes_nothing() -> None:
+    case = make(placed((0, 3, 0), (4, 5, 0), (3, 0, 20)), interpolation="nearest")
+    case.weights[:, :, :, ::2] = np.nan
+    results = check(case)
+    assert np.isfinite(results[0]).all()
+    assert not results[3][:, :, :, ::2].any()
+
+
+def test_nearest_in_the_last_column_of_a_level_wider_than_a_float_counts() -> None:
+    # 2**24 + 3, the last column, is 2**24 + 4 in float32: of the next level.
+    width = 2**24 + 4
+    value = np.zeros((1, width + 1, 1, 1), np.float32)
+    value[0, -2:, 0, 0] = 1, 10
+    locations, weights = np.full((1, 1, 1, 2, 1, 2), inf, np.float32), np.ones((1, 1, 1, 2, 1))
+    levels, rules = placed((1, width, 0), (1, 1, width)), Rules(interpolation="nearest")
+    case = Case(value, levels, locations, weights.astype(np.float32), value[:, :1, 0], rules)
+    assert run(case)[0] == 11
+
+
+@pytest.mark.parametrize("lq", [20, 300])
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+def test_a_masked_position_is_a_zero_that_takes_no_gradient(interpolation: str, lq: int) -> None:
+    case = make(DETR, n=2, lq=lq, interpolation=interpolation, valid=0.5)
+    mask = case.rules.value_mask
+    assert mask is not None
+    results = check(case)
+    assert all(np.isfinite(result).all() for result in results)
+    assert not results[1][~mask].any()
+    filled = case._replace(
+        value=np.where(mask[:, :, None, None], case.value, np.float32(0)),
+        rules=Rules(interpolation=interpolation),
+    )
+    same, exact = by_reference(filled), exactly(filled)
+    for by_value in (same[1], exact[1]):
+        by_value[~mask] = 0
+    for expected in zip(results, same, exact, strict=True):
+        assert_within_budget(*expected)
+
+
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+def test_a_point_on_masked_positions_alone_is_outside(interpolation: str) -> None:
+    case = make(consecutive((4, 8)), lq=40, interpolation=interpolation, valid=1)
+    mask = case.rules.value_mask
+    assert mask is not None
+    mask[:, :16] = False  # the upper half
+    case.locations[..., :2, 1] = 0.25
+    case.weights[..., :2] = np.inf
+    case.value[:, :16] = np.inf
+    results = check(case)
+    assert all(np.isfinite(result).all() for result in results)
+    assert not results[2][..., :2, :].any()
+    assert not results[3][..., :2].any()
+
+
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+def test_a_mask_of_nothing_and_of_everything(interpolation: str) -> None:
+    case = make(DETR, lq=200, interpolation=interpolation)
+    whole, none = (np.full(case.value.shape[:2], valid) for valid in (True, False))
+    masked = case._replace(rules=case.rules._replace(value_mask=whole))
+    for actual, same in zip(run(masked), run(case), strict=True):
+        np.testing.assert_array_equal(actual, same)
+    masked = case._replace(rules=case.rules._replace(value_mask=none))
+    assert not any(result.any() for result in run(masked))
 
 
 @pytest.mark.parametrize("d", [1, 30, 64, 71, 128, 256])
@@ -266,12 +454,16 @@ def test_nan_and_infinity_inside_go_where_they_go_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_non_finite_inputs(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+def test_non_finite_inputs(interpolation: str, masked: bool, dtype: torch.dtype) -> None:
     inputs = non_finite_inputs(dtypes=(dtype, dtype))
     arrays = (tensor.numpy() for tensor in inputs[1:])
     value, locations, weights, grad_output = arrays
+    mask = np.random.default_rng(3).random(value.shape[:2]) < 0.6 if masked else None
+    rules = Rules(interpolation=interpolation, value_mask=mask)
     with np.errstate(invalid="ignore"):
-        check(Case(value, tuple(inputs.levels), locations, weights, grad_output))
+        check(Case(value, tuple(inputs.levels), locations, weights, grad_output, rules))
 
 
 EMPTY: dict[str, dict[str, Any]] = {
@@ -331,6 +523,55 @@ def test_one_compilation_whatever_the_layout_of_the_inputs() -> None:
     for kernel in (kernels.forward_kernel(24, 4), kernels.backward_kernel(24, 4)):
         assert len(kernel.signatures) == 1
     assert case.value.flags.writeable
+
+
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+@pytest.mark.parametrize("valid", [None, 0.5])
+def test_one_compilation_for_an_interpolation_with_a_mask_or_without(
+    valid: float | None, interpolation: str
+) -> None:
+    """Whatever the points of each level and the layout of the mask."""
+    case = make(DETR, n=2, d=24, interpolation=interpolation, valid=valid)
+    run(make(DETR, d=24, p=(3, 6, 0, 3), interpolation=interpolation, valid=valid))
+    expected, mask = run(case), case.rules.value_mask
+    if mask is not None:
+        read_only = mask.view()
+        read_only.flags.writeable = False
+        for layout in (read_only, np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
+            same = run(case._replace(rules=case.rules._replace(value_mask=layout)))
+            for actual, one in zip(same, expected, strict=True):
+                np.testing.assert_array_equal(actual, one)
+    template = 24, 4, interpolation == "nearest", valid is not None
+    for kernel in (kernels.forward_kernel(*template), kernels.backward_kernel(*template)):
+        assert len(kernel.signatures) == 1
+
+
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+@pytest.mark.parametrize("valid", [None, 0.5])
+def test_what_is_compiled_ahead_is_not_compiled_again(
+    valid: float | None, interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(DETR, d=19, interpolation=interpolation, valid=valid)
+    shapes = case.value.shape, case.locations.shape, "float32", None
+    rules = None, interpolation, valid is not None
+    backend.compile_ahead(contract.check_described(*shapes, *rules), with_backward=True)
+    monkeypatch.delattr(kernels, "_compiled")
+    check(case)
+
+
+@pytest.mark.parametrize("p", [4, (3, 0, 6)])
+@pytest.mark.parametrize("valid", [None, 0.7])
+@pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
+def test_the_reference_without_numba(
+    interpolation: str,
+    valid: float | None,
+    p: int | tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "backend", lambda: reference)
+    case = make(DETR[:3], n=2, p=p, interpolation=interpolation, valid=valid)
+    for actual, same in zip(run(case), by_reference(case), strict=True):
+        np.testing.assert_array_equal(actual, same)
 
 
 def test_read_only_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,9 +233,9 @@ def test_cpu_kernels_use_as_many_threads_as_torch(monkeypatch):
     cpu = pytest.importorskip("cupy_msda.cpu.kernels", reason="needs Numba")
     seen = []
 
-    def spy(real, *arguments, threads):
+    def spy(real, *arguments, threads, **rules):
         seen.append(threads)
-        return real(*arguments, threads=threads)
+        return real(*arguments, threads=threads, **rules)
 
     for name in ("forward", "backward"):
         monkeypatch.setattr(cpu, name, functools.partial(spy, getattr(cpu, name)))

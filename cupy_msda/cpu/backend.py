@@ -39,10 +39,10 @@ def backend() -> ModuleType:
 
 
 @cache
-def _compiles(kernels: ModuleType, name: str, head_dim: int, itemsize: int) -> bool:
-    """Whether Numba can compile `forward` or `backward` for D channels; it is compiled then."""
+def _compiles(kernels: ModuleType, name: str, *template: Any) -> bool:
+    """Whether Numba can compile `forward` or `backward` for D and so on; it is compiled then."""
     try:
-        getattr(kernels, f"{name}_kernel")(head_dim, itemsize)
+        getattr(kernels, f"{name}_kernel")(*template)
     except Exception as error:
         _warn(error)
         return False
@@ -65,15 +65,17 @@ def forward(
     locations: Any,
     weights: Any,
     *,
+    mask: Any = None,
     threads: int | None = None,
 ) -> Any:
     """The output of the operator on CPU arrays of any library, as a NumPy array.
 
-    It is in float32, or in float64 for float64 values; the caller rounds it. `threads` limits the
-    Numba kernels, which otherwise use as many as `cupy_msda.cpu.threads.limit` finds.
+    It is in float32, or in float64 for float64 values; the caller rounds it. `mask` is that of the
+    positions of value, if there is one. `threads` limits the Numba kernels, which otherwise use as many
+    as `cupy_msda.cpu.threads.limit` finds.
     """
     value, *points = (_widened(problem, array) for array in (value, locations, weights))
-    return _run("forward", problem, threads, value, table.levels, *points)
+    return _run("forward", problem, mask, threads, value, table.levels, *points)
 
 
 def backward(
@@ -84,13 +86,14 @@ def backward(
     locations: Any,
     weights: Any,
     *,
+    mask: Any = None,
     threads: int | None = None,
 ) -> tuple[Any, Any, Any]:
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
     arrays = (grad_output, value, locations, weights)
     grad, value, *points = (_widened(problem, array) for array in arrays)
     gradients: tuple[Any, Any, Any] = _run(
-        "backward", problem, threads, grad, value, table.levels, *points
+        "backward", problem, mask, threads, grad, value, table.levels, *points
     )
     return gradients
 
@@ -104,19 +107,38 @@ def compile_ahead(problem: Problem, with_backward: bool) -> None:
 def _module(name: str, problem: Problem) -> ModuleType:
     """What runs `forward` or `backward`; the kernel is compiled then."""
     module, itemsize = backend(), np.dtype(_wide(problem)).itemsize
+    template = problem.head_dim, itemsize, problem.interpolation == "nearest", problem.has_mask
     # Without channels there is nothing to compile.
     if problem.head_dim and module is not reference:
-        return module if _compiles(module, name, problem.head_dim, itemsize) else reference
+        return module if _compiles(module, name, *template) else reference
     return reference
 
 
-def _run(name: str, problem: Problem, threads: int | None, *arguments: Any) -> Any:
+def _run(name: str, problem: Problem, mask: Any, threads: int | None, *arguments: Any) -> Any:
     """Call a function of the backend; the reference leaves threads to its library."""
-    module = _module(name, problem)
+    module, points, interpolation = (
+        _module(name, problem),
+        problem.level_points,
+        problem.interpolation,
+    )
+    if mask is not None:
+        mask = np.ascontiguousarray(_numpy(mask))
     if module is not reference:
-        return getattr(module, name)(*arguments, threads=threads)
+        return getattr(module, name)(
+            *arguments,
+            num_points=points,
+            interpolation=interpolation,
+            mask=mask,
+            threads=threads,
+        )
+    flat = arguments[-1].ndim == 4  # the weights: (N, Lq, M, K)
     with np.errstate(all="ignore"):  # only NumPy would warn of infinities and overflow
-        return getattr(reference, name)(*arguments)
+        return getattr(reference, name)(
+            *arguments,
+            num_points=points if flat else None,
+            interpolation=interpolation,
+            value_mask=mask,
+        )
 
 
 def _wide(problem: Problem) -> type[np.floating[Any]]:
@@ -126,13 +148,18 @@ def _wide(problem: Problem) -> type[np.floating[Any]]:
 
 def _widened(problem: Problem, array: Any) -> Any:
     """A C-contiguous, aligned NumPy array in the dtype to compute in, copied only where needed."""
-    if not isinstance(array, np.ndarray):
-        if dtype_name(array) == "bfloat16":  # NumPy cannot read it, so its own library widens it
-            xp = array_namespace(array)
-            array = xp.astype(array, xp.float32)
-        array = np.from_dlpack(array)
-    array = np.ascontiguousarray(array, _wide(problem))
+    array = np.ascontiguousarray(_numpy(array), _wide(problem))
     return array if array.flags.aligned else array.copy()
+
+
+def _numpy(array: Any) -> Any:
+    """A CPU array of any library as a NumPy array, in float32 if it is bfloat16."""
+    if isinstance(array, np.ndarray):
+        return array
+    if dtype_name(array) == "bfloat16":  # NumPy cannot read it, so its own library widens it
+        xp = array_namespace(array)
+        array = xp.astype(array, xp.float32)
+    return np.from_dlpack(array)
 
 
 fork.register()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU kernels, on NumPy arrays. Numba compiles each once and caches it on disk.
 
-A "row" is one (image, query, head): L*P points, each with 4 corners, each corner a D-vector of
-`value`. The kernels hold `lanes` channels of a row in SIMD registers at a time and skip corners
-outside the level instead of reading them and multiplying by zero.
+A "row" is one (image, query, head): K points, those of all levels, each with 4 corners, each corner
+a D-vector of `value`; by nearest interpolation a point has one pixel. The kernels hold `lanes` channels
+of a row in SIMD registers at a time and skip corners that are outside the level or masked instead of
+reading them and multiplying by zero.
 
 Forward: a task is a range of consecutive rows, so locations, weights and output stream; while one
 row is summed, the cells of a later one are prefetched. Backward: a task is one (image, level, head),
@@ -58,6 +59,9 @@ def forward(
     locations: _Array,
     weights: _Array,
     *,
+    num_points: Sequence[int],
+    interpolation: str = "bilinear",
+    mask: _Array | None = None,
     threads: int | None = None,
 ) -> _Array:
     """Multi-scale deformable attention of validated, C-contiguous NumPy arrays of one dtype.
@@ -66,8 +70,12 @@ def forward(
     ----------
     value : array, shape (N, S, M, D), float32 or float64
     levels : sequence of (H, W, start), within S
-    locations : array, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
-    weights : array, shape (N, Lq, M, L, P)
+    locations : array, shape (N, Lq, M, L, P, 2) or (N, Lq, M, K, 2), (x, y) as fractions of the level
+    weights : array, shape (N, Lq, M, L, P) or (N, Lq, M, K)
+    num_points : sequence of ints, the points of each level; K is their sum
+    interpolation : "bilinear" or "nearest"
+    mask : bool array, shape (N, S), optional
+        Where it is False, `value` is not read and counts as zero.
     threads : int, optional
         The number of threads, the calling one included; None: what `cupy_msda.cpu.threads.limit` finds.
 
@@ -77,7 +85,7 @@ def forward(
         Deterministic: bitwise identical for any number of threads.
     """
     n, s, m, d = value.shape
-    lq, points = locations.shape[1], locations.shape[4]
+    lq = locations.shape[1]
     if value.size == 0 or weights.size == 0:
         return np.zeros((n, lq, m * d), value.dtype)
     out = np.empty((n, lq, m * d), value.dtype)
@@ -85,11 +93,12 @@ def forward(
     threads = _worthwhile(threads, weights.size * d)
     stretch = min(max(n * rows // (16 * threads), 64), 1024)
     _share_out(
-        forward_kernel(d, value.itemsize),
+        forward_kernel(d, value.itemsize, interpolation == "nearest", mask is not None),
         threads,
         out.reshape(-1),
         _read_only(value, locations, weights),
-        _table(tuple(levels), points),
+        mask if mask is None else _read_only(mask)[0],
+        _table(tuple(levels), tuple(num_points)),
         (n, s, m, rows, stretch),
     )
     return out
@@ -102,6 +111,9 @@ def backward(
     locations: _Array,
     weights: _Array,
     *,
+    num_points: Sequence[int],
+    interpolation: str = "bilinear",
+    mask: _Array | None = None,
     threads: int | None = None,
 ) -> tuple[_Array, _Array, _Array]:
     """Gradients of `forward` by value, locations and weights.
@@ -109,7 +121,7 @@ def backward(
     Parameters
     ----------
     grad_output : array, shape (N, Lq, M*D)
-    value, levels, locations, weights, threads
+    value, levels, locations, weights, num_points, interpolation, mask, threads
         As `forward` takes them.
 
     Returns
@@ -118,19 +130,20 @@ def backward(
         Each with the shape of its input. Deterministic, as `forward`.
     """
     n, s, m, d = value.shape
-    lq, points = locations.shape[1], locations.shape[4]
+    lq, levels, num_points = locations.shape[1], tuple(levels), tuple(num_points)
     # The system hands out fresh zeros page by page when a task touches them; zeros_like would fill.
     by_value = np.zeros(value.shape, value.dtype)
     if value.size == 0 or weights.size == 0:
         return by_value, np.zeros_like(locations), np.zeros_like(weights)
     by_points = np.empty_like(locations), np.empty_like(weights)
-    parts, packed = _parts(tuple(levels), s, lq * points)
+    parts, packed = _parts(levels, num_points, s, lq)
     _share_out(
-        backward_kernel(d, value.itemsize),
+        backward_kernel(d, value.itemsize, interpolation == "nearest", mask is not None),
         _worthwhile(threads, weights.size * d),
         tuple(array.reshape(-1) for array in (by_value, *by_points)),
         _read_only(grad_output, value, locations, weights),
-        _table(tuple(levels), points),
+        mask if mask is None else _read_only(mask)[0],
+        _table(levels, num_points),
         parts,
         (n, s, m, lq, d * packed),
     )
@@ -146,28 +159,38 @@ def _read_only(*arrays: _Array) -> tuple[_Array, ...]:
 
 
 @lru_cache(maxsize=1024)
-def _table(levels: tuple[tuple[int, int, int], ...], points: int) -> _Array:
+def _table(levels: tuple[tuple[int, int, int], ...], num_points: tuple[int, ...]) -> _Array:
     """(H, W, start, P) of each level; an empty level has a size with no point inside."""
-    rows = [(h, w, start, points) if h * w else (-1, -1, 0, points) for h, w, start in levels]
+    rows = [
+        (h, w, start, points) if h * w else (-1, -1, 0, points)
+        for (h, w, start), points in zip(levels, num_points, strict=True)
+    ]
     return np.array(rows, np.int64)
 
 
 @lru_cache(maxsize=1024)
 def _parts(
-    levels: tuple[tuple[int, int, int], ...], spatial_size: int, points: int
+    levels: tuple[tuple[int, int, int], ...],
+    num_points: tuple[int, ...],
+    spatial_size: int,
+    num_queries: int,
 ) -> tuple[_Array, int]:
     """The parts of a head's grad_value, one task each, and the most positions of a packed part.
 
-    A part is (first level, end, first position, positions, packed): one level, or all levels if some
-    overlap, since two tasks must not add to one cell. Packed: its rows are copied to contiguous
-    scratch, which pays off for a part with more points than positions.
+    A part is (first level, end, first position, positions, first point of a row, points, packed): one
+    level, or all levels if some overlap, since two tasks must not add to one cell. Packed: its rows are
+    copied to contiguous scratch, which pays off for a part with more points than positions.
     """
     spans = sorted((start, start + h * w) for h, w, start in levels if h * w)
     parts = [(i, i + 1, start, h * w) for i, (h, w, start) in enumerate(levels)]
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         parts = [(0, len(levels), 0, spatial_size)]
-    rows = [(*part, points * (part[1] - part[0]) > part[3] > 0) for part in parts]
-    return np.array(rows, np.int64), max(positions * packed for *_, positions, packed in rows)
+    rows = []
+    for first, end, start, positions in parts:
+        points = sum(num_points[first:end])
+        packed = num_queries * points > positions > 0
+        rows.append((first, end, start, positions, sum(num_points[:first]), points, packed))
+    return np.array(rows, np.int64), max(row[3] * row[-1] for row in rows)
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
@@ -444,6 +467,7 @@ def _compiled(name: str, *signature: Any) -> Any:
     return compile_
 
 
+_MASK = types.Array(types.boolean, 1, "C", readonly=True)
 _INTEGERS = types.int64[::1]
 _TABLE = types.int64[:, ::1]
 
@@ -495,6 +519,14 @@ def _cell(x: Any, y: Any) -> Any:
 
 
 @_inlined
+def _counts(mask: Any, position: Any) -> Any:
+    """Whether a position of `value` counts; without a mask (None) all do, which costs nothing."""
+    if mask is None:
+        return True
+    return mask[position]
+
+
+@_inlined
 def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point: Any) -> None:
     """Ask for the corners, inside the level or not, of a row whose points begin with `point`.
 
@@ -516,8 +548,13 @@ def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point
 
 
 @_inlined
-def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, point: Any) -> Any:
-    """`total` plus the samples of a row, whose points begin with `point`."""
+def _sample(
+    total: Any, plane: Any, mask: Any, table: Any, locations: Any, weights: Any, point: Any
+) -> Any:
+    """`total` plus the samples of a row, whose points begin with `point`.
+
+    `mask` is (array or None, index of the image's first position).
+    """
     value, origin, pitch = plane
     real = value.dtype.type
     for index in range(len(table)):
@@ -531,37 +568,95 @@ def _sample(total: Any, plane: Any, table: Any, locations: Any, weights: Any, po
             if inside:
                 column, row, left, right, upper, lower = _cell(x, y)
                 near, far = column >= 0, column + 1 < columns
-                at = first + (row * columns + column) * pitch
+                cell = row * columns + column
+                at, position = first + cell * pitch, mask[1] + start + cell
                 # Both sides written out: a helper for a side made the kernel take twice as long.
                 if row >= 0:
                     side = weight * upper
-                    if near:
+                    if near and _counts(mask[0], position):
                         total = _plus(total, side * left, _load(total, value, at))
-                    if far:
+                    if far and _counts(mask[0], position + 1):
                         total = _plus(total, side * right, _load(total, value, at + pitch))
                 at += columns * pitch
+                position += columns
                 if row + 1 < rows:
                     side = weight * lower
-                    if near:
+                    if near and _counts(mask[0], position):
                         total = _plus(total, side * left, _load(total, value, at))
-                    if far:
+                    if far and _counts(mask[0], position + 1):
                         total = _plus(total, side * right, _load(total, value, at + pitch))
     return total
 
 
+@_inlined
+def _nearest(locations: Any, point: Any, rows: Any, columns: Any, real: Any) -> Any:
+    """The cell that a point has by nearest interpolation, and whether it has one: not if it is NaN."""
+    zero, half, height, width = real(0), real(0.5), real(rows), real(columns)
+    x = locations[2 * point] * width + half
+    y = locations[2 * point + 1] * height + half
+    inside = columns > 0 and not (np.isnan(x) or np.isnan(y))
+    # Clamped before and after: the integer of a large number is undefined, the real of a size is rounded.
+    column = min(np.int64(min(max(x, zero), width)), columns - 1) if inside else 0
+    row = min(np.int64(min(max(y, zero), height)), rows - 1) if inside else 0
+    return row * columns + column, inside
+
+
+@_inlined
+def _prefetch_nearest(plane: Any, head_dim: Any, table: Any, locations: Any, point: Any) -> None:
+    """As `_prefetch_cells`, for nearest interpolation."""
+    array, origin, pitch = plane
+    for index in range(len(table)):
+        rows, columns, start, points = _level(table, index)
+        for _ in range(points):
+            cell, inside = _nearest(locations, point, rows, columns, array.dtype.type)
+            point += 1
+            if inside:
+                _prefetch(array, origin + (start + cell) * pitch, head_dim)
+
+
+@_inlined
+def _sample_nearest(
+    total: Any, plane: Any, mask: Any, table: Any, locations: Any, weights: Any, point: Any
+) -> Any:
+    """As `_sample`, for nearest interpolation."""
+    value, origin, pitch = plane
+    for index in range(len(table)):
+        rows, columns, start, points = _level(table, index)
+        for _ in range(points):
+            cell, inside = _nearest(locations, point, rows, columns, value.dtype.type)
+            weight = weights[point]
+            point += 1
+            if inside and _counts(mask[0], mask[1] + start + cell):
+                pixel = _load(total, value, origin + (start + cell) * pitch)
+                total = _plus(total, weight, pixel)
+    return total
+
+
+def _name(kind: str, head_dim: int, itemsize: int, nearest: bool, masked: bool) -> str:
+    """What a kernel is called, on disk too."""
+    variant = "_nearest" * nearest + "_masked" * masked
+    return f"{kind}{variant}_{head_dim}_{itemsize}"
+
+
 @cache
-def forward_kernel(head_dim: int, itemsize: int) -> Any:
-    """The forward kernel for D channels of `itemsize` bytes."""
+def forward_kernel(
+    head_dim: int, itemsize: int, nearest: bool = False, masked: bool = False
+) -> Any:
+    """The forward kernel for D channels of `itemsize` bytes, one interpolation, with a mask or without."""
     lanes = _lanes(head_dim, itemsize)
     inputs = _arrays(itemsize, 3, readonly=True)
     out = _arrays(itemsize, 1, readonly=False).dtype
-    name = f"forward_{head_dim}_{itemsize}"
+    mask_type = _MASK if masked else types.none
+    sample, prefetch = (
+        (_sample_nearest, _prefetch_nearest) if nearest else (_sample, _prefetch_cells)
+    )
+    name = _name("forward", head_dim, itemsize, nearest, masked)
 
-    @_compiled(name, _INTEGERS, out, inputs, _TABLE, types.UniTuple(types.int64, 5))
-    def forward(state: Any, out: Any, inputs: Any, table: Any, sizes: Any) -> None:
+    @_compiled(name, _INTEGERS, out, inputs, mask_type, _TABLE, types.UniTuple(types.int64, 5))
+    def forward(state: Any, out: Any, inputs: Any, mask: Any, table: Any, sizes: Any) -> None:
         value, locations, weights = inputs
         batch, spatial_size, num_heads, rows, stretch = sizes  # rows of one image
-        points = len(weights) // (batch * rows)  # of one row, K = L*P
+        points = len(weights) // (batch * rows)  # of one row, K
         pitch = num_heads * head_dim
         stretches = (rows + stretch - 1) // stretch
         zeros = _zeros(value, lanes)
@@ -574,21 +669,23 @@ def forward_kernel(head_dim: int, itemsize: int) -> Any:
             begin = task % stretches * stretch
             end = min(begin + stretch, rows) + image * rows
             head = begin % num_heads
-            origin = image * spatial_size * pitch
+            origin, first = image * spatial_size * pitch, image * spatial_size
             for row in range(begin + image * rows, end):
                 here = origin + head * head_dim
                 head = head + 1 if head + 1 < num_heads else 0
                 if row + _CELLS_AHEAD < end:
                     after = origin + (head + _CELLS_AHEAD - 1) % num_heads * head_dim
                     point = (row + _CELLS_AHEAD) * points
-                    _prefetch_cells((value, after, pitch), head_dim, table, locations, point)
+                    prefetch((value, after, pitch), head_dim, table, locations, point)
                 stream = row + _STREAM_AHEAD
                 _prefetch(locations, 2 * stream * points, 2 * points)
                 _prefetch(weights, stream * points, points)
                 _prefetch(out, stream * head_dim, head_dim)
                 for channel in range(0, head_dim, lanes):
                     plane = value, here + channel, pitch
-                    total = _sample(zeros, plane, table, locations, weights, row * points)
+                    total = sample(
+                        zeros, plane, (mask, first), table, locations, weights, row * points
+                    )
                     _store(out, row * head_dim + channel, total)
         _fetch_add(state, _HELPERS_INSIDE, -1)
 
@@ -656,10 +753,24 @@ def _scatter_cell(
 
 
 @_inlined
+def _unmasked(mask: Any, position: Any, columns: Any, valid: Any) -> Any:
+    """Which corners of the cell that begins at `position` are valid and not masked, and whether any is."""
+    if mask is None:
+        return valid, True
+    below = position + columns
+    first = valid[0] and mask[position]
+    second = valid[1] and mask[position + 1]
+    third = valid[2] and mask[below]
+    fourth = valid[3] and mask[below + 1]
+    return (first, second, third, fourth), first | second | third | fourth
+
+
+@_inlined
 def _scatter_row(
     zeros: Any,
     channels: Any,
     planes: Any,
+    mask: Any,
     table: Any,
     inputs: Any,
     gradients: Any,
@@ -684,6 +795,8 @@ def _scatter_row(
                 near, far = column >= 0, column + 1 < columns
                 above, below = line >= 0, line + 1 < rows
                 valid = above & near, above & far, below & near, below & far
+                cell = mask[1] + start + line * columns + column
+                valid, touched = _unmasked(mask[0], cell, columns, valid)
                 top, bottom = weight * upper, weight * lower
                 coefficients = top * left, top * right, bottom * left, bottom * right
                 corner = value, by_value, first + line * down + column * pitch, pitch, down
@@ -695,6 +808,8 @@ def _scatter_row(
                 by_weight += lower * (left * dots[2] + right * dots[3])
                 by_x = width * weight * (upper * (dots[1] - dots[0]) + lower * (dots[3] - dots[2]))
                 by_y = height * weight * (left * (dots[2] - dots[0]) + right * (dots[3] - dots[1]))
+                if not touched:  # zero even if the weight is infinite
+                    by_x, by_y = real(0), real(0)
             by_weights[point] = by_weight
             by_locations[2 * point] = by_x
             by_locations[2 * point + 1] = by_y
@@ -702,60 +817,108 @@ def _scatter_row(
 
 
 @_inlined
-def _scatter_rows(
+def _scatter_row_nearest(
     zeros: Any,
     channels: Any,
     planes: Any,
+    mask: Any,
+    table: Any,
+    inputs: Any,
+    gradients: Any,
+    row: Any,
+    point: Any,
+) -> None:
+    """As `_scatter_row`, for nearest interpolation."""
+    value, by_value, origin, pitch = planes
+    grad_output, locations, weights = inputs
+    by_locations, by_weights = gradients
+    lanes, head_dim = channels
+    real = value.dtype.type
+    for index in range(len(table)):
+        rows, columns, start, points = _level(table, index)
+        for _ in range(points):
+            cell, inside = _nearest(locations, point, rows, columns, real)
+            by_weight = real(0)
+            if inside and _counts(mask[0], mask[1] + start + cell):
+                at = origin + (start + cell) * pitch
+                for channel in range(0, head_dim, lanes):
+                    grad = _load(zeros, grad_output, row * head_dim + channel)
+                    product = _scatter(
+                        zeros, True, grad, weights[point], value, by_value, at + channel
+                    )
+                    by_weight += _sums(product, zeros, zeros, zeros)[0]
+            by_weights[point] = by_weight
+            by_locations[2 * point] = real(0)
+            by_locations[2 * point + 1] = real(0)
+            point += 1
+
+
+@_inlined
+def _scatter_rows(
+    scatter_row: Any,
+    prefetch: Any,
+    zeros: Any,
+    channels: Any,
+    planes: Any,
+    mask: Any,
     levels: Any,
     inputs: Any,
     gradients: Any,
-    rows: Any,
-    points: Any,
-    packed: Any,
+    task: Any,
 ) -> None:
     """All gradients of a task: of the rows of one (image, head), as far as they lie in `levels`.
 
-    `rows` and `points` are (first, step): a row and the next of the same head, and their points.
+    `scatter_row` and `prefetch` are the interpolation's. `task` is (rows, points, packed): of the rows
+    (first, step, end), from one to the next of the same head, and of their points (first, step, number in
+    `levels`).
     """
+    rows, points, packed = task
     value, by_value, origin, pitch = planes
     grad_output, locations, weights = inputs
     by_locations, by_weights = gradients
     row, row_step, end = rows
-    point, point_step = points
-    count, head_dim = len(levels) * levels[0, 3], channels[1]
+    point, point_step, count = points
+    head_dim = channels[1]
     while row < end:
         if not packed and row + _CELLS_AHEAD * row_step < end:
             after = point + _CELLS_AHEAD * point_step
-            _prefetch_cells((value, origin, pitch), head_dim, levels, locations, after)
-            _prefetch_cells((by_value, origin, pitch), head_dim, levels, locations, after)
+            prefetch((value, origin, pitch), head_dim, levels, locations, after)
+            prefetch((by_value, origin, pitch), head_dim, levels, locations, after)
         stream = point + _STREAM_AHEAD * point_step
         _prefetch(locations, 2 * stream, 2 * count)
         _prefetch(by_locations, 2 * stream, 2 * count)
         _prefetch(weights, stream, count)
         _prefetch(by_weights, stream, count)
         _prefetch(grad_output, (row + _STREAM_AHEAD * row_step) * head_dim, head_dim)
-        _scatter_row(zeros, channels, planes, levels, inputs, gradients, row, point)
+        scatter_row(zeros, channels, planes, mask, levels, inputs, gradients, row, point)
         row += row_step
         point += point_step
 
 
 @cache
-def backward_kernel(head_dim: int, itemsize: int) -> Any:
-    """The backward kernel for D channels of `itemsize` bytes."""
+def backward_kernel(
+    head_dim: int, itemsize: int, nearest: bool = False, masked: bool = False
+) -> Any:
+    """The backward kernel, as `forward_kernel`."""
     lanes = _lanes(head_dim, itemsize)
     inputs = _arrays(itemsize, 4, readonly=True)
     gradients = _arrays(itemsize, 3, readonly=False)
+    mask_type = _MASK if masked else types.none
     sizes = types.UniTuple(types.int64, 5)
-    name = f"backward_{head_dim}_{itemsize}"
+    scatter_row, prefetch = (
+        (_scatter_row_nearest, _prefetch_nearest) if nearest else (_scatter_row, _prefetch_cells)
+    )
+    name = _name("backward", head_dim, itemsize, nearest, masked)
 
-    @_compiled(name, _INTEGERS, gradients, inputs, _TABLE, _TABLE, sizes)
+    @_compiled(name, _INTEGERS, gradients, inputs, mask_type, _TABLE, _TABLE, sizes)
     def backward(
-        state: Any, gradients: Any, inputs: Any, table: Any, parts: Any, sizes: Any
+        state: Any, gradients: Any, inputs: Any, mask: Any, table: Any, parts: Any, sizes: Any
     ) -> None:
         by_value, by_locations, by_weights = gradients
         grad_output, value, locations, weights = inputs
         batch, spatial_size, num_heads, num_queries, scratch = sizes
-        pitch, row_points = num_heads * head_dim, len(table) * table[0, 3]  # row_points: L*P
+        pitch = num_heads * head_dim
+        row_points = len(weights) // (batch * num_queries * num_heads)  # K
         packed_value = np.empty(scratch, value.dtype)
         packed_by_value = np.empty(scratch, value.dtype)
         zeros = _zeros(value, lanes)
@@ -767,7 +930,7 @@ def backward_kernel(head_dim: int, itemsize: int) -> Any:
             if image >= batch:
                 break
             part = parts[task // num_heads % len(parts)]
-            first, positions, packed = part[2], part[3], part[4] != 0
+            first, positions, packed = part[2], part[3], part[6] != 0
             origin = (image * spatial_size * num_heads + head) * head_dim
             here = origin + first * pitch
             planes = value, by_value, origin, pitch
@@ -777,16 +940,19 @@ def backward_kernel(head_dim: int, itemsize: int) -> Any:
                 packed_by_value[: positions * head_dim] = 0
                 planes = packed_value, packed_by_value, -first * head_dim, head_dim
             row = image * num_queries * num_heads + head
+            rows = row, num_heads, row + num_queries * num_heads
+            points = row * row_points + part[4], num_heads * row_points, part[5]
             _scatter_rows(
+                scatter_row,
+                prefetch,
                 zeros,
                 (lanes, head_dim),
                 planes,
+                (mask, image * spatial_size),
                 table[part[0] : part[1]],
                 (grad_output, locations, weights),
                 (by_locations, by_weights),
-                (row, num_heads, row + num_queries * num_heads),
-                (row * row_points + part[0] * table[0, 3], num_heads * row_points),
-                packed,
+                (rows, points, packed),
             )
             if packed:
                 source, target = (packed_by_value, 0, head_dim), (by_value, here, pitch)

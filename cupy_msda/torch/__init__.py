@@ -7,10 +7,13 @@ from cupy_msda.torch.functions import (
     ms_deform_attn_backward,
     ms_deform_attn_core_pytorch,
 )
+from cupy_msda.torch.fused import ms_deform_attn_fused, ms_deform_attn_fused_backward
 
 __all__ = [
     "MSDeformAttnFunction",
     "ms_deform_attn",
     "ms_deform_attn_backward",
     "ms_deform_attn_core_pytorch",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_backward",
 ]

@@ -9,6 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from cupy_msda import reference
+from cupy_msda.torch.fused_operands import (
+    composed,
+    composed_gradients,
+    fused_backward_operands,
+    fused_operands,
+)
 from cupy_msda.torch.operands import (
     BackwardOperands,
     Operands,
@@ -19,7 +25,7 @@ from cupy_msda.torch.operands import (
     needs_of,
     sampling_of,
 )
-from cupy_msda.torch.operators import BACKWARD, FORWARD
+from cupy_msda.torch.operators import BACKWARD, FORWARD, FUSED_BACKWARD, FUSED_FORWARD
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -59,6 +65,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         FORWARD: lambda *arguments: forward(Operands(*arguments)),
         BACKWARD: lambda *arguments: backward(backward_operands(arguments)),
+        FUSED_FORWARD: lambda *arguments: forward(composed(fused_operands(arguments))),
+        FUSED_BACKWARD: lambda *arguments: composed_gradients(
+            fused_backward_operands(arguments), backward
+        ),
     }
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from cupy_msda.torch.fused_operands import fused_backward_operands, fused_operands
 from cupy_msda.torch.operands import Operands, backward_operands
 
 _CORNERS = {"bilinear": 4, "nearest": 1}
@@ -41,6 +42,27 @@ def backward(*arguments: Any, out_val: Any = None) -> int:
     return passes * _once(operands.forward)
 
 
+def fused_forward(*arguments: Any, out_val: Any = None) -> int:
+    """FLOPs of the fused forward operator: the same, since coordinates and weights do not count."""
+    return _once(fused_operands(arguments).given)
+
+
+def fused_backward(*arguments: Any, out_val: Any = None) -> int:
+    """FLOPs of the fused backward operator."""
+    operands = fused_backward_operands(arguments)
+    needs = operands.needs
+    passes: int = needs.value + (needs.points or needs.references)
+    return passes * _once(operands.forward.given)
+
+
+_FORMULAS = {
+    "ms_deform_attn_forward": forward,
+    "ms_deform_attn_backward": backward,
+    "ms_deform_attn_fused_forward": fused_forward,
+    "ms_deform_attn_fused_backward": fused_backward,
+}
+
+
 def register() -> None:
     """Give the formulas to torch's counter, if its module is loaded, and to counters that count already.
 
@@ -55,5 +77,5 @@ def register() -> None:
     # Not by `register_flop_formula`: under the keys that it uses in torch 2.4, the counter finds no operator.
     for counter in counters:
         registry = getattr(counter, "flop_registry", {})
-        registry.setdefault(torch.ops.cupy_msda.ms_deform_attn_forward, forward)
-        registry.setdefault(torch.ops.cupy_msda.ms_deform_attn_backward, backward)
+        for name, formula in _FORMULAS.items():
+            registry.setdefault(getattr(torch.ops.cupy_msda, name), formula)

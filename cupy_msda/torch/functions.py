@@ -160,7 +160,7 @@ def ms_deform_attn_backward(
     try:
         gradients = derivatives.gradients(BackwardOperands(grad_output, operands, True, True))
     except RuntimeError as error:
-        given = _savable({"grad_output": grad_output, **_named(inputs, sampling)}, error)
+        given = savable({"grad_output": grad_output, **_named(inputs, sampling)}, error)
         if given is None:
             raise
         inputs, sampling = _unnamed(given)
@@ -326,7 +326,7 @@ def _mended(
     if isinstance(error, TypeError):
         promoted = _promoted(inputs)  # only now, since asking for autocast takes time
         return None if promoted is inputs else (promoted, sampling)
-    copies = _savable(_named(inputs, sampling), error)
+    copies = savable(_named(inputs, sampling), error)
     return None if copies is None else _unnamed(copies)
 
 
@@ -344,7 +344,7 @@ def _unnamed(arguments: dict[str, Any]) -> tuple[_Inputs, Sampling]:
     return (value, shapes, start_index, locations, weights), sampling
 
 
-def _savable(arguments: dict[str, Any], error: Exception) -> dict[str, Any] | None:
+def savable(arguments: dict[str, Any], error: Exception) -> dict[str, Any] | None:
     """The arguments with copies of integers and masks that were made in inference mode, which autograd does not save.
 
     None if that is not the error.
@@ -370,15 +370,21 @@ def _packed(inputs: _Inputs, query_order: Any, sampling: Sampling) -> Operands:
 
 
 def _promoted(inputs: _Inputs) -> _Inputs:
-    """The inputs with what autocast changes: points in 16 bits and of another dtype than value become float32."""
-    value, shapes, start_index, *points = inputs
+    """The inputs with what autocast changes."""
+    value, shapes, start_index, locations, weights = inputs
+    points = promoted(value, locations, weights)
+    changed = points[0] is not locations or points[1] is not weights
+    return (value, shapes, start_index, *points) if changed else inputs
+
+
+def promoted(value: Any, *points: Any) -> tuple[Any, ...]:
+    """Arrays of points as autocast has them: in 16 bits and of another dtype than value they become float32."""
     narrow = [_is_narrow(one, value) for one in points]
     if not any(narrow) or not _autocasts(value):
-        return inputs
-    locations, weights = (
+        return points
+    return tuple(
         one.float() if is_narrow else one for one, is_narrow in zip(points, narrow, strict=True)
     )
-    return value, shapes, start_index, locations, weights
 
 
 def _is_narrow(points: Any, value: Any) -> bool:

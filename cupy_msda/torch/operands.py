@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import wraps
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -188,11 +190,12 @@ def _declared(types: Operands, names: Iterable[str]) -> list[str]:
     return [f"{getattr(types, name)} {name}{defaults.get(name, '')}" for name in names]
 
 
-FORWARD_SCHEMA = f"({', '.join(_declared(_TYPES, Operands._fields))}) -> Tensor"
+DECLARED = Operands(*_declared(_TYPES, Operands._fields))
+FORWARD_SCHEMA = f"({', '.join(DECLARED)}) -> Tensor"
 # A gradient that is not needed comes back without elements: operators cannot return None.
 _BACKWARD_FIELDS = BackwardOperands(
     "Tensor grad_output",
-    Operands(*_declared(_TYPES, Operands._fields)),
+    DECLARED,
     "bool needs_value",
     "bool needs_points",
 )
@@ -239,6 +242,8 @@ def argument_gradients(value: Any, locations: Any, weights: Any) -> tuple[Any, .
 
 
 _SEQUENCES = (tuple, list)
+# `contract.check`, or what takes its arguments.
+_Check = Callable[..., tuple[Problem, LevelTable]]
 NO_OPERANDS = Operands(*(None,) * len(Operands._fields))
 
 
@@ -250,8 +255,9 @@ def pack(
     attention_weights: Any,
     query_order: Any,
     sampling: Sampling = PLAIN,
+    check: _Check = contract.check,
 ) -> Operands:
-    """The operands for arguments of the public functions; an error for what no operator can be given."""
+    """The operands for arguments of the public functions; `check` raises the errors for what no operator can take."""
     shapes, start_index, sizes, starts = None, None, None, None
     if isinstance(spatial_shapes, Tensor):
         shapes = spatial_shapes
@@ -259,30 +265,30 @@ def pack(
         sizes = _plain_pairs(spatial_shapes)
         if sizes is None:
             given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-            sizes = _read("spatial_shapes", spatial_shapes, given, sampling)
+            sizes = _read("spatial_shapes", spatial_shapes, check, given, sampling)
     if isinstance(level_start_index, Tensor):
         start_index = level_start_index
     elif level_start_index is not None:
         starts = _plain(level_start_index)
         if starts is None:
             given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-            starts = _read("level_start_index", level_start_index, given, sampling)
+            starts = _read("level_start_index", level_start_index, check, given, sampling)
     order = None
     if query_order is not AUTO:
         given = value, spatial_shapes, level_start_index, sampling_locations, attention_weights
-        order = _order(query_order, given, sampling)
+        order = _order(query_order, check, given, sampling)
     table = shapes, start_index, sizes, starts
     operands = Operands(value, *table, sampling_locations, attention_weights, order)
-    return operands if sampling is PLAIN else _with_sampling(operands, sampling)
+    return operands if sampling is PLAIN else _with_sampling(operands, sampling, check)
 
 
-def _with_sampling(operands: Operands, sampling: Sampling) -> Operands:
+def _with_sampling(operands: Operands, sampling: Sampling, check: _Check) -> Operands:
     """The operands with these rules; an error for what no operator can be given."""
     num_points, interpolation, mask = sampling
     contract.check_interpolation(interpolation)
     num_points = contract.check_num_points(num_points)
     if mask is not None and not isinstance(mask, Tensor):
-        contract.check(*given_of(operands), **sampling._asdict())
+        check(*given_of(operands), **sampling._asdict())
     return operands._replace(
         value_mask=mask, num_points=num_points, interpolation=str(interpolation)
     )
@@ -290,12 +296,12 @@ def _with_sampling(operands: Operands, sampling: Sampling) -> Operands:
 
 def pack_traced(*arguments: Any) -> Operands:
     """`pack` in a graph."""
-    value, shapes, start_index, locations, weights, order, sampling = arguments
+    value, shapes, start_index, locations, weights, order, sampling, *check = arguments
     order = traceable(order)
     if isinstance(order, Tensor):
         order = order.tolist()  # the operators take no tensor for it, so this breaks the graph
     table = traceable(shapes), traceable(start_index)
-    return pack(value, *table, locations, weights, order, sampling)
+    return pack(value, *table, locations, weights, order, sampling, *check)
 
 
 def traceable(numbers: Any) -> Any:
@@ -320,7 +326,9 @@ def _row(row: Any) -> Tensor:
     return torch.stack([torch.as_tensor(n) for n in row]) if several else torch.as_tensor(row)
 
 
-def _order(query_order: Any, given: Sequence[Any], sampling: Sampling) -> Sequence[int] | None:
+def _order(
+    query_order: Any, check: _Check, given: Sequence[Any], sampling: Sampling
+) -> Sequence[int] | None:
     """query_order as the operators take it."""
     if isinstance(query_order, str) and query_order == AUTO:
         return None
@@ -329,7 +337,7 @@ def _order(query_order: Any, given: Sequence[Any], sampling: Sampling) -> Sequen
     order = _plain_pairs(query_order)
     if order:
         return order
-    problem, _ = contract.check(*given, **sampling._asdict())
+    problem, _ = check(*given, **sampling._asdict())
     return _flat(contract.check_query_order(query_order, problem.num_queries) or ())
 
 
@@ -362,13 +370,15 @@ def _is_plain(number: Any) -> bool:
     return type(number) is int or isinstance(number, torch.SymInt)
 
 
-def _read(name: str, half: Any, given: Sequence[Any], sampling: Sampling) -> tuple[int, ...]:
+def _read(
+    name: str, half: Any, check: _Check, given: Sequence[Any], sampling: Sampling
+) -> tuple[int, ...]:
     """What is no such list of half a level table, by the contract's reader, among all that `check` takes."""
     rows = contract.read_table(name, half, _integer)
     if (
         rows is None
     ):  # on a device, perhaps of another library: the contract knows whether to read it
-        _, table = contract.check(*given, **sampling._asdict())
+        _, table = check(*given, **sampling._asdict())
         rows = table.sizes if name == "spatial_shapes" else table.starts
     return _flat(rows) if name == "spatial_shapes" else tuple(rows)
 
@@ -397,19 +407,28 @@ def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTa
     return problem, table, grids
 
 
+def skip_unknown_sizes(check: Callable[..., None]) -> Callable[..., None]:
+    """End a check at a size that is known only when the operator runs, which checks it."""
+
+    @wraps(check)
+    def checked(*arguments: Any) -> None:
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        with suppress(GuardOnDataDependentSymNode):
+            check(*arguments)
+
+    return checked
+
+
+@skip_unknown_sizes
 def check_traced(operands: Operands, grad_output: Any = None) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    try:
-        problem, _ = contract.check(*given_of(operands), **sampling_of(operands), traced=True)
-        numbers = (problem.num_queries, *(operands.query_order or ()))
-        if all(isinstance(number, int) for number in numbers):
-            contract.check_query_order(order_of(operands), problem.num_queries)
-        if grad_output is not None:
-            contract.check_grad_output(problem, grad_output, operands.value)
-    except GuardOnDataDependentSymNode:
-        pass  # a size that is known when the operator runs, which checks it
+    problem, _ = contract.check(*given_of(operands), **sampling_of(operands), traced=True)
+    numbers = (problem.num_queries, *(operands.query_order or ()))
+    if all(isinstance(number, int) for number in numbers):
+        contract.check_query_order(order_of(operands), problem.num_queries)
+    if grad_output is not None:
+        contract.check_grad_output(problem, grad_output, operands.value)
 
 
 def levels_of(operands: Operands) -> list[Level]:

@@ -25,6 +25,7 @@ from cupy_msda.cpu import backend
 from cupy_msda.problem import INT32_MAX
 from cupy_msda.torch import exchange, flops
 from cupy_msda.torch.exchange import Gradients
+from cupy_msda.torch.fused_operands import FUSED_BACKWARD_SCHEMA, FUSED_SCHEMA
 from cupy_msda.torch.operands import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
@@ -48,6 +49,9 @@ _SCHEMAS = {
     # gradients. The modules that differentiate implement them, by the operators above.
     "ms_deform_attn": FORWARD_SCHEMA,
     "ms_deform_attn_gradients": BACKWARD_SCHEMA,
+    # fused.py implements them.
+    "ms_deform_attn_fused_forward": FUSED_SCHEMA,
+    "ms_deform_attn_fused_backward": FUSED_BACKWARD_SCHEMA,
 }
 for _name, _schema in _SCHEMAS.items():
     register_once(
@@ -56,6 +60,8 @@ for _name, _schema in _SCHEMAS.items():
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
+FUSED_FORWARD = torch.ops.cupy_msda.ms_deform_attn_fused_forward.default
+FUSED_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_fused_backward.default
 DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
 HALF = (torch.float16, torch.bfloat16)
@@ -89,7 +95,7 @@ def recorded_forward(operands: Operands) -> tuple[Tensor, Recorded | None]:
 def backward(operands: BackwardOperands, recorded: Recorded | None = None) -> Gradients:
     """The gradients, by the backward operator where torch must see the call."""
     grad_output = operands.grad_output
-    if type(grad_output) is Tensor and not grad_output.is_neg() and not _is_watched():
+    if type(grad_output) is Tensor and not grad_output.is_neg() and not is_watched():
         try:
             if recorded is not None:
                 call, seen = recorded
@@ -115,7 +121,7 @@ def _is_plain(operands: Operands) -> bool:
     """Whether torch's dispatcher has nothing to add: tensors in memory, and nothing that wants to see the call."""
     value, shapes, start_index, locations, weights, mask = tensors_of(operands)
     return (
-        not _is_watched()
+        not is_watched()
         and type(value) in _TENSORS
         and type(locations) in _TENSORS
         and type(weights) in _TENSORS
@@ -127,7 +133,7 @@ def _is_plain(operands: Operands) -> bool:
     )
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a mode, a tracer or a profiler wants to see calls. Dynamo does not come here."""
     return bool(
         _len_torch_dispatch_stack()
@@ -145,7 +151,8 @@ def refuse_undispatchable(operands: Operands) -> None:
     if "DTensor" in [type(part).__name__ for part in operands]:
         import cupy_msda.torch.dtensor  # noqa: F401 - its import, which is costly, registers the rule
     value, locations, weights = inputs_of(operands)
-    given = [tensor for tensor in tensors_of(operands) if tensor is not None]
+    optional = (operands.spatial_shapes, operands.level_start_index, operands.value_mask)
+    given = (value, locations, weights, *[part for part in optional if part is not None])
     if not all([is_dense(tensor) for tensor in given]):  # noqa: C419 - as Dynamo takes it
         check(operands)
         raise TypeError(f"value must be a dense torch tensor, got {type(value).__name__}")
@@ -352,20 +359,20 @@ def _refuse_old_exporter(*_: Any) -> None:
     raise RuntimeError(NO_OLD_EXPORTER)
 
 
-def _hashable(operands: Operands) -> Operands:
+def hashable(operands: Operands) -> Operands:
     """The operands with tuples for the lists that the dispatcher makes."""
     return Operands(*(tuple(part) if isinstance(part, list) else part for part in operands))
 
 
 def _dispatched_forward(*arguments: Any) -> Tensor:
     """The forward operator as the dispatcher calls it."""
-    return _forward(_hashable(Operands(*arguments)))
+    return _forward(hashable(Operands(*arguments)))
 
 
 def _dispatched_backward(*arguments: Any) -> Gradients:
     """The backward operator as the dispatcher calls it."""
     operands = backward_operands(arguments)
-    return _backward(operands._replace(forward=_hashable(operands.forward)))
+    return _backward(operands._replace(forward=hashable(operands.forward)))
 
 
 def _fake_forward(*arguments: Any) -> Tensor:

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch: the fused operator, whose inputs are reference points, offsets and logits.
+
+Where torch transforms, records or shards a call, it is composed: torch computes locations and weights, and the plain
+operator the rest, so that the fused operator can do there whatever both can. Elsewhere it is one operator.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _get_tracing_state
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function
+
+from cupy_msda import contract
+from cupy_msda.torch import derivatives, flops, functions, operators
+from cupy_msda.torch.fused_operands import (
+    FusedBackwardOperands,
+    FusedOperands,
+    Needs,
+    check,
+    check_traced,
+    composed,
+    composed_gradients,
+    differentiable_of,
+    flat,
+    flat_backward,
+    fused_backward_operands,
+    fused_operands,
+    joined,
+    needs_of,
+    saved_of,
+)
+from cupy_msda.torch.operands import (
+    AUTO,
+    BILINEAR,
+    Sampling,
+    given_of,
+    order_of,
+    pack,
+    pack_traced,
+    register_once,
+    sampling_of,
+    with_inputs,
+)
+
+_NAMES = (
+    *("value", "spatial_shapes", "level_start_index"),
+    *("reference_points", "sampling_offsets", "attention_logits"),
+)
+
+
+@contract.refuse_scripting
+def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to sample
+    value: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    num_points: Any = None,
+    offset_scale: float = 0.5,
+    interpolation: Any = BILINEAR,
+    value_mask: Any = None,
+    query_order: Any = AUTO,
+) -> Tensor:
+    """`cupy_msda.ms_deform_attn_fused` for torch tensors: the same arguments, shapes and errors, differentiable.
+
+    Parameters
+    ----------
+    value, spatial_shapes, level_start_index, num_points, interpolation, value_mask, query_order
+        As `ms_deform_attn` takes them.
+    reference_points : Tensor, shape (N or 1, Lq, L or 1, 2 or 4), (x, y) or (x, y, w, h) as fractions of the level
+    sampling_offsets : Tensor, shape (N, Lq, M, L, P, 2) or, with `num_points`, (N, Lq, M, K, 2)
+    attention_logits : Tensor, shape (N, Lq, M, L, P) or (N, Lq, M, K)
+        Under autocast, all three may have another 16-bit dtype than value.
+    offset_scale : float
+
+    Returns
+    -------
+    Tensor, shape (N, Lq, M*D), dtype of `value`
+
+    Raises
+    ------
+    TypeError, ValueError, KernelCompileError, ImportError
+        As `cupy_msda.ms_deform_attn_fused`.
+
+    References
+    ----------
+    Zhu et al., "Deformable DETR", arXiv:2010.04159.
+    """
+    inputs = (
+        *(value, spatial_shapes, level_start_index),
+        *(reference_points, sampling_offsets, attention_logits),
+    )
+    sampling = Sampling(num_points, interpolation, value_mask)
+    if has_torch_function(inputs):  # a proxy of torch.fx, say
+        keywords = sampling._asdict() | {"offset_scale": offset_scale, "query_order": query_order}
+        return handle_torch_function(ms_deform_attn_fused, inputs, *inputs, **keywords)
+    operands = _packed(inputs, offset_scale, sampling, query_order)
+    if _must_compose(operands):
+        return _composed_call(operands)
+    if not torch.compiler.is_compiling() and not _is_recorded(operands):
+        return _run(operands)
+    try:
+        output: Tensor = _Fused.apply(*flat(operands))  # type: ignore[no-untyped-call]
+        return output
+    except RuntimeError as error:
+        given = dict(zip(_NAMES, inputs, strict=True)) | sampling._asdict()
+        copies = functions.savable(given, error)
+        if copies is None:
+            raise
+    return ms_deform_attn_fused(**copies, offset_scale=offset_scale, query_order=query_order)
+
+
+@contract.refuse_scripting
+def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Any,
+    level_start_index: Any,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    num_points: Any = None,
+    offset_scale: float = 0.5,
+    interpolation: Any = BILINEAR,
+    value_mask: Any = None,
+    query_order: Any = AUTO,
+) -> tuple[Tensor, ...]:
+    """`cupy_msda.ms_deform_attn_fused_backward` for torch tensors; differentiable itself.
+
+    Parameters
+    ----------
+    grad_output : Tensor, shape (N, Lq, M*D), dtype of `value`
+    value, spatial_shapes, level_start_index, reference_points, sampling_offsets, attention_logits
+        As `ms_deform_attn_fused` takes them.
+    num_points, offset_scale, interpolation, value_mask, query_order
+        Likewise.
+
+    Returns
+    -------
+    tuple of four Tensors
+        Gradients of value, reference points, offsets and logits, with their shapes and dtypes.
+
+    Errors and source: as `ms_deform_attn_fused`.
+    """
+    inputs = (
+        *(value, spatial_shapes, level_start_index),
+        *(reference_points, sampling_offsets, attention_logits),
+    )
+    sampling = Sampling(num_points, interpolation, value_mask)
+    forward = _packed(inputs, offset_scale, sampling, query_order)
+    if not torch.compiler.is_compiling():
+        check(forward, grad_output)
+    operands = FusedBackwardOperands(grad_output, forward, Needs(True, True, True))
+    recorded = torch.is_grad_enabled() and grad_output.requires_grad
+    if recorded or _is_recorded(forward) or _must_compose(forward):
+        found = composed_gradients(operands, derivatives.gradients)
+    else:
+        found = _run_backward(operands)
+    given = (value, reference_points, sampling_offsets, attention_logits)
+    return tuple(result.to(tensor.dtype) for result, tensor in zip(found, given, strict=True))
+
+
+def _packed(
+    inputs: tuple[Any, ...], offset_scale: Any, sampling: Sampling, query_order: Any
+) -> FusedOperands:
+    """The operands, also in a graph and under autocast."""
+    value, shapes, start_index, references, offsets, logits = inputs
+    references, offsets, logits = functions.promoted(value, references, offsets, logits)
+    arguments = value, shapes, start_index, offsets, logits, query_order, sampling
+    check_given = partial(_check_given, references, offset_scale)
+    pack_here = pack_traced if torch.compiler.is_compiling() else pack
+    return FusedOperands(references, pack_here(*arguments, check_given), offset_scale)
+
+
+def _check_given(
+    references: Any,
+    offset_scale: Any,
+    value: Any,
+    shapes: Any,
+    start_index: Any,
+    *points: Any,
+    **rules: Any,
+) -> Any:
+    """`contract.check_fused` with the arguments of `contract.check`."""
+    given = value, shapes, start_index, references, *points
+    return contract.check_fused(*given, offset_scale=offset_scale, **rules)
+
+
+def _must_compose(operands: FusedOperands) -> bool:
+    """Whether torch has to see what the operator is made of."""
+    if derivatives.active():
+        return True
+    if torch.compiler.is_compiling():
+        return bool(torch.onnx.is_in_onnx_export())
+    tensors = differentiable_of(operands)
+    return _get_tracing_state() is not None or "DTensor" in [type(t).__name__ for t in tensors]
+
+
+def _composed_call(operands: FusedOperands) -> Tensor:
+    """The output by the plain operator, of locations and weights by torch."""
+    if not torch.compiler.is_compiling() and _get_tracing_state() is None:
+        check(operands)  # by the names of the arguments, before torch's own errors
+    plain = composed(operands)
+    order = order_of(plain)
+    return functions.ms_deform_attn(*given_of(plain), **sampling_of(plain), query_order=order)
+
+
+def _is_recorded(operands: FusedOperands) -> bool:
+    """Whether autograd records the call; a wrong argument is left to the check."""
+    return torch.is_grad_enabled() and any(
+        getattr(part, "requires_grad", False) for part in differentiable_of(operands)
+    )
+
+
+class _Fused(Function):
+    """The fused operator for autograd; its arguments are those of the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """Run the forward operator."""
+        operands = fused_operands(arguments)
+        tensors, ctx.constants = saved_of(operands)
+        ctx.save_for_backward(*tensors)
+        if torch.compiler.is_compiling():
+            return operators.FUSED_FORWARD(*arguments)  # type: ignore[no-any-return]
+        return _run(operands)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        """Run the backward operator or, to be differentiable, what it is composed of."""
+        needed = fused_operands(ctx.needs_input_grad)
+        by_value, by_references, by_offsets, by_logits = differentiable_of(needed)
+        needs = Needs(by_value, by_offsets or by_logits, by_references)
+        given = joined(ctx.saved_tensors, ctx.constants)
+        operands = FusedBackwardOperands(grad_outputs[0], given, needs)
+        if torch.compiler.is_compiling():
+            results = operators.FUSED_BACKWARD(*flat_backward(operands))
+        elif torch.is_grad_enabled():
+            results = composed_gradients(operands, derivatives.gradients)
+        else:
+            results = _run_backward(operands)
+        wanted = [
+            result if need else None
+            for result, need in zip(results, differentiable_of(needed), strict=True)
+        ]
+        return _argument_gradients(needed, *wanted)
+
+
+def _argument_gradients(needed: FusedOperands, *results: Any) -> tuple[Any, ...]:
+    """The gradients in the places of the operator's arguments."""
+    value, references, offsets, logits = results
+    nothing = needed.given._replace(**dict.fromkeys(needed.given._fields))
+    given = with_inputs(nothing, value, offsets, logits)
+    return flat(FusedOperands(references, given, None))
+
+
+# --- the operators -------------------------------------------------------------------------------
+
+
+def _run(operands: FusedOperands) -> Tensor:
+    """The output, by the operator where torch must see the call."""
+    if operators.is_watched() or any(_is_elsewhere(t) for t in differentiable_of(operands)):
+        check(operands)
+        flops.register()
+        return operators.FUSED_FORWARD(*flat(operands))  # type: ignore[no-any-return]
+    return _forward(operands)
+
+
+def _is_elsewhere(tensor: Any) -> bool:
+    """Whether it is a tensor that the dispatcher has to take apart."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta
+
+
+def _run_backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
+    """The gradients, likewise."""
+    if operators.is_watched() or _is_elsewhere(operands.grad_output):
+        flops.register()
+        return operators.FUSED_BACKWARD(*flat_backward(operands))  # type: ignore[no-any-return]
+    return _backward(operands)
+
+
+def _forward(operands: FusedOperands) -> Tensor:
+    """The forward operator."""
+    check(operands)
+    return operators.recorded_forward(composed(operands))[0]
+
+
+def _backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
+    """The backward operator."""
+    check(operands.forward, operands.grad_output)
+    return composed_gradients(operands, operators.backward)
+
+
+def _fake_forward(*arguments: Any) -> Tensor:
+    """Shape, dtype and device of the output."""
+    operands = fused_operands(arguments)
+    check_traced(operands)
+    value, offsets = operands.given.value, operands.given.sampling_locations
+    n, _, m, d = value.shape
+    return value.new_empty((n, offsets.shape[1], m * d))  # type: ignore[no-any-return]
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Shapes, dtypes and devices of the gradients."""
+    operands = fused_backward_operands(arguments)
+    check_traced(operands.forward, operands.grad_output)
+    return tuple(
+        tensor.new_empty(tensor.shape if need else 0)
+        for tensor, need in zip(
+            differentiable_of(operands.forward), needs_of(operands), strict=True
+        )
+    )
+
+
+def _dispatched_forward(*arguments: Any) -> Tensor:
+    """The forward operator as the dispatcher calls it."""
+    return _forward(_hashable(fused_operands(arguments)))
+
+
+def _dispatched_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The backward operator as the dispatcher calls it."""
+    operands = fused_backward_operands(arguments)
+    return _backward(operands._replace(forward=_hashable(operands.forward)))
+
+
+def _hashable(operands: FusedOperands) -> FusedOperands:
+    """The operands with tuples for the lists that the dispatcher makes."""
+    return operands._replace(given=operators.hashable(operands.given))
+
+
+for _name, _implementation, _fake in (
+    ("forward", _dispatched_forward, _fake_forward),
+    ("backward", _dispatched_backward, _fake_backward),
+):
+    _operator = f"cupy_msda::ms_deform_attn_fused_{_name}"
+    register_once(torch.library.impl, _operator, ("cpu", "cuda"), _implementation)
+    register_once(torch.library.register_fake, _operator, _fake)
