@@ -147,8 +147,7 @@ __device__ __forceinline__ Cell<Real> locate_nearest(const Coordinates<Real>& at
 __device__ __forceinline__ unsigned unmasked_corners(unsigned corners, const unsigned char* pixel, int width) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (has_corner(corners, i) && pixel[(i & 1) + (i & 2 ? static_cast<long long>(width) : 0)] == 0)
-      corners &= ~(1u << i);
+    if (has_corner(corners, i) && (pixel + (i & 2 ? width : 0))[i & 1] == 0) corners &= ~(1u << i);
   return corners;
 }
 

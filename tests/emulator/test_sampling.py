@@ -298,14 +298,14 @@ FAULTS = {
     "first-point-of-a-level": ("uneven", TILED, "sum += i++ < level", "sum += i++ <= level"),
     "row-of-a-point": ("uneven", TILED, "inverse >> 31", "inverse >> 30"),
     "another-image's-mask": ("masked", FORWARD, "S::MASKED ? mask + position", "S::MASKED ? mask"),
-    "mask-of-the-left-corners": ("masked", FORWARD, "pixel[(i & 1) +", "pixel["),
+    "mask-of-the-left-corners": ("masked", FORWARD, ")[i & 1] == 0", ")[0] == 0"),
     "order-of-the-corner-bits": (
         "masked",
         FORWARD,
         "corners &= ~(1u << i)",
         "corners &= ~(8u >> i)",
     ),
-    "inverted-mask": ("masked", FORWARD, "width) : 0)] == 0", "width) : 0)] != 0"),
+    "inverted-mask": ("masked", FORWARD, ")[i & 1] == 0", ")[i & 1] != 0"),
     "rounded-twice": ("nearest", FORWARD, "size), 0.5f)", "size), 1.0f)"),
     "rounded-down": ("nearest", FORWARD, "size), 0.5f)", "size), 0.0f)"),
     "beyond-the-last-pixel": (
