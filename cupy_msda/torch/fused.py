@@ -105,6 +105,8 @@ def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to samp
     operands = _packed(inputs, offset_scale, sampling, query_order)
     if _must_compose(operands):
         return _composed_call(operands)
+    if not torch.compiler.is_compiling() and _get_tracing_state() is not None:
+        return operators.DIFFERENTIABLE_FUSED(*flat(operands))  # type: ignore[no-any-return]
     if not torch.compiler.is_compiling() and not _is_recorded(operands):
         return _run(operands)
     try:
@@ -195,6 +197,18 @@ def _check_given(
     return contract.check_fused(*given, offset_scale=offset_scale, **rules)
 
 
+def _differentiable(*arguments: Any) -> Tensor:
+    """What a trace of torch.jit runs for `ms_deform_attn_fused`."""
+    operands = fused_operands(arguments)
+    value, *table, offsets, logits = given_of(operands.given)
+    return ms_deform_attn_fused(
+        *(value, *table, operands.reference_points, offsets, logits),
+        **sampling_of(operands.given),
+        offset_scale=operands.offset_scale,
+        query_order=order_of(operands.given),
+    )
+
+
 def _must_compose(operands: FusedOperands) -> bool:
     """Whether torch has to see what the operator is made of."""
     if derivatives.active():
@@ -202,12 +216,12 @@ def _must_compose(operands: FusedOperands) -> bool:
     if torch.compiler.is_compiling():
         return bool(torch.onnx.is_in_onnx_export())
     tensors = differentiable_of(operands)
-    return _get_tracing_state() is not None or "DTensor" in [type(t).__name__ for t in tensors]
+    return "DTensor" in [type(tensor).__name__ for tensor in tensors]
 
 
 def _composed_call(operands: FusedOperands) -> Tensor:
     """The output by the plain operator, of locations and weights by torch."""
-    if not torch.compiler.is_compiling() and _get_tracing_state() is None:
+    if not torch.compiler.is_compiling():
         check(operands)  # by the names of the arguments, before torch's own errors
     plain = composed(operands)
     order = order_of(plain)
@@ -290,14 +304,32 @@ def _run_backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
 
 def _forward(operands: FusedOperands) -> Tensor:
     """The forward operator."""
-    check(operands)
+    checked(operands)
     return operators.recorded_forward(composed(operands))[0]
 
 
 def _backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
     """The backward operator."""
-    check(operands.forward, operands.grad_output)
+    call = checked(operands.forward)
+    contract.check_grad_output(call.problem, operands.grad_output, operands.forward.given.value)
     return composed_gradients(operands, operators.backward)
+
+
+def checked(operands: FusedOperands) -> operators.Call:
+    """Check the contract, once for all calls that are alike in everything that it sees."""
+    value, shapes, start_index, *_ = operands.given
+    tensors, constants = saved_of(operands)
+    try:
+        described = [
+            None if part is None else (part.shape, part.dtype, part.device, part.layout)
+            for part in tensors
+        ]
+        key = *described, operators.contents(value, shapes, start_index), *constants
+        hash(key)
+    except (AttributeError, RuntimeError, TypeError):
+        check(operands)  # names what has no shape, or no contents for NumPy
+        raise
+    return operators.known(key) or operators.remember(key, check(operands), value)
 
 
 def _fake_forward(*arguments: Any) -> Tensor:
@@ -337,6 +369,12 @@ def _hashable(operands: FusedOperands) -> FusedOperands:
     return operands._replace(given=operators.hashable(operands.given))
 
 
+register_once(
+    torch.library.impl,
+    "cupy_msda::ms_deform_attn_fused",
+    "CompositeImplicitAutograd",
+    _differentiable,
+)
 for _name, _implementation, _fake in (
     ("forward", _dispatched_forward, _fake_forward),
     ("backward", _dispatched_backward, _fake_backward),

@@ -22,7 +22,7 @@ from torch._C._autograd import _profiler_enabled
 
 from cupy_msda import contract
 from cupy_msda.cpu import backend
-from cupy_msda.problem import INT32_MAX
+from cupy_msda.problem import INT32_MAX, Grids, LevelTable, Problem
 from cupy_msda.torch import exchange, flops
 from cupy_msda.torch.exchange import Gradients
 from cupy_msda.torch.fused_operands import FUSED_BACKWARD_SCHEMA, FUSED_SCHEMA
@@ -49,7 +49,8 @@ _SCHEMAS = {
     # gradients. The modules that differentiate implement them, by the operators above.
     "ms_deform_attn": FORWARD_SCHEMA,
     "ms_deform_attn_gradients": BACKWARD_SCHEMA,
-    # fused.py implements them.
+    # fused.py implements these.
+    "ms_deform_attn_fused": FUSED_SCHEMA,
     "ms_deform_attn_fused_forward": FUSED_SCHEMA,
     "ms_deform_attn_fused_backward": FUSED_BACKWARD_SCHEMA,
 }
@@ -62,6 +63,7 @@ BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 DIFFERENTIABLE_FORWARD = torch.ops.cupy_msda.ms_deform_attn.default
 FUSED_FORWARD = torch.ops.cupy_msda.ms_deform_attn_fused_forward.default
 FUSED_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_fused_backward.default
+DIFFERENTIABLE_FUSED = torch.ops.cupy_msda.ms_deform_attn_fused.default
 DIFFERENTIABLE_BACKWARD = torch.ops.cupy_msda.ms_deform_attn_gradients.default
 
 HALF = (torch.float16, torch.bfloat16)
@@ -204,13 +206,13 @@ class Call:
         *("problem", "table", "table_on_host"),
     )
 
-    def __init__(self, operands: Operands) -> None:
-        """Check the contract; of the level table, only what the host knows is kept."""
-        self.problem, table, self.grids = check(operands)
+    def __init__(self, accepted: tuple[Problem, LevelTable, Grids], value: Tensor) -> None:
+        """Keep what a check has found; of the level table, only what the host knows."""
+        self.problem, table, self.grids = accepted
         self.table = table.on_host
         self.output_shape = self.problem.output_shape
         self.table_on_host = table.levels is not None
-        self.on_device = is_on_device(operands.value)
+        self.on_device = is_on_device(value)
         self.bound: dict[Any, Any] = {}
 
 
@@ -240,24 +242,34 @@ def checked(operands: Operands) -> Call:
             None
             if start_index is None
             else (start_index.shape, start_index.dtype, start_index.device),
-            _contents(value, shapes, start_index),
+            contents(value, shapes, start_index),
             None if mask is None else (mask.shape, mask.dtype, mask.device, mask.layout),
             *constants_of(operands),
         )
     except (RuntimeError, TypeError):
         check(operands)  # names what has no shape, or no contents for NumPy
         raise
-    call = _calls.get(key)
-    if call is None:
-        call = Call(operands)
-        _refuse_rocm(value)
-        if len(_calls) >= MAX_CALLS:
-            _calls.clear()
-        _calls[key] = call
+    return _calls.get(key) or remember(key, check(operands), value)
+
+
+def known(key: tuple[Any, ...]) -> Call | None:
+    """The call that is remembered by this key."""
+    return _calls.get(key)
+
+
+def remember(
+    key: tuple[Any, ...], accepted: tuple[Problem, LevelTable, Grids], value: Tensor
+) -> Call:
+    """Remember a call that a check has accepted."""
+    call = Call(accepted, value)
+    _refuse_rocm(value)
+    if len(_calls) >= MAX_CALLS:
+        _calls.clear()
+    _calls[key] = call
     return call
 
 
-def _contents(value: Tensor, shapes: Tensor | None, start_index: Tensor | None) -> Any:
+def contents(value: Tensor, shapes: Tensor | None, start_index: Tensor | None) -> Any:
     """The contents of the level table where a check reads them: everywhere but on the device of value."""
     if shapes is None and start_index is None:
         return None

@@ -16,7 +16,7 @@ import cupy_msda
 import cupy_msda.torch
 from cupy_msda import MSDeformAttn, MSDeformAttnFunction
 from cupy_msda.integrations import deformable_detr
-from tests.contract.inputs import LQ, SIZES, STARTS, D, L, M, NumPy, P, S, Torch, good_inputs
+from tests.contract.inputs import LQ, SIZES, STARTS, D, L, M, N, NumPy, P, S, Torch, good_inputs
 
 # --- things ----------------------------------------------------------------------------------------
 
@@ -228,6 +228,18 @@ TAKEN = {
     "input_level_start_index": _STARTS,
     "input_padding_mask": {"None"},
     "query_order": {"None"},
+    "num_points": {"None"},
+    "value_mask": {"None"},
+    "offset_scale": {
+        "int",
+        "zero",
+        "negative",
+        "huge",
+        "huger",
+        "float",
+        "numpy float",
+        "numpy int",
+    },
     "n_levels": _COUNTS,
     "n_points": _COUNTS,
     "ratio": {"int", "float", "numpy int", "numpy float"},
@@ -245,6 +257,8 @@ OTHER_NAMES = {
     "points_dtype": "dtype",
 }
 
+KEYWORDS = ("query_order", "num_points", "interpolation", "value_mask", "offset_scale")
+
 # --- functions -------------------------------------------------------------------------------------
 
 
@@ -255,14 +269,38 @@ class Function(NamedTuple):
     arguments: Callable[[], dict[str, Any]]
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
-        """Call it by position, but for the order of the queries."""
-        keywords = {k: v for k, v in arguments.items() if k == "query_order"}
+        """Call it by position, but for how to sample."""
+        keywords = {k: v for k, v in arguments.items() if k in KEYWORDS}
         return self.run(*(v for k, v in arguments.items() if k not in keywords), **keywords)
 
 
 def _forward(lib: Any, order: bool = True) -> dict[str, Any]:
-    inputs = good_inputs(lib) | ({"query_order": "auto"} if order else {})
+    inputs = good_inputs(lib) | (_rules() if order else {})
     del inputs["grad_output"]
+    return inputs
+
+
+def _rules() -> dict[str, Any]:
+    rules = {"num_points": None, "interpolation": "bilinear", "value_mask": None}
+    return rules | {"query_order": "auto"}
+
+
+def _fused(lib: Any, backward: bool = False) -> dict[str, Any]:
+    inputs = good_inputs(lib)
+    grad_output = {"grad_output": inputs.pop("grad_output")}
+    *table, (_, offsets), (_, logits) = inputs.items()
+    points = {
+        "reference_points": lib.array((N, LQ, L, 4)),
+        "sampling_offsets": offsets,
+        "attention_logits": logits,
+    }
+    first = grad_output if backward else {}
+    return first | dict(table) | points | _rules() | {"offset_scale": 0.5}
+
+
+def _recorded_fused() -> dict[str, Any]:
+    inputs = _fused(Torch())
+    inputs["sampling_offsets"].requires_grad_()
     return inputs
 
 
@@ -274,7 +312,7 @@ def _recorded() -> dict[str, Any]:
 
 def _backward(lib: Any) -> dict[str, Any]:
     inputs = good_inputs(lib)
-    return {"grad_output": inputs.pop("grad_output"), **inputs, "query_order": "auto"}
+    return {"grad_output": inputs.pop("grad_output"), **inputs, **_rules()}
 
 
 def _extension() -> dict[str, Any]:
@@ -302,10 +340,10 @@ def _dual(*arguments: Any, **keywords: Any) -> Any:
         return cupy_msda.ms_deform_attn(*arguments, **keywords)
 
 
-def _warmup(*given: Any, query_order: Any) -> None:
+def _warmup(*given: Any, **rules: Any) -> None:
     shapes, (dtype, points_dtype, device) = given[:2], given[2:]
     options = {"dtype": dtype, "points_dtype": points_dtype, "device": device}
-    cupy_msda.warmup(*shapes, **options, backward=False, query_order=query_order)
+    cupy_msda.warmup(*shapes, **options, backward=False, **rules)
 
 
 def _warmup_arguments() -> dict[str, Any]:
@@ -315,7 +353,8 @@ def _warmup_arguments() -> dict[str, Any]:
         "dtype": "float32",
         "points_dtype": None,
         "device": "cpu",
-        "query_order": "auto",
+        **_rules(),
+        "value_mask": False,
     }
 
 
@@ -331,6 +370,15 @@ FUNCTIONS = {
         cupy_msda.torch.ms_deform_attn_backward, partial(_backward, Torch())
     ),
     "apply": Function(MSDeformAttnFunction.apply, partial(_forward, Torch(), order=False)),
+    "numpy, fused": Function(cupy_msda.ms_deform_attn_fused, partial(_fused, NumPy())),
+    "numpy, fused backward": Function(
+        cupy_msda.ms_deform_attn_fused_backward, partial(_fused, NumPy(), backward=True)
+    ),
+    "torch, fused": Function(cupy_msda.ms_deform_attn_fused, partial(_fused, Torch())),
+    "torch, fused, recorded": Function(cupy_msda.ms_deform_attn_fused, _recorded_fused),
+    "torch, fused backward": Function(
+        cupy_msda.ms_deform_attn_fused_backward, partial(_fused, Torch(), backward=True)
+    ),
     "extension": Function(
         lambda *given: deformable_detr.ms_deform_attn_forward(*given, 64), _extension
     ),
