@@ -125,9 +125,9 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
 template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
-                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
-                 Value* __restrict__ output, const long long* __restrict__ sizes,
-                 const long long* __restrict__ starts, const __grid_constant__ Params<S::L> p) {
+                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask, Value* __restrict__ output,
+                 const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                 const __grid_constant__ Params<S::L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, L = S::L, PART = S::K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
