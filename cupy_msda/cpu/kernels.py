@@ -247,10 +247,15 @@ _intrinsic: Any = extending.intrinsic  # its types do not fit functions that it 
 
 
 class _Lanes(types.Type):
-    """`width` numbers of `dtype` side by side: one LLVM vector, in as many registers as it takes."""
+    """`width` numbers of `dtype` side by side, as LLVM vectors of decreasing powers of two: 20 = 16 + 4.
+
+    One vector of 20 would be taken apart, number by number, at every branch.
+    """
 
     def __init__(self, dtype: Any, width: int) -> None:
         self.dtype, self.width = dtype, width
+        powers = (1 << bit for bit in reversed(range(width.bit_length())))
+        self.widths = [power for power in powers if width & power]
         super().__init__(f"Lanes({dtype} x {width})")
 
 
@@ -260,13 +265,45 @@ class _LanesModel(extending.models.PrimitiveModel):
 
     def __init__(self, manager: Any, lanes: Any) -> None:
         number = manager.lookup(lanes.dtype).get_value_type()
-        super().__init__(manager, lanes, ir.VectorType(number, lanes.width))
+        vectors = [ir.VectorType(number, width) for width in lanes.widths]
+        super().__init__(manager, lanes, ir.LiteralStructType(vectors))
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """LLVM pointer to an element of a one-dimensional contiguous array, unchecked."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
+
+
+def _places(context: Any, builder: Any, lanes: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """LLVM pointers from array[index] on, one to each vector of `lanes`."""
+    address = _address(context, builder, array_type, array, index)
+    places = []
+    for vector in context.get_value_type(lanes).elements:
+        places.append(builder.bitcast(address, vector.as_pointer()))
+        address = builder.gep(address, [ir.Constant(ir.IntType(64), vector.count)])
+    return places
+
+
+def _vectors(builder: Any, lanes: Any) -> list[Any]:
+    """The LLVM vectors of lanes."""
+    return [builder.extract_value(lanes, i) for i in range(len(lanes.type.elements))]
+
+
+def _joined(builder: Any, lanes: Any) -> Any:
+    """The numbers of lanes in one vector, whose width is a power of two of at least four, then zeros."""
+    *larger, joined = _vectors(builder, lanes)
+    for vector in reversed(larger):
+        padded = _padded(builder, joined, vector.type.count)
+        joined = _shuffled(builder, vector, padded, range(2 * vector.type.count))
+    return _padded(builder, joined, 4)
+
+
+def _padded(builder: Any, vector: Any, width: int) -> Any:
+    """A vector with zeros after it, `width` numbers or more."""
+    count = vector.type.count
+    order = [min(i, count) for i in range(max(width, count))]  # `count`: the first of the zeros
+    return _shuffled(builder, vector, ir.Constant(vector.type, None), order)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
@@ -294,11 +331,9 @@ def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = context.get_value_type(like)
-        address = _address(context, builder, signature.args[1], *arguments[1:])
-        loaded = builder.load(builder.bitcast(address, vector.as_pointer()))
-        loaded.align = array.dtype.bitwidth // 8
-        return loaded
+        places = _places(context, builder, like, signature.args[1], *arguments[1:])
+        loaded = [builder.load(place, align=array.dtype.bitwidth // 8) for place in places]
+        return cgutils.make_anonymous_struct(builder, loaded)
 
     return like(like, array, types.int64), emit
 
@@ -309,10 +344,9 @@ def _store(context: Any, array: Any, index: Any, lanes: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = context.get_value_type(lanes)
-        address = _address(context, builder, signature.args[0], *arguments[:2])
-        stored = builder.store(arguments[2], builder.bitcast(address, vector.as_pointer()))
-        stored.align = array.dtype.bitwidth // 8
+        places = _places(context, builder, lanes, signature.args[0], *arguments[:2])
+        for vector, place in zip(_vectors(builder, arguments[2]), places, strict=True):
+            builder.store(vector, place, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, lanes), emit
@@ -325,7 +359,8 @@ def _times(context: Any, a: Any, b: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        return builder.fmul(*arguments)
+        pairs = zip(*(_vectors(builder, lanes) for lanes in arguments), strict=True)
+        return cgutils.make_anonymous_struct(builder, [builder.fmul(*pair) for pair in pairs])
 
     return a(a, b), emit
 
@@ -336,12 +371,16 @@ def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
-        empty = ir.Constant(context.get_value_type(lanes), ir.Undefined)
-        first = builder.insert_element(empty, arguments[1], ir.Constant(ir.IntType(32), 0))
-        factors = _shuffled(builder, first, empty, [0] * lanes.width)
-        product = builder.fmul(factors, arguments[2], flags=("contract",))
-        return builder.fadd(arguments[0], product, flags=("contract",))
+        del context, signature
+        totals, vectors = (_vectors(builder, arguments[i]) for i in (0, 2))
+        sums = []
+        for total, vector in zip(totals, vectors, strict=True):
+            empty = ir.Constant(vector.type, ir.Undefined)
+            first = builder.insert_element(empty, arguments[1], ir.Constant(ir.IntType(32), 0))
+            factors = _shuffled(builder, first, empty, [0] * vector.type.count)
+            product = builder.fmul(factors, vector, flags=("contract",))
+            sums.append(builder.fadd(total, product, flags=("contract",)))
+        return cgutils.make_anonymous_struct(builder, sums)
 
     return lanes(total, lanes.dtype, lanes), emit
 
@@ -351,14 +390,10 @@ def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The sums of four vectors: each is folded in halves to four numbers, those by a transpose."""
     del context
 
-    def emit(context: Any, builder: Any, signature: Any, vectors: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        width = 4
-        while width < a.width:
-            width *= 2
-        zero = ir.Constant(vectors[0].type, None)
-        order = [min(i, a.width) for i in range(width)]  # a.width: the first number of `zero`
-        vectors = [_shuffled(builder, vector, zero, order) for vector in vectors]
+        vectors = [_joined(builder, lanes) for lanes in arguments]
+        width = vectors[0].type.count
         while width > 4:
             width //= 2
             halves = range(width), range(width, 2 * width)
