@@ -5,9 +5,10 @@ A "row" is one (image, query, head): L*P points, each with 4 corners, each corne
 `value`. The kernels hold `lanes` channels of a row in SIMD registers at a time and skip corners
 outside the level instead of reading them and multiplying by zero.
 
-Forward: a task is a range of consecutive rows, so locations, weights and output stream; while one
-row is summed, the cells of a later one are prefetched. Backward: a task is one (image, level, head),
-the only one that writes its plane of grad_value, so nothing is shared and nothing is atomic.
+Forward: a task is a range of consecutive rows, so locations, weights and output stream, and the
+processor fetches them ahead by itself; while one row is summed, the cells of a later one are
+prefetched. Backward: a task is one (image, level, head), the only one that writes its plane of
+grad_value, so nothing is shared and nothing is atomic.
 
 An atomic counter hands out tasks to the calling thread and to helper threads, as far as these wake
 in time. Unlike Numba's threading layers this survives fork and calls from several threads at once.
@@ -43,10 +44,11 @@ from cupy_msda.cpu.threads import limit
 
 _Array = np.ndarray[Any, Any]
 
-_REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
+_REGISTER_BYTES = 512  # of one row at a time, less: the registers of AVX2, a quarter of AVX-512's
 _LINE_BYTES = 64
 _CELLS_AHEAD = 2  # rows between the prefetch of a row's cells and their use
-_STREAM_AHEAD = 4  # rows of a task between the prefetch of streamed data and its use
+_POINTS_AHEAD = 16  # points in these rows of the forward, which would be over before memory answers
+_STREAM_AHEAD = 4  # rows of a backward task between the prefetch of streamed data and its use
 _GRAIN = 2**17  # multiply-adds per corner worth waking a thread for, about 50 microseconds
 _SPINS = 20_000  # polls for helpers before sleeping, about 100 microseconds
 _HELPERS_INSIDE = 8  # index into the scheduling state, a cache line away from the task counter
@@ -171,8 +173,8 @@ def _parts(
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
-    """The number of channels held in registers at once: the largest divisor of D that fits."""
-    most = min(head_dim, _REGISTER_BYTES // itemsize)
+    """The number of channels held in registers at once: the largest divisor of D that leaves one free."""
+    most = min(head_dim, _REGISTER_BYTES // itemsize - 1)
     return next(lanes for lanes in range(most, 0, -1) if head_dim % lanes == 0)
 
 
@@ -374,12 +376,12 @@ def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
         del context, signature
         totals, vectors = (_vectors(builder, arguments[i]) for i in (0, 2))
         sums = []
-        for total, vector in zip(totals, vectors, strict=True):
+        for start, vector in zip(totals, vectors, strict=True):
             empty = ir.Constant(vector.type, ir.Undefined)
             first = builder.insert_element(empty, arguments[1], ir.Constant(ir.IntType(32), 0))
             factors = _shuffled(builder, first, empty, [0] * vector.type.count)
             product = builder.fmul(factors, vector, flags=("contract",))
-            sums.append(builder.fadd(total, product, flags=("contract",)))
+            sums.append(builder.fadd(start, product, flags=("contract",)))
         return cgutils.make_anonymous_struct(builder, sums)
 
     return lanes(total, lanes.dtype, lanes), emit
@@ -506,6 +508,16 @@ def _prefetch(array: Any, first: Any, count: Any) -> None:
 
 
 @_inlined
+def _prefetch_vector(array: Any, first: Any, count: Any) -> None:
+    """Ask for the cache lines of a D-vector, which begins at a multiple of D = `count`."""
+    line = _per_line(array)
+    _prefetch(array, first, count)
+    last_begin = line - (count & -count)  # the latest that it can begin in a line
+    if (last_begin + count - 1) // line >= (count + line - 1) // line:
+        _prefetch_line(array, first + count - 1)
+
+
+@_inlined
 def _level(table: Any, index: Any) -> Any:
     """(H, W, start, P) of a level."""
     return table[index, 0], table[index, 1], table[index, 2], table[index, 3]
@@ -546,8 +558,8 @@ def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point
                 cell = start + np.int64(np.floor(y)) * columns + np.int64(np.floor(x))
                 at = origin + cell * pitch
                 for line in (at, at + columns * pitch):
-                    _prefetch(array, line, head_dim)
-                    _prefetch(array, line + pitch, head_dim)
+                    _prefetch_vector(array, line, head_dim)
+                    _prefetch_vector(array, line + pitch, head_dim)
 
 
 @_inlined
@@ -599,6 +611,7 @@ def forward_kernel(head_dim: int, itemsize: int) -> Any:
         points = len(weights) // (batch * rows)  # of one row, K = L*P
         pitch = num_heads * head_dim
         stretches = (rows + stretch - 1) // stretch
+        ahead = max(_CELLS_AHEAD, _POINTS_AHEAD // points)
         zeros = _zeros(value, lanes)
         _fetch_add(state, _HELPERS_INSIDE, 1)
         while True:
@@ -608,19 +621,19 @@ def forward_kernel(head_dim: int, itemsize: int) -> Any:
                 break
             begin = task % stretches * stretch
             end = min(begin + stretch, rows) + image * rows
-            head = begin % num_heads
+            begin += image * rows
             origin = image * spatial_size * pitch
-            for row in range(begin + image * rows, end):
+            head = after = begin % num_heads
+            for row in range(begin - ahead, end):
+                later = row + ahead
+                if later < end:
+                    plane = value, origin + after * head_dim, pitch
+                    _prefetch_cells(plane, head_dim, table, locations, later * points)
+                    after = after + 1 if after + 1 < num_heads else 0
+                if row < begin:
+                    continue
                 here = origin + head * head_dim
                 head = head + 1 if head + 1 < num_heads else 0
-                if row + _CELLS_AHEAD < end:
-                    after = origin + (head + _CELLS_AHEAD - 1) % num_heads * head_dim
-                    point = (row + _CELLS_AHEAD) * points
-                    _prefetch_cells((value, after, pitch), head_dim, table, locations, point)
-                stream = row + _STREAM_AHEAD
-                _prefetch(locations, 2 * stream * points, 2 * points)
-                _prefetch(weights, stream * points, points)
-                _prefetch(out, stream * head_dim, head_dim)
                 for channel in range(0, head_dim, lanes):
                     plane = value, here + channel, pitch
                     total = _sample(zeros, plane, table, locations, weights, row * points)
