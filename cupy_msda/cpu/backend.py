@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +17,8 @@ from cupy_msda import reference
 from cupy_msda.arrays import dtype_name
 from cupy_msda.cpu import fork
 from cupy_msda.faults import reason, warn_once
-from cupy_msda.problem import LevelTable, Problem
+from cupy_msda.fused import FusedPoints, gradients, locations_and_weights
+from cupy_msda.problem import Level, LevelTable, Problem
 
 
 @cache
@@ -40,7 +42,7 @@ def backend() -> ModuleType:
 
 @cache
 def _compiles(kernels: ModuleType, name: str, *template: Any) -> bool:
-    """Whether Numba can compile `forward` or `backward` for D and so on; it is compiled then."""
+    """Whether Numba can compile what a function needs for D and so on; it is compiled then."""
     try:
         getattr(kernels, f"{name}_kernel")(*template)
     except Exception as error:
@@ -92,20 +94,63 @@ def backward(
     """The gradients of value, locations and weights as NumPy arrays, in the dtype of `forward`."""
     arrays = (grad_output, value, locations, weights)
     grad, value, *points = (_widened(problem, array) for array in arrays)
-    gradients: tuple[Any, Any, Any] = _run(
+    results: tuple[Any, Any, Any] = _run(
         "backward", problem, mask, threads, grad, value, table.levels, *points
     )
-    return gradients
+    return results
+
+
+def fused_forward(
+    problem: Problem,
+    table: LevelTable,
+    value: Any,
+    reference_points: Any,
+    offsets: Any,
+    logits: Any,
+    *,
+    offset_scale: float,
+    mask: Any = None,
+    threads: int | None = None,
+) -> Any:
+    """The output of a fused call, as `forward`."""
+    given = (value, reference_points, offsets, logits)
+    value, *points = (_widened(problem, array) for array in given)
+    arguments = value, table.levels, *points
+    return _run("fused_forward", problem, mask, threads, *arguments, offset_scale=offset_scale)
+
+
+def fused_backward(
+    problem: Problem,
+    table: LevelTable,
+    grad_output: Any,
+    value: Any,
+    reference_points: Any,
+    offsets: Any,
+    logits: Any,
+    *,
+    offset_scale: float,
+    mask: Any = None,
+    threads: int | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """The gradients of value, reference points, offsets and logits, as `backward`."""
+    given = (grad_output, value, reference_points, offsets, logits)
+    grad, value, *points = (_widened(problem, array) for array in given)
+    arguments = grad, value, table.levels, *points
+    results: tuple[Any, Any, Any, Any] = _run(
+        "fused_backward", problem, mask, threads, *arguments, offset_scale=offset_scale
+    )
+    return results
 
 
 def compile_ahead(problem: Problem, with_backward: bool) -> None:
     """Compile the Numba kernels for a problem."""
+    fused = "fused_" if problem.references else ""
     for name in ("forward", "backward") if with_backward else ("forward",):
-        _module(name, problem)
+        _module(fused + name, problem)
 
 
 def _module(name: str, problem: Problem) -> ModuleType:
-    """What runs `forward` or `backward`; the kernel is compiled then."""
+    """What runs a function of the backend; the kernels are compiled then."""
     module, itemsize = backend(), np.dtype(_wide(problem)).itemsize
     template = problem.head_dim, itemsize, problem.interpolation == "nearest", problem.has_mask
     # Without channels there is nothing to compile.
@@ -114,31 +159,65 @@ def _module(name: str, problem: Problem) -> ModuleType:
     return reference
 
 
-def _run(name: str, problem: Problem, mask: Any, threads: int | None, *arguments: Any) -> Any:
+def _run(
+    name: str, problem: Problem, mask: Any, threads: int | None, *arguments: Any, **scale: float
+) -> Any:
     """Call a function of the backend; the reference leaves threads to its library."""
-    module, points, interpolation = (
-        _module(name, problem),
-        problem.level_points,
-        problem.interpolation,
-    )
+    module, points = _module(name, problem), problem.level_points
+    interpolation = problem.interpolation
     if mask is not None:
         mask = np.ascontiguousarray(_numpy(mask))
     if module is not reference:
-        return getattr(module, name)(
-            *arguments,
-            num_points=points,
-            interpolation=interpolation,
-            mask=mask,
-            threads=threads,
-        )
-    flat = arguments[-1].ndim == 4  # the weights: (N, Lq, M, K)
+        rules = {"num_points": points, "interpolation": interpolation, "mask": mask}
+        return getattr(module, name)(*arguments, **rules, **scale, threads=threads)
+    flat = arguments[-1].ndim == 4  # weights or logits, (N, Lq, M, K)
+    rules = {"num_points": points if flat else None, "interpolation": interpolation}
+    call = _COMPOSED[name] if name in _COMPOSED else getattr(reference, name)
     with np.errstate(all="ignore"):  # only NumPy would warn of infinities and overflow
-        return getattr(reference, name)(
-            *arguments,
-            num_points=points if flat else None,
-            interpolation=interpolation,
-            value_mask=mask,
-        )
+        return call(*arguments, **rules, **scale, value_mask=mask)
+
+
+def _fused_forward(
+    value: Any, levels: Sequence[Level], *points: Any, offset_scale: float, **rules: Any
+) -> Any:
+    """`fused_forward` by the reference."""
+    given = _fused_points(levels, points, rules["num_points"], offset_scale)
+    return reference.forward(value, levels, *locations_and_weights(given), **rules)
+
+
+def _fused_backward(
+    grad_output: Any,
+    value: Any,
+    levels: Sequence[Level],
+    *points: Any,
+    offset_scale: float,
+    **rules: Any,
+) -> Any:
+    """`fused_backward` by the reference."""
+    given = _fused_points(levels, points, rules["num_points"], offset_scale)
+    locations, weights = locations_and_weights(given)
+    inputs = value, levels, locations, weights
+    by_value, *by_points = reference.backward(grad_output, *inputs, **rules)
+    return by_value, *gradients(given, weights, *by_points)
+
+
+_COMPOSED: dict[str, Callable[..., Any]] = {
+    "fused_forward": _fused_forward,
+    "fused_backward": _fused_backward,
+}
+
+
+def _fused_points(
+    levels: Sequence[Level],
+    points: tuple[Any, ...],
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+) -> FusedPoints:
+    """Reference points, offsets and logits with what belongs to them."""
+    references, offsets, logits = points
+    sizes = np.array([(width, height) for height, width, _ in levels], offsets.dtype)
+    sizes = sizes.reshape(-1, 2)  # also without levels
+    return FusedPoints(references, offsets, logits, sizes, num_points, offset_scale)
 
 
 def _wide(problem: Problem) -> type[np.floating[Any]]:

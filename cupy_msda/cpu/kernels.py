@@ -131,13 +131,31 @@ def backward(
     tuple of three arrays
         Each with the shape of its input. Deterministic, as `forward`.
     """
+    if value.size == 0 or weights.size == 0:
+        return np.zeros_like(value), np.zeros_like(locations), np.zeros_like(weights)
+    points, by_points = (locations, weights), (np.empty_like(locations), np.empty_like(weights))
+    rules = tuple(num_points), interpolation, mask, threads
+    by_value = _scatter_points(grad_output, value, tuple(levels), points, by_points, *rules)
+    return by_value, *by_points
+
+
+def _scatter_points(
+    grad_output: _Array,
+    value: _Array,
+    levels: tuple[tuple[int, int, int], ...],
+    points: tuple[_Array, _Array],
+    by_points: tuple[_Array, _Array],
+    num_points: tuple[int, ...],
+    interpolation: str,
+    mask: _Array | None,
+    threads: int | None,
+) -> _Array:
+    """The gradient of value; those of locations and weights are written to `by_points`, which may be `points`."""
+    locations, weights = points
     n, s, m, d = value.shape
-    lq, levels, num_points = locations.shape[1], tuple(levels), tuple(num_points)
+    lq = locations.shape[1]
     # The system hands out fresh zeros page by page when a task touches them; zeros_like would fill.
     by_value = np.zeros(value.shape, value.dtype)
-    if value.size == 0 or weights.size == 0:
-        return by_value, np.zeros_like(locations), np.zeros_like(weights)
-    by_points = np.empty_like(locations), np.empty_like(weights)
     parts, packed = _parts(levels, num_points, s, lq)
     _share_out(
         backward_kernel(d, value.itemsize, interpolation == "nearest", mask is not None),
@@ -149,7 +167,112 @@ def backward(
         parts,
         (n, s, m, lq, d * packed),
     )
-    return by_value, *by_points
+    return by_value
+
+
+def fused_forward(
+    value: _Array,
+    levels: Sequence[tuple[int, int, int]],
+    reference_points: _Array,
+    offsets: _Array,
+    logits: _Array,
+    *,
+    num_points: Sequence[int],
+    offset_scale: float,
+    interpolation: str = "bilinear",
+    mask: _Array | None = None,
+    threads: int | None = None,
+) -> _Array:
+    """`forward` at the locations and with the weights that `cupy_msda.fused` derives; neither is stored.
+
+    Parameters
+    ----------
+    value, levels, num_points, interpolation, mask, threads
+        As `forward` takes them.
+    reference_points : array, shape (N or 1, Lq, L or 1, 2 or 4)
+    offsets : array, shape (N, Lq, M, L, P, 2) or (N, Lq, M, K, 2)
+    logits : array, shape (N, Lq, M, L, P) or (N, Lq, M, K)
+    offset_scale : float, of offsets from boxes
+
+    Returns
+    -------
+    array, shape (N, Lq, M*D)
+        Deterministic, as `forward`.
+    """
+    n, s, m, d = value.shape
+    lq = offsets.shape[1]
+    if value.size == 0 or logits.size == 0:
+        return np.zeros((n, lq, m * d), value.dtype)
+    out = np.empty((n, lq, m * d), value.dtype)
+    rows = lq * m
+    threads = _worthwhile(threads, logits.size * d)
+    stretch = min(max(n * rows // (16 * threads), 64), 1024)
+    _share_out(
+        fused_forward_kernel(d, value.itemsize, interpolation == "nearest", mask is not None),
+        threads,
+        out.reshape(-1),
+        _read_only(value, reference_points, offsets, logits),
+        mask if mask is None else _read_only(mask)[0],
+        _table(tuple(levels), tuple(num_points)),
+        (n, s, m, rows, stretch, *_reference_sizes(reference_points)),
+        float(offset_scale),
+    )
+    return out
+
+
+def fused_backward(  # noqa: PLR0913 - the arguments of the operator
+    grad_output: _Array,
+    value: _Array,
+    levels: Sequence[tuple[int, int, int]],
+    reference_points: _Array,
+    offsets: _Array,
+    logits: _Array,
+    *,
+    num_points: Sequence[int],
+    offset_scale: float,
+    interpolation: str = "bilinear",
+    mask: _Array | None = None,
+    threads: int | None = None,
+) -> tuple[_Array, _Array, _Array, _Array]:
+    """Gradients of `fused_forward` by value, reference points, offsets and logits.
+
+    Parameters
+    ----------
+    grad_output : array, shape (N, Lq, M*D)
+    value, levels, reference_points, offsets, logits, and the rest
+        As `fused_forward` takes them.
+
+    Returns
+    -------
+    tuple of four arrays
+        Each with the shape of its input. Deterministic, as `forward`.
+    """
+    n, _, m, d = value.shape
+    lq, levels, num_points = offsets.shape[1], tuple(levels), tuple(num_points)
+    if value.size == 0 or logits.size == 0:
+        by_value, by_references = np.zeros_like(value), np.zeros_like(reference_points)
+        return by_value, by_references, np.zeros_like(offsets), np.zeros_like(logits)
+    template = d, value.itemsize, interpolation == "nearest", mask is not None
+    locate, _, chain = fused_backward_kernel(*template)
+    workers = _worthwhile(threads, logits.size * d)
+    stretch = max(lq // (16 * workers), 1)
+    sizes = n, m, lq, stretch, *_reference_sizes(reference_points)
+    inputs = _read_only(reference_points, offsets, logits)
+    given = inputs, _table(levels, num_points), sizes, float(offset_scale)
+    # They hold locations and weights, then the gradients of these, at last those of offsets and logits.
+    points = np.empty_like(offsets), np.empty_like(logits)
+    flat = points[0].reshape(-1), points[1].reshape(-1)
+    _share_out(locate, workers, flat, *given)
+    rules = num_points, interpolation, mask, threads
+    by_value = _scatter_points(grad_output, value, levels, points, points, *rules)
+    by_references = np.empty_like(reference_points)
+    _share_out(chain, workers, (by_references.reshape(-1), *flat), *given)
+    return by_value, by_references, *points
+
+
+def _reference_sizes(reference_points: _Array) -> tuple[int, int, int]:
+    """(N or 1, L or 1, 2 or 4)."""
+    return reference_points.shape[0], *reference_points.shape[2:]
 
 
 def _read_only(*arrays: _Array) -> tuple[_Array, ...]:
@@ -1008,3 +1131,268 @@ def backward_kernel(
         _fetch_add(state, _HELPERS_INSIDE, -1)
 
     return backward
+
+
+# Fused kernels ------------------------------------------------------------------------------------
+
+
+@_inlined
+def _softmax(logits: Any, first: Any, count: Any, weights: Any, at: Any) -> None:
+    """Write the softmax of `count` logits to weights[at:]; NaN if one is NaN or all are -infinity."""
+    largest = logits[first]
+    for i in range(1, count):
+        largest = max(largest, logits[first + i])
+    total = weights.dtype.type(0)
+    for i in range(count):
+        power = np.exp(logits[first + i] - largest)
+        weights[at + i] = power
+        total += power
+    for i in range(count):
+        weights[at + i] /= total
+
+
+@_inlined
+def _steps(references: Any, at: Any, coordinates: Any, level: Any, scale: Any) -> Any:
+    """(divisors, factors) in x and y: an offset moves a point by offset / divisor * factor[0] * factor[1]."""
+    rows, columns, _, points = level
+    real = references.dtype.type
+    if coordinates == 2:
+        one = real(1)
+        # An empty level has no points inside, whose gradients of zero must stay zero.
+        return (real(max(columns, 1)), real(max(rows, 1))), (one, one, one)
+    factors = references[at + 2], references[at + 3], real(scale)
+    return (real(points), real(points)), factors
+
+
+@_inlined
+def _place(
+    references: Any,
+    at: Any,
+    sizes: Any,
+    scale: Any,
+    table: Any,
+    offsets: Any,
+    first: Any,
+    locations: Any,
+    target: Any,
+) -> None:
+    """Write the locations of a row, whose points begin with `first` in `offsets`, from `target` on.
+
+    Its reference points begin at index `at`; `sizes` are their (N or 1, L or 1, 2 or 4).
+    """
+    _, levels, coordinates = sizes
+    for index in range(len(table)):
+        level = _level(table, index)
+        divisors, factors = _steps(references, at, coordinates, level, scale)
+        x, y = references[at], references[at + 1]
+        for _ in range(level[3]):
+            step_x = offsets[2 * first] / divisors[0] * factors[0] * factors[2]
+            step_y = offsets[2 * first + 1] / divisors[1] * factors[1] * factors[2]
+            locations[2 * target] = x + step_x
+            locations[2 * target + 1] = y + step_y
+            first += 1
+            target += 1
+        if levels > 1:
+            at += coordinates
+
+
+@cache
+def fused_forward_kernel(
+    head_dim: int, itemsize: int, nearest: bool = False, masked: bool = False
+) -> Any:
+    """The forward kernel of fused calls, as `forward_kernel`.
+
+    Scratch holds the points of a few rows, from the row that is summed to the last whose cells are prefetched.
+    """
+    lanes = _lanes(head_dim, itemsize)
+    inputs = _arrays(itemsize, 4, readonly=True)
+    out = _arrays(itemsize, 1, readonly=False).dtype
+    mask_type = _MASK if masked else types.none
+    sample, prefetch = (
+        (_sample_nearest, _prefetch_nearest) if nearest else (_sample, _prefetch_cells)
+    )
+    name = _name("fused_forward", head_dim, itemsize, nearest, masked)
+    sizes = types.UniTuple(types.int64, 8)
+
+    @_compiled(name, _INTEGERS, out, inputs, mask_type, _TABLE, sizes, types.float64)
+    def forward(
+        state: Any, out: Any, inputs: Any, mask: Any, table: Any, sizes: Any, scale: Any
+    ) -> None:
+        value, references, offsets, logits = inputs
+        batch, spatial_size, num_heads, rows, stretch = sizes[:5]  # rows of one image
+        images, levels, coordinates = sizes[5:]
+        count = len(logits) // (batch * rows)  # of one row, K
+        locations = np.empty(2 * count * (_CELLS_AHEAD + 1), value.dtype)
+        weights = np.empty(count * (_CELLS_AHEAD + 1), value.dtype)
+        pitch = num_heads * head_dim
+        stretches = (rows + stretch - 1) // stretch
+        zeros = _zeros(value, lanes)
+        _fetch_add(state, _HELPERS_INSIDE, 1)
+        while True:
+            task = _fetch_add(state, 0, 1)
+            image = task // stretches
+            if image >= batch:
+                break
+            begin = task % stretches * stretch
+            end = min(begin + stretch, rows)
+            origin, first = image * spatial_size * pitch, image * spatial_size
+            for row in range(begin - _CELLS_AHEAD, end):
+                ahead = row + _CELLS_AHEAD
+                if ahead < end:
+                    scratch = ahead % (_CELLS_AHEAD + 1) * count
+                    point = (image * rows + ahead) * count
+                    query = image % images * (rows // num_heads) + ahead // num_heads
+                    at = query * levels * coordinates
+                    _place(
+                        references, at, sizes[5:], scale, table, offsets, point, locations, scratch
+                    )
+                    _softmax(logits, point, count, weights, scratch)
+                    plane = value, origin + ahead % num_heads * head_dim, pitch
+                    prefetch(plane, head_dim, table, locations, scratch)
+                    _prefetch(offsets, 2 * (point + _STREAM_AHEAD * count), 2 * count)
+                    _prefetch(logits, point + _STREAM_AHEAD * count, count)
+                if row >= begin:
+                    scratch = row % (_CELLS_AHEAD + 1) * count
+                    here = origin + row % num_heads * head_dim
+                    target = (image * rows + row) * head_dim
+                    for channel in range(0, head_dim, lanes):
+                        plane = value, here + channel, pitch
+                        total = sample(
+                            zeros, plane, (mask, first), table, locations, weights, scratch
+                        )
+                        _store(out, target + channel, total)
+        _fetch_add(state, _HELPERS_INSIDE, -1)
+
+    return forward
+
+
+@cache
+def _locate_kernel(itemsize: int) -> Any:
+    """The kernel that writes the locations and weights of all rows to arrays."""
+    points = _arrays(itemsize, 2, readonly=False)
+    inputs = _arrays(itemsize, 3, readonly=True)
+    sizes = types.UniTuple(types.int64, 7)
+
+    @_compiled(f"locate_{itemsize}", _INTEGERS, points, inputs, _TABLE, sizes, types.float64)
+    def locate(state: Any, points: Any, inputs: Any, table: Any, sizes: Any, scale: Any) -> None:
+        locations, weights = points
+        references, offsets, logits = inputs
+        batch, num_heads, num_queries, stretch, images, levels, coordinates = sizes
+        count = len(logits) // (batch * num_queries * num_heads)  # of one row, K
+        _fetch_add(state, _HELPERS_INSIDE, 1)
+        while True:
+            begin = _fetch_add(state, 0, 1) * stretch
+            if begin >= batch * num_queries:
+                break
+            for query in range(begin, min(begin + stretch, batch * num_queries)):
+                at = query % (images * num_queries) * levels * coordinates
+                for row in range(query * num_heads, (query + 1) * num_heads):
+                    point = row * count
+                    _place(
+                        references, at, sizes[4:], scale, table, offsets, point, locations, point
+                    )
+                    _softmax(logits, point, count, weights, point)
+        _fetch_add(state, _HELPERS_INSIDE, -1)
+
+    return locate
+
+
+@_inlined
+def _chain_softmax(weights: Any, by_weights: Any, point: Any) -> None:
+    """Gradients of a row's weights, from by_weights[point] on, become those of its logits."""
+    mean = weights.dtype.type(0)
+    for i in range(len(weights)):
+        mean += weights[i] * by_weights[point + i]
+    for i in range(len(weights)):
+        by_weights[point + i] = weights[i] * (by_weights[point + i] - mean)
+
+
+@_inlined
+def _chain_locations(
+    references: Any,
+    at: Any,
+    sizes: Any,
+    scale: Any,
+    table: Any,
+    offsets: Any,
+    by_locations: Any,
+    point: Any,
+    sums: Any,
+) -> None:
+    """Gradients of a row's locations become those of its offsets; `sums` gathers those of its reference points."""
+    _, levels, coordinates = sizes
+    target = 0
+    for index in range(len(table)):
+        level = _level(table, index)
+        divisors, factors = _steps(references, at, coordinates, level, scale)
+        for _ in range(level[3]):
+            by_x, by_y = by_locations[2 * point], by_locations[2 * point + 1]
+            sums[target] += by_x
+            sums[target + 1] += by_y
+            if coordinates == 4:
+                sums[target + 2] += by_x * (offsets[2 * point] / divisors[0] * factors[2])
+                sums[target + 3] += by_y * (offsets[2 * point + 1] / divisors[1] * factors[2])
+            by_locations[2 * point] = by_x / divisors[0] * factors[0] * factors[2]
+            by_locations[2 * point + 1] = by_y / divisors[1] * factors[1] * factors[2]
+            point += 1
+        if levels > 1:
+            at += coordinates
+            target += coordinates
+
+
+@cache
+def _chain_kernel(itemsize: int) -> Any:
+    """The kernel that turns gradients of locations and weights into those of what they come from, in place.
+
+    A task is a range of queries, in all images that share their reference points.
+    """
+    gradients = _arrays(itemsize, 3, readonly=False)
+    inputs = _arrays(itemsize, 3, readonly=True)
+    sizes = types.UniTuple(types.int64, 7)
+
+    @_compiled(f"chain_{itemsize}", _INTEGERS, gradients, inputs, _TABLE, sizes, types.float64)
+    def chain(state: Any, gradients: Any, inputs: Any, table: Any, sizes: Any, scale: Any) -> None:
+        by_references, by_locations, by_weights = gradients
+        references, offsets, logits = inputs
+        batch, num_heads, num_queries, stretch, images, levels, coordinates = sizes
+        count = len(logits) // (batch * num_queries * num_heads)  # of one row, K
+        weights = np.empty(count, logits.dtype)
+        sums = np.empty(levels * coordinates, np.float64)
+        _fetch_add(state, _HELPERS_INSIDE, 1)
+        while True:
+            begin = _fetch_add(state, 0, 1) * stretch
+            if begin >= images * num_queries:
+                break
+            for query in range(begin, min(begin + stretch, images * num_queries)):
+                at = query * len(sums)
+                sums[:] = 0
+                for same in range(query, batch * num_queries, images * num_queries):
+                    for row in range(same * num_heads, (same + 1) * num_heads):
+                        point = row * count
+                        _softmax(logits, point, count, weights, 0)
+                        _chain_softmax(weights, by_weights, point)
+                        _chain_locations(
+                            references,
+                            at,
+                            sizes[4:],
+                            scale,
+                            table,
+                            offsets,
+                            by_locations,
+                            point,
+                            sums,
+                        )
+                for i in range(len(sums)):
+                    by_references[at + i] = sums[i]
+        _fetch_add(state, _HELPERS_INSIDE, -1)
+
+    return chain
+
+
+@cache
+def fused_backward_kernel(
+    head_dim: int, itemsize: int, nearest: bool = False, masked: bool = False
+) -> tuple[Any, Any, Any]:
+    """The kernels of a fused backward, in the order in which they run."""
+    backward = backward_kernel(head_dim, itemsize, nearest, masked)
+    return _locate_kernel(itemsize), backward, _chain_kernel(itemsize)
