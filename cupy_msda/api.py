@@ -24,6 +24,7 @@ from cupy_msda.contract import (
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
 from cupy_msda.fused import FusedPoints, gradients, locations_and_weights
+from cupy_msda.problem import LevelTable, Problem
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -263,7 +264,12 @@ def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to samp
         return cupy_msda.torch.ms_deform_attn_fused(
             *inputs, **rules, offset_scale=offset_scale, query_order=query_order
         )
-    points = _points(inputs, rules, offset_scale, query_order)
+    problem, table = _check_fused(inputs, rules, offset_scale, query_order)
+    if on_host(value):
+        keywords = {"offset_scale": offset_scale, "mask": value_mask}
+        arrays = (value, *inputs[3:])
+        return _like(value, backend.fused_forward(problem, table, *arrays, **keywords))
+    points = _points(problem, table, inputs, rules, offset_scale)
     plain = (value, spatial_shapes, level_start_index, *locations_and_weights(points))
     return ms_deform_attn(*plain, **rules, query_order=query_order)
 
@@ -318,23 +324,40 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
         keywords = {"offset_scale": offset_scale, "query_order": query_order, **rules}
         found = cupy_msda.torch.ms_deform_attn_fused_backward(grad_output, *inputs, **keywords)
         return MSDeformAttnFusedGradients(*found)
-    points = _points(inputs, rules, offset_scale, query_order)
+    problem, table = _check_fused(inputs, rules, offset_scale, query_order)
+    check_grad_output(problem, grad_output, value)
+    given = (value, reference_points, sampling_offsets, attention_logits)
+    if on_host(value):
+        keywords = {"offset_scale": offset_scale, "mask": value_mask}
+        found = backend.fused_backward(problem, table, grad_output, *given, **keywords)
+        return MSDeformAttnFusedGradients(*map(_like, given, found))
+    points = _points(problem, table, inputs, rules, offset_scale)
     locations, weights = locations_and_weights(points)
     plain = (value, spatial_shapes, level_start_index, locations, weights)
     by_value, *by_points = ms_deform_attn_backward(
         grad_output, *plain, **rules, query_order=query_order
     )
-    given = (reference_points, sampling_offsets, attention_logits)
-    found = gradients(points, weights, *by_points)
-    return MSDeformAttnFusedGradients(by_value, *map(_like, given, found))
+    found = (by_value, *gradients(points, weights, *by_points))
+    return MSDeformAttnFusedGradients(*map(_like, given, found))
+
+
+def _check_fused(
+    inputs: tuple[Any, ...], rules: dict[str, Any], offset_scale: Any, query_order: Any
+) -> tuple[Problem, LevelTable]:
+    """Check a fused call."""
+    checked = check_fused(*inputs, **rules, offset_scale=offset_scale)
+    check_query_order(query_order, checked[0].num_queries, "sampling_offsets")
+    return checked
 
 
 def _points(
-    inputs: tuple[Any, ...], rules: dict[str, Any], offset_scale: Any, query_order: Any
+    problem: Problem,
+    levels: LevelTable,
+    inputs: tuple[Any, ...],
+    rules: dict[str, Any],
+    offset_scale: float,
 ) -> FusedPoints:
-    """The points of a fused call in the dtype to compute in, after the check."""
-    problem, levels = check_fused(*inputs, **rules, offset_scale=offset_scale)
-    check_query_order(query_order, problem.num_queries, "sampling_offsets")
+    """The points of a fused call in the dtype to compute in."""
     xp = array_namespace(inputs[0])
     wide = xp.float64 if problem.value_dtype == "float64" else xp.float32
     references, offsets, logits = (xp.astype(array, wide) for array in inputs[3:])

@@ -19,6 +19,7 @@ from cupy_msda import (
     ms_deform_attn,
     ms_deform_attn_backward,
 )
+from cupy_msda.torch.operators import FUSED_BACKWARD, FUSED_FORWARD
 from tests.calls import BACKWARD, FORWARD, call, with_grad
 from tests.problems import random_inputs
 
@@ -28,12 +29,12 @@ SIZES = INPUTS.sizes
 ONCE = 2 * 4 * 2 * 5 * 3 * 2 * 4 * 8
 
 
-def counted(run):
-    """FLOPs of the forward and the backward operator."""
+def counted(run, operators=(FORWARD, BACKWARD)):
+    """FLOPs of these operators: of the forward and the backward one."""
     with FlopCounterMode(display=False) as counter:
         run()
     counts = counter.get_flop_counts().get("Global", {})
-    return tuple(counts.get(operator.overloadpacket, 0) for operator in (FORWARD, BACKWARD))
+    return tuple(counts.get(operator.overloadpacket, 0) for operator in operators)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,8 @@ def test_the_module_counts():
     def step():
         module(query, points, features, INPUTS.sizes, None).sum().backward()
 
-    assert counted(step) == (ONCE, 2 * ONCE)
+    fused = (FUSED_FORWARD, FUSED_BACKWARD)
+    assert counted(step, fused) == (ONCE, 2 * ONCE)
 
 
 # torch 2.13's own tracer makes a Function and warns about it.

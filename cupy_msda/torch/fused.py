@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import contract
+from cupy_msda.cpu import backend
 from cupy_msda.torch import derivatives, flops, functions, operators
 from cupy_msda.torch.fused_operands import (
     FusedBackwardOperands,
@@ -329,7 +330,11 @@ def _run_backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
 
 def _forward(operands: FusedOperands) -> Tensor:
     """The forward operator."""
-    checked(operands)
+    call = checked(operands)
+    if not call.on_device:
+        arrays = map(operators.to_numpy, differentiable_of(operands))
+        output = backend.fused_forward(call.problem, call.table, *arrays, **_on_host(operands))
+        return operators.to_tensor(output, operands.given.value.dtype)
     return operators.recorded_forward(composed(operands))[0]
 
 
@@ -337,7 +342,23 @@ def _backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
     """The backward operator."""
     call = checked(operands.forward)
     contract.check_grad_output(call.problem, operands.grad_output, operands.forward.given.value)
-    return composed_gradients(operands, operators.backward)
+    if call.on_device:
+        return composed_gradients(operands, operators.backward)
+    inputs = differentiable_of(operands.forward)
+    found: tuple[Any, ...] = (None,) * 4
+    if any(operands.needs):
+        arrays = map(operators.to_numpy, (operands.grad_output, *inputs))
+        rules = _on_host(operands.forward)
+        found = backend.fused_backward(call.problem, call.table, *arrays, **rules)
+    return tuple(
+        operators.to_tensor(result, tensor.dtype) if need else tensor.new_empty(0)
+        for result, tensor, need in zip(found, inputs, needs_of(operands), strict=True)
+    )
+
+
+def _on_host(operands: FusedOperands) -> dict[str, Any]:
+    """What the CPU's kernels take by keyword."""
+    return operators.on_host(operands.given) | {"offset_scale": operands.offset_scale}
 
 
 def checked(operands: FusedOperands) -> operators.Call:

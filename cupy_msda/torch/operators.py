@@ -298,9 +298,9 @@ def _forward(operands: Operands) -> Tensor:
 
 def _cpu_forward(operands: Operands, call: Call) -> Tensor:
     """The output, by the CPU's kernels."""
-    arrays = map(_numpy, inputs_of(operands))
-    output = backend.forward(call.problem, call.table, *arrays, **_on_host(operands))
-    return _tensor(output, operands.value.dtype)
+    arrays = map(to_numpy, inputs_of(operands))
+    output = backend.forward(call.problem, call.table, *arrays, **on_host(operands))
+    return to_tensor(output, operands.value.dtype)
 
 
 def _backward(operands: BackwardOperands) -> Gradients:
@@ -314,10 +314,10 @@ def _backward(operands: BackwardOperands) -> Gradients:
         return gradients
     results: tuple[Any, ...] = (None, None, None)
     if operands.needs_value or operands.needs_points:
-        arrays = map(_numpy, (operands.grad_output, *inputs_of(given)))
-        results = backend.backward(call.problem, call.table, *arrays, **_on_host(given))
+        arrays = map(to_numpy, (operands.grad_output, *inputs_of(given)))
+        results = backend.backward(call.problem, call.table, *arrays, **on_host(given))
     by_value, by_locations, by_weights = (
-        _tensor(result, tensor.dtype) if need else tensor.new_empty(0)
+        to_tensor(result, tensor.dtype) if need else tensor.new_empty(0)
         for result, tensor, need in zip(results, inputs_of(given), needs_of(operands), strict=True)
     )
     return by_value, by_locations, by_weights
@@ -335,16 +335,16 @@ def _check_grad_output(operands: BackwardOperands, call: Call) -> None:
         contract.check_grad_output(call.problem, grad_output, value)
 
 
-def _on_host(operands: Operands) -> dict[str, Any]:
+def on_host(operands: Operands) -> dict[str, Any]:
     """What the CPU's kernels take by keyword."""
     mask = operands.value_mask
     return {
-        "mask": None if mask is None else _numpy(mask),
+        "mask": None if mask is None else to_numpy(mask),
         "threads": torch.get_num_threads(),
     }
 
 
-def _numpy(tensor: Tensor) -> Any:
+def to_numpy(tensor: Tensor) -> Any:
     """A host tensor as a C-contiguous NumPy array: shared memory, or a copy widened to float32."""
     if tensor.dtype in HALF:  # NumPy has no bfloat16, and computes float16 slowly
         tensor = tensor.float()
@@ -356,7 +356,7 @@ def _numpy(tensor: Tensor) -> Any:
         ) from error
 
 
-def _tensor(array: Any, dtype: torch.dtype) -> Tensor:
+def to_tensor(array: Any, dtype: torch.dtype) -> Tensor:
     """A result of the CPU kernels as a tensor of this dtype."""
     tensor = torch.from_numpy(array)
     # `to` alone takes ten times as long to find out.
