@@ -133,7 +133,7 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
     """Point to the inputs and to what only the device knows of the level table; what must be kept for that."""
     addresses = arguments.addresses
     try:
-        kept = (
+        kept: tuple[Any, ...] = (
             _read(operands.value, addresses[_VALUE]),
             _read(operands.sampling_locations, addresses[_LOCATIONS]),
             _read(operands.attention_weights, addresses[_WEIGHTS]),
