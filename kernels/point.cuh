@@ -10,8 +10,8 @@
 #include "bilinear.cuh"
 #include "scalar.cuh"
 
-// How a kernel samples. NEAREST: the nearest pixel, not four. MASKED: only positions that the mask names. POINTS: of each
-// level; of no level, the launch parameters tell.
+// How a kernel samples. NEAREST: one pixel instead of four. MASKED: masked positions read as zero. POINTS: how many each
+// level has; none: generic kernels take them from the launch parameters.
 template <bool NEAREST_, bool MASKED_, int... POINTS>
 struct Sampling {
   static constexpr bool NEAREST = NEAREST_, MASKED = MASKED_;
@@ -46,7 +46,7 @@ struct Sampling {
   }
 };
 
-// The points of one level, known at run time only, of many rows: numbered row by row.
+// The points of one level, whose number is known at run time only, in many rows: counted row by row.
 template <typename S>
 struct LevelSpan {
   int first, points;  // in a row

@@ -147,12 +147,21 @@ def test_an_entry_holds_for_problems_of_up_to_twice_and_half_the_size(write):
     [
         *({"num_heads": 4}, {"head_dim": 16}, {"num_levels": 3}, {"num_points": 2}),
         *({"value_dtype": "float16"}, {"location_dtype": "float64"}, {"weight_dtype": "float16"}),
+        *({"interpolation": "nearest"}, {"has_mask": True}),
     ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_an_entry_holds_for_its_own_kernels(write, changed):
     write([entry(FOUR)])
     assert candidate_of(ENCODER._replace(**changed)) is None
+
+
+def test_an_entry_holds_for_the_points_of_each_level(write):
+    uneven = ENCODER._replace(num_points=(3, 6, 0, 3), has_mask=True)
+    write([entry(FOUR, problem=uneven)])
+    assert candidate_of(uneven) == candidate_of(uneven._replace(batch=3)) == FOUR
+    assert candidate_of(uneven._replace(num_points=(3, 6, 3, 0))) is None
+    assert candidate_of() is None
 
 
 def test_an_entry_holds_for_its_result_its_queries_and_its_architecture(write):

@@ -150,10 +150,10 @@ def _parse(text: str) -> tuple[str | None, Table]:
 
 def _entry(fields: dict[str, Any]) -> Entry:
     """An entry of a table; an error if it is none."""
-    problem = Problem(**fields["problem"])
-    points: Any = problem.num_points
-    if isinstance(points, list):  # as JSON has a tuple
-        problem = problem._replace(num_points=tuple(points))
+    given = dict(fields["problem"])
+    if isinstance(given["num_points"], list):
+        given["num_points"] = tuple(given["num_points"])
+    problem = Problem(**given)
     sizes = *problem[:6], problem.row_points, *problem.level_points
     if not all(type(size) is int and size >= 0 for size in sizes) or problem.is_empty:
         raise ValueError(f"the sizes of a problem must be positive integers, got {problem}")
