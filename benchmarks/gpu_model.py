@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model behind `traffic.py`: orders of the work, an L1 cache per multiprocessor, binned gradients of value."""
+"""What `traffic.py` and `kernel_times.py` count: orders of the work, L1 caches, binned additions."""
 
 from __future__ import annotations
 
@@ -8,34 +8,31 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from cupy_msda.cuda.compile import BINNED_QUERIES
-
-M, D, LINE, SECTOR = 8, 32, 128, 32
-THREADS = 256  # per block of forward.cu; four blocks are resident at 64 registers a thread
-# The binned backward: rows of work in a batch, groups that walk its sorted points, and the (rows,
-# columns) after which the bins of a level repeat. One batch in EVERY is simulated.
-BATCH_ROWS, WALKERS, EVERY = BINNED_QUERIES, 32, 5
-BINS = {"one cell": (2**14, 2**14), "16 x 64": (16, 64), "32 x 32": (32, 32)}
+LINE, SECTOR = 128, 32
+# The binned backward: groups that walk the sorted points of a batch, and the (rows, columns) after which the bins of a
+# level repeat. One batch in EVERY is simulated.
+WALKERS, EVERY = 32, 5
+BINS = 32, 32
 DTYPES = {"float32": 4, "float16": 2}
-# Bytes per second: constants of a design study of detr-encoder.
-RATES = {"L1": 26e12, "L2": 5.5e12, "HBM": 2.95e12, "RED": 3.85e12}
 
-# The work of a block of threads: the next block of a plain grid; a contiguous range of its own; a
-# range next to those of the blocks on the same SM; turns with these in one contiguous chunk.
-PLAIN, OWN, BESIDE, CHUNK = "", "a range per block", "neighbouring ranges", "chunk"
+# The work of a block of threads: the next block of a plain grid, or turns with the other blocks on the same SM in one
+# contiguous chunk.
+PLAIN, CHUNK = "", "chunk"
 
 
 class Order(NamedTuple):
-    """How the tile scheduler assigns rows (query, head) to blocks."""
+    """How rows (query, head) are assigned to blocks."""
 
-    tile: int = 1  # side of the query tiles; 1: pixel by pixel
+    tile: tuple[int, int] = (1, 1)  # rows and columns of the query tiles; 1, 1: pixel by pixel
     share: str = PLAIN
     heads_first: bool = True  # all queries of a head, then the next head
 
     def __str__(self) -> str:
         """The name in the tables; head-major unless it says otherwise."""
         major = "head-major" if self.heads_first else "query-major"
-        tiles = f"tiles of {self.tile}" if self.tile > 1 else ""
+        rows, columns = self.tile
+        size = str(rows) if rows == columns else f"{rows} x {columns}"
+        tiles = f"tiles of {size}" if columns > 1 else ""
         parts = [major if self == Order() or not self.heads_first else "", self.share, tiles]
         return ", ".join(filter(None, parts))
 
@@ -74,12 +71,13 @@ class Access(NamedTuple):
 
 
 @njit
-def tiled_query(index: int, sizes: np.ndarray, tile: int) -> int:
+def tiled_query(index: int, sizes: np.ndarray, tile: tuple[int, int]) -> int:
     """The query at `index` of the tiled order; `sizes` (L, 2) are the levels' heights and widths.
 
-    Levels follow one another; a level is cut into bands of `tile` rows, a band into tiles, each in
-    scan order. Bands and tiles at the lower and right edges are smaller, so no index is padding.
+    Levels follow one another; a level is cut into bands of `tile[0]` rows, a band into tiles of `tile[1]` columns, each
+    in scan order. Bands and tiles at the lower and right edges are smaller, so no index is padding.
     """
+    high, wide = tile
     start = 0
     for level in range(sizes.shape[0]):
         height, width = sizes[level, 0], sizes[level, 1]
@@ -87,18 +85,18 @@ def tiled_query(index: int, sizes: np.ndarray, tile: int) -> int:
             break
         start += height * width
     offset = index - start
-    band = offset // (tile * width)
-    offset -= band * tile * width
-    rows = min(tile, height - band * tile)
-    column = offset // (rows * tile)
-    offset -= column * rows * tile
-    columns = min(tile, width - column * tile)
-    y, x = band * tile + offset // columns, column * tile + offset % columns
+    band = offset // (high * width)
+    offset -= band * high * width
+    rows = min(high, height - band * high)
+    column = offset // (rows * wide)
+    offset -= column * rows * wide
+    columns = min(wide, width - column * wide)
+    y, x = band * high + offset // columns, column * wide + offset % columns
     return start + y * width + x
 
 
 @njit
-def tiled_order(sizes: np.ndarray, tile: int) -> np.ndarray:
+def tiled_order(sizes: np.ndarray, tile: tuple[int, int]) -> np.ndarray:
     """Every query, in the tiled order."""
     total = 0
     for level in range(sizes.shape[0]):
@@ -111,31 +109,20 @@ def tiled_order(sizes: np.ndarray, tile: int) -> np.ndarray:
 
 def make_work(order: Order, access: Access) -> np.ndarray:
     """The rows, as (image·Lq + query)·M + head, in the order of the work: image by image."""
-    queries, total = access.queries, access.cells.shape[0]
-    tiled = order.tile > 1 and queries == access.grids.prod(axis=1).sum()
+    queries, (total, heads) = access.queries, access.cells.shape[:2]
+    tiled = order.tile[1] > 1 and queries == access.grids.prod(axis=1).sum()
     by_query = tiled_order(access.grids, order.tile) if tiled else np.arange(queries)
-    rows = by_query[:, None] * M + np.arange(M)
+    rows = by_query[:, None] * heads + np.arange(heads)
     of_image = (rows.T if order.heads_first else rows).ravel()
-    return (np.arange(0, total, queries)[:, None] * M + of_image).ravel()
+    return (np.arange(0, total, queries)[:, None] * heads + of_image).ravel()
 
 
 def assign(share: str, blocks: int, gpu: Gpu) -> list[np.ndarray]:
     """The blocks of work of each SM: one row per step of its resident blocks of threads, -1 for idle."""
     every, resident = np.arange(blocks), gpu.resident
-    if share in (PLAIN, CHUNK):
-        dealt = [every[sm :: gpu.sms] for sm in range(gpu.sms)]
-        parts = dealt if share == PLAIN else np.array_split(every, gpu.sms)
-        return [_padded(part, -(-part.size // resident) * resident, resident) for part in parts]
-    slots = gpu.sms * resident
-    length = -(-blocks // slots)
-    ranges = np.concatenate(
-        [_padded(part, length, length) for part in np.array_split(every, slots)]
-    )
-    if share == OWN:  # range b goes to block b, which runs on SM b mod gpu.sms
-        steps = ranges.reshape(resident, gpu.sms, length).transpose(1, 2, 0)
-    else:
-        steps = ranges.reshape(gpu.sms, resident, length).transpose(0, 2, 1)
-    return list(np.ascontiguousarray(steps))  # Numba compiles once per memory layout
+    dealt = [every[sm :: gpu.sms] for sm in range(gpu.sms)]
+    parts = dealt if share == PLAIN else np.array_split(every, gpu.sms)
+    return [_padded(part, -(-part.size // resident) * resident, resident) for part in parts]
 
 
 def _padded(blocks: np.ndarray, length: int, width: int) -> np.ndarray:
@@ -151,14 +138,17 @@ def make_access(
     heads_outside: bool = False,
     images: int = 1,
     grids: np.ndarray | None = None,
+    channels: int = 32,
 ) -> Access:
     """Gathers from value (N, S, M, D), or (N, M, S, D) with `heads_outside`. No grids: the levels are the grids."""
-    sectors = D * DTYPES[dtype] // SECTOR
+    sectors, heads = channels * DTYPES[dtype] // SECTOR, cells.shape[1]
     size = int(levels[:, :2].prod(axis=1).sum())
-    pixel, head = (sectors, size * sectors) if heads_outside else (M * sectors, sectors)
+    pixel, head = (sectors, size * sectors) if heads_outside else (heads * sectors, sectors)
     grids = levels[:, :2] if grids is None else grids
     points, queries = cells.shape[2] // len(levels), cells.shape[0] // images
-    return Access(cells, levels, grids, points, queries, size * M * sectors, pixel, head, sectors)
+    return Access(
+        cells, levels, grids, points, queries, size * heads * sectors, pixel, head, sectors
+    )
 
 
 def new_cache(lines: int, capacity: int) -> Cache:
@@ -200,7 +190,8 @@ def touch(cache: Cache, line: int, sectors: int) -> int:
 @njit
 def gather(cache: Cache, access: Access, row: int, point: int) -> tuple[int, int]:
     """Read the corners of one point; return the sectors read and those that come from L2."""
-    query, head = row // M, row % M
+    heads = access.cells.shape[1]
+    query, head = row // heads, row % heads
     height, width, start = access.levels[point // access.points]
     first = query // access.queries * access.image + head * access.head
     y, x = access.cells[query, head, point]
@@ -252,18 +243,18 @@ def flushed_rows(
     columns to memory, or only the left one if that cell is the neighbour to the right. One batch in
     `every` is counted.
     """
-    points = access.cells.shape[2]
+    heads, points = access.cells.shape[1:3]
     direct = summed = 0
     keys = np.empty(batch * points, np.int64)
     for first in range(0, work.size, batch * every):
         count = 0
         for place, row in enumerate(work[first : first + batch]):
             for point in range(points):
-                y, x = access.cells[row // M, row % M, point]
+                y, x = access.cells[row // heads, row % heads, point]
                 height, width, _ = access.levels[point // access.points]
                 if -1 <= y < height and -1 <= x < width:
                     direct += _column(x, y, height, width) + _column(x + 1, y, height, width)
-                    bin_ = ((row % M) * 16 + point // access.points) << 14 | ((y + 1) % fold[0])
+                    bin_ = ((row % heads) * 16 + point // access.points) << 14 | ((y + 1) % fold[0])
                     bin_ = bin_ << 14 | ((x + 1) % fold[1])
                     keys[count] = (bin_ << 16) | (place * points + point)
                     count += 1
@@ -277,13 +268,13 @@ def flushed_rows(
 @njit
 def _walk(access: Access, work: np.ndarray, keys: np.ndarray) -> int:
     """Rows that one walker adds to memory for its sorted points."""
-    points = access.cells.shape[2]
+    heads, points = access.cells.shape[1:3]
     rows, last = 0, (-1, -1, -9, -9)
     for key in keys:
         row, point = work[(key & 0xFFFF) // points], (key & 0xFFFF) % points
-        y, x = access.cells[row // M, row % M, point]
+        y, x = access.cells[row // heads, row % heads, point]
         height, width, _ = access.levels[point // access.points]
-        here = (row % M, point // access.points, y, x)
+        here = (row % heads, point // access.points, y, x)
         if here != last:
             rows += _column(x + 1, y, height, width)
             if here[:3] != last[:3] or x != last[3] + 1:
@@ -298,49 +289,31 @@ def sample(share: str, gpu: Gpu) -> np.ndarray:
     return every[: gpu.sampled] if share == PLAIN else every
 
 
-def forward(access: Access, order: Order, gpu: Gpu) -> dict[str, float]:
-    """Megabytes that the forward reads from L1 and from L2, and roofline bounds in microseconds.
+def traffic(access: Access, order: Order, gpu: Gpu, rows: int) -> tuple[float, float, float]:
+    """Megabytes that the gathers read from L1 and from L2, with blocks of `rows` rows.
 
-    `busiest`: what the busiest of the simulated SMs reads, as a multiple of their mean.
+    Third, what the busiest of the simulated SMs reads, as a multiple of their mean.
     """
-    queries, _, points, _ = access.cells.shape
-    group, split = access.sectors * SECTOR // 16, 1
-    while queries * M * split * group < gpu.sms * 512 and split * group < 32:  # as in plans.py
-        split *= 2
-    rows = THREADS // (group * split)
+    images = access.cells.shape[0] // access.queries
     work = make_work(order, access)
-    steps = assign(order.share, -(-work.size // rows), gpu)
-    lines = queries // access.queries * access.image * SECTOR // LINE + 1
+    blocks = -(-work.size // rows)
+    steps = assign(order.share, blocks, gpu)
+    lines = images * access.image * SECTOR // LINE + 1
     reads, missed, done = [], 0, 0
     for sm in sample(order.share, gpu):
         cache = new_cache(lines, gpu.l1 * 1000 // LINE)
         more = run_sm(cache, access, work, steps[sm], rows)
         reads.append(more[0])
         missed, done = missed + more[1], done + (steps[sm] >= 0).sum()
-    read, scale = sum(reads), SECTOR * -(-work.size // rows) / done
-    streams = work.size * (points * 12 + access.sectors * SECTOR)  # float32 locations and weights
-    once = streams + lines * LINE
-    times = {
-        "L1": read * scale / RATES["L1"],
-        "L2": (missed * scale + streams) / RATES["L2"],
-        "HBM": once / RATES["HBM"],
-    }
-    bounds = {f"us_{name}": 1e6 * seconds for name, seconds in times.items()}
-    figures = {"read_mb": read * scale / 1e6, "l2_mb": missed * scale / 1e6} | bounds
-    figures |= {"us": max(bounds.values()), "busiest": max(reads) * len(reads) / read}
-    return {name: round(float(figure), 2) for name, figure in figures.items()}
+    megabytes, mean = SECTOR / 1e6 * blocks / done, sum(reads) / len(reads)
+    return sum(reads) * megabytes, missed * megabytes, max(reads) / mean if mean else 1.0
 
 
-def backward(access: Access, order: Order) -> dict[str, float]:
-    """Megabytes that the backward adds to memory, directly and binned, and the roofline bound of the latter."""
+def additions(
+    access: Access, order: Order, batch: int, fold: tuple[int, int], every: int
+) -> tuple[float, float]:
+    """Rows of D channels that the backward adds to memory: directly, and summed within batches of `batch` rows."""
     work = make_work(order, access)
-    done = sum(
-        work[first : first + BATCH_ROWS].size for first in range(0, work.size, BATCH_ROWS * EVERY)
-    )
-    megabytes = D * 4 / 1e6 * work.size / done
-    figures = {}
-    for name, fold in BINS.items():
-        direct, summed = flushed_rows(access, work, BATCH_ROWS, WALKERS, fold, EVERY)
-        figures |= {"direct_mb": direct * megabytes, f"{name}_mb": summed * megabytes}
-    figures["us"] = figures[f"{name}_mb"] * 1e6 / RATES["RED"] * 1e6
-    return {name: round(figure, 1) for name, figure in figures.items()}
+    done = sum(work[first : first + batch].size for first in range(0, work.size, batch * every))
+    direct, summed = flushed_rows(access, work, batch, WALKERS, fold, every)
+    return direct * work.size / done, summed * work.size / done

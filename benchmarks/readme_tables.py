@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write every table between markers in README.md and docs/performance.md again, from the result file that it names.
+"""Write every table between markers in the documents again, from the result file that it names.
 
 python benchmarks/readme_tables.py
 """
@@ -15,7 +15,7 @@ from typing import Any
 from cupy_msda.bench import tables
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "benchmarks/README.md")
 # <!-- table: KIND FILE --> ... <!-- end of table -->
 _BETWEEN_MARKERS = re.compile(
     r"(<!-- table: (\w+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL
@@ -220,11 +220,50 @@ def cpu(results: Results) -> str:
     return f"{tables.caption(results)}\n\n{tables.table(results)}"
 
 
+def kernel_model(results: Results) -> str:
+    """The time of each kernel by the model, as measured, their ratio and the limit; then what the model misses."""
+    kernels = ("plain", "persistent", "points", "direct", "binned")
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    causes: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        case = f"{row['case']}, {row['locations']}, {row['dtype']}"
+        text = f"{digits(row['us'])} / {digits(row['measured_us'])} = {row['ratio']:.2f}"
+        missed = row["cause"] is not None
+        lines.setdefault((case, row["code"]), {})[row["kernel"]] = f"**{text}**" if missed else text
+        if missed:
+            causes.setdefault(row["cause"], []).append(f"{row['kernel']}, {case}, {row['code']}")
+    table = [
+        (*labels, *(line.get(kernel, "") for kernel in kernels)) for labels, line in lines.items()
+    ]
+    notes = [f"* {'; '.join(rows)}: {cause}." for cause, rows in causes.items()]
+    title = "Bold: off by more than 20%. Probable causes:"
+    return "\n".join([markdown(("case", "code", *kernels), table), "", title, "", *notes])
+
+
+def kernel_forecast(results: Results) -> str:
+    """What the model forecasts for the kernels at hand: encoders, then few queries."""
+    parts = []
+    for name in ("encoders", "few_queries"):
+        cases: dict[str, dict[str, str]] = {}
+        for row in results[name]:
+            case = f"{row['case']}, {row['locations']}, {row['dtype']}"
+            column = (
+                row["kernel"] if name == "encoders" else f"{row['kernel']}, {row['block']} threads"
+            )
+            cases.setdefault(case, {})[column] = digits(row["us"])
+        columns = list(next(iter(cases.values())))
+        rows = [(case, *(times[column] for column in columns)) for case, times in cases.items()]
+        parts.append(markdown(("case", *columns), rows))
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu_summary": gpu_summary,
     "gpu_kernels": gpu_kernels,
     "gpu_calls": gpu_calls,
     "gpu_model": gpu_model,
+    "kernel_model": kernel_model,
+    "kernel_forecast": kernel_forecast,
     "cpu_summary": cpu_summary,
     "cpu": cpu,
 }

@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of the memory traffic of an encoder on an H100-like GPU, for several orders of the work.
+"""A model of the memory traffic of encoders on an H100-like GPU, for several orders of the work.
 
     python benchmarks/traffic.py [--shapes NAME ...] [--l1 KB] [--sms N] [--output FILE]
 
-Modelled: the 32-byte sectors of `value` that the forward's gathers move from L2 to L1, and the
-128-byte rows that the backward adds to memory, directly or after a segmented reduction over 128 rows
-of work sorted by bilinear cell (one batch in five). Each multiprocessor (SM) has its own L1: fully
-associative, least recently used, 128-byte lines filled sector by sector. Block b of a plain grid runs
-on SM b mod `--sms`; its resident blocks run in lock step, point by point. A sample of the SMs is
-simulated for a plain grid, all SMs where each has its own part of the work. Roofline bounds in
-microseconds use the constants of a design study: model, not measured on a GPU.
+Modelled: the 32-byte sectors of `value` that the forward's gathers move from L2 to L1, and the rows of D channels that
+the backward adds to memory, directly or after a segmented reduction over 128 queries of a head sorted by bilinear cell
+(one batch in five). Each multiprocessor (SM) has its own L1: fully associative, least recently used, 128-byte lines
+filled sector by sector. Block b of a plain grid runs on SM b mod `--sms`; its resident blocks run in lock step, point
+by point. A sample of the SMs is simulated for a plain grid, all SMs where each has its own part of the work.
 
-Not modelled: cache sets (the real L1 hashes addresses), the real replacement policy, latency, blocks
-that drift apart, instructions. The streams of locations, weights and outputs, read or written once,
-count in the bounds alone. HBM: compulsory traffic only; where `value` exceeds the 50 MB L2, one head
-of it does not. Shapes of real models; locations as models have them or random, as in
-`cupy_msda/bench/geometry.py`.
+Not modelled: cache sets (the real L1 hashes addresses), the real replacement policy, blocks that drift apart, and time,
+which is for `kernel_times.py`. Locations, weights and outputs are left out: any order reads and writes them once.
 """
 
 from __future__ import annotations
@@ -23,190 +18,117 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from gpu_model import (
-    BESIDE,
-    BINS,
-    CHUNK,
-    DTYPES,
-    OWN,
-    RATES,
-    Gpu,
-    M,
-    Order,
-    backward,
-    forward,
-    make_access,
+from gpu_cases import CAMERAS, DIRECTED, UNIFORM, make_problem
+from gpu_model import BINS, CHUNK, DTYPES, EVERY, Gpu, Order, additions, make_access, traffic
+
+from cupy_msda.bench.cases import SHAPES
+from cupy_msda.cuda.compile import BINNED_QUERIES, BLOCK
+
+ENCODERS = (
+    *("detr-encoder", "mask2former-1024", "mask2former-512", "dino5-encoder"),
+    *("bevformer-tsa", "bevformer-sca"),
 )
-
-from cupy_msda.bench import geometry
-
-DETR = ((100, 167), (50, 84), (25, 42), (13, 21))
-
-
-class Shape(NamedTuple):
-    """The sizes of one call; no queries: every pixel is a query."""
-
-    levels: tuple[tuple[int, int], ...]
-    queries: int = 0
-    points: int = 4
-    images: int = 1
-    grids: tuple[tuple[int, int], ...] = ()  # where they are not the levels
-
-
-SHAPES = {
-    "detr-encoder": Shape(DETR),
-    "mask2former-1024": Shape(((32, 32), (64, 64), (128, 128))),
-    "mask2former-512": Shape(((16, 16), (32, 32), (64, 64))),
-    "dino5-encoder": Shape(((200, 334), *DETR)),
-    "bevformer-tsa": Shape(((200, 200),)),
-    "bevformer-sca": Shape(
-        ((116, 200), (58, 100), (29, 50), (15, 25)), 10000, 8, 6, grids=((100, 100),)
-    ),
-    "detr-decoder": Shape(DETR, 300),
-}
-UNIFORM, DIRECTED, CAMERAS = "uniform", "directed", "cameras"
-# Standard deviations of offsets from the reference in pixels of each level.
-SIGMAS = {"sigma 0.5": 0.5, "sigma 2": 2, "sigma 4": 4, "sigma 8": 8, CAMERAS: 1}
 LOCATIONS = (UNIFORM, "sigma 0.5", "sigma 2", "sigma 4", "sigma 8", DIRECTED)
 
-
-def make_cells(shape: Shape, locations: str, seed: int = 0) -> np.ndarray:
-    """Cells (N·Lq, M, K, 2), (row, column): around the reference points, or anywhere."""
-    random = np.random.default_rng(seed)
-    sizes = np.array(shape.levels)
-    queries = shape.images * (shape.queries or int(sizes.prod(axis=1).sum()))
-    points = (queries, M, len(sizes), shape.points, 2)
-    if locations == UNIFORM:
-        at = random.random(points, np.float32) * sizes[:, None]
-    elif locations == DIRECTED:
-        steps = np.arange(1, shape.points + 1)[:, None]
-        steps = geometry.directions(M)[:, None, None, ::-1] * steps
-        at = _references(shape, locations, random) * sizes[:, None] + steps
-        at = np.broadcast_to(at, points)
-    else:
-        at = random.standard_normal(points, np.float32) * np.float32(SIGMAS[locations])
-        at += _references(shape, locations, random) * sizes[:, None]
-    cells = np.floor(at - 0.5).clip(-2, 2**14).astype(np.int16)
-    return cells.reshape(queries, M, -1, 2)
+TILES = [(1, 1), (8, 8), (16, 16)]
+ORDERS = [Order(heads_first=False), *map(Order, TILES)]
+ORDERS += [Order(tile, CHUNK) for tile in TILES]
+BEST = Order((16, 16), CHUNK)
 
 
-def _references(shape: Shape, locations: str, random: np.random.Generator) -> np.ndarray:
-    """Reference points (N·Lq, 1, 1, 1 or P, 2) as (y, x) fractions: pillars, random points or pixels' centres."""
-    if locations == CAMERAS:
-        pillars = geometry.bev_in_cameras(shape.grids[0][0])
-        at = np.tile(pillars, (1, 1, shape.points // pillars.shape[2], 1))[..., ::-1]
-        return at.reshape(-1, 1, 1, shape.points, 2).astype(np.float32)
-    if shape.queries:
-        return random.random((shape.queries, 2), np.float32)[:, None, None, None]
-    centres = geometry.pixel_centres(shape.levels)[:, ::-1].astype(np.float32)
-    return centres[:, None, None, None]
-
-
-def with_starts(sizes: np.ndarray) -> np.ndarray:
-    """(L, 3): height, width and start of every level."""
-    starts = list(accumulate(sizes.prod(axis=1), initial=0))[:-1]
-    return np.column_stack([sizes, starts])
-
-
-ORDERS = [Order(heads_first=False), Order(), Order(8), Order(16)]
-ORDERS += [Order(tile, CHUNK) for tile in (1, 8, 16)]
-BEST = Order(16, CHUNK)
+def figures(problem: dict[str, Any], dtype: str, order: Order, gpu: Gpu) -> dict[str, float]:
+    """The traffic of a forward."""
+    access = make_access(dtype=dtype, **problem)
+    row_lanes = access.sectors * 2  # of 16 bytes
+    read, missed, busiest = traffic(access, order, gpu, BLOCK // row_lanes)
+    return {"read_mb": round(read, 2), "l2_mb": round(missed, 2), "busiest": round(busiest, 2)}
 
 
 def forward_rows(names: list[str], gpu: Gpu) -> Iterator[dict[str, Any]]:
     """Every shape, spread, dtype and order."""
     for about, problem in problems(names):
         for dtype in DTYPES:
-            access = make_access(dtype=dtype, **problem)
-            for order in ORDERS:
-                result = forward(access, order, gpu)
-                yield about | {"dtype": dtype, "order": str(order)} | result
+            for order in (*ORDERS, block_tiles(dtype)):
+                labels = {"dtype": dtype, "order": str(order)}
+                yield about | labels | figures(problem, dtype, order, gpu)
+
+
+def block_tiles(dtype: str) -> Order:
+    """A tile of 8 columns for each block, as forward.cu's msda_forward_tiled at D = 32."""
+    return Order((BLOCK // (8 * DTYPES[dtype] * 2), 8))
 
 
 def variant_rows(name: str, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """The best order and variants that differ from it in one respect."""
-    orders = [Order(4, CHUNK), Order(32, CHUNK), Order(16, OWN), Order(16, BESIDE), Order(1, OWN)]
-    orders += [Order(16, CHUNK, False)]
+    """The order with the least traffic, and variants that differ from it in one respect."""
+    orders = [Order((4, 4), CHUNK), Order((32, 32), CHUNK), BEST._replace(heads_first=False)]
     changes = [{"l1": 64}, {"l1": 128}, {"l1": 224}, {"resident": 2}, {"resident": 8}]
     for about, problem in problems([name]):
         for dtype in DTYPES:
-            access = make_access(dtype=dtype, **problem)
-            variants = [(str(BEST), access, BEST, gpu)]
-            variants += [(str(order), access, order, gpu) for order in orders]
+            variants = [(str(order), problem, order, gpu) for order in (BEST, *orders)]
             variants += [
-                (f"{c}"[2:-1].replace("'", ""), access, BEST, gpu._replace(**c)) for c in changes
+                (f"{c}"[2:-1].replace("'", ""), problem, BEST, gpu._replace(**c)) for c in changes
             ]
-            outside = make_access(dtype=dtype, heads_outside=True, **problem)
+            outside = problem | {"heads_outside": True}
             variants += [("value (N, M, S, D)", outside, BEST, gpu)]
-            for text, *what in variants:
-                yield about | {"dtype": dtype, "order": text} | forward(*what)
+            for text, changed, order, on in variants:
+                found = figures(changed, dtype, order, on)
+                yield about | {"dtype": dtype, "order": text} | found
 
 
 def backward_rows(names: list[str]) -> Iterator[dict[str, Any]]:
     """Every shape, spread and order: gradients are float32 whatever the dtype."""
     for about, problem in problems(names):
         access = make_access(dtype="float32", **problem)
-        for order in (*ORDERS[:2], Order(4), *ORDERS[2:4]):
-            yield about | {"order": str(order)} | backward(access, order)
+        for order in ORDERS[:4]:
+            direct, summed = additions(access, order, BINNED_QUERIES, BINS, EVERY)
+            row_mb = problem["channels"] * 4 / 1e6
+            moved = {"direct_mb": round(direct * row_mb, 1), "binned_mb": round(summed * row_mb, 1)}
+            yield about | {"order": str(order)} | moved
 
 
 def problems(names: list[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """The labels of a row of results, and what `make_access` takes."""
     for name in names:
-        shape = SHAPES[name]
-        levels = with_starts(np.array(shape.levels))
-        grids = np.array(shape.grids) if shape.grids else None
-        for locations in (UNIFORM, CAMERAS) if shape.grids else LOCATIONS:
-            cells = make_cells(shape, locations)
-            problem = {"levels": levels, "cells": cells, "images": shape.images, "grids": grids}
-            yield {"shape": name, "locations": locations}, problem
+        for locations in (UNIFORM, CAMERAS) if SHAPES[name].queries else LOCATIONS:
+            yield {"shape": name, "locations": locations}, make_problem(name, locations)
 
 
-def table(title: str, rows: list[dict[str, Any]], figures: tuple[str, ...]) -> str:
+def table(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Markdown: a line for each shape, dtype and locations, a column for each order and figure."""
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
         key = ", ".join(row[name] for name in ("shape", "dtype", "locations") if name in row)
-        lines.setdefault(key, {})[row["order"]] = " / ".join(f"{row[f]:.4g}" for f in figures)
-    columns = list(dict.fromkeys(row["order"] for row in rows))
-    text = [["", *columns], ["---"] * (len(columns) + 1)]
-    text += [[key, *(line[column] for column in columns)] for key, line in lines.items()]
+        lines.setdefault(key, {})[row["order"]] = " / ".join(f"{row[c]:.4g}" for c in columns)
+    orders = list(dict.fromkeys(row["order"] for row in rows))
+    text = [["", *orders], ["---"] * (len(orders) + 1)]
+    text += [[key, *(line.get(order, "") for order in orders)] for key, line in lines.items()]
     return f"\n{title} (model)\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
 def main() -> None:
     """Print the tables and write every figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=ENCODERS, default=list(ENCODERS))
     for name, default in Gpu()._asdict().items():
         parser.add_argument(f"--{name}", type=int, default=default, help="as in `Gpu`")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
     gpu = Gpu(*(getattr(arguments, name) for name in Gpu._fields))
-    on_grids = [name for name in arguments.shapes if not SHAPES[name].queries or SHAPES[name].grids]
     rows = {
         "forward": list(forward_rows(arguments.shapes, gpu)),
         "variants": list(variant_rows(arguments.shapes[0], gpu)),
-        "backward": list(backward_rows(on_grids)),
+        "backward": list(backward_rows(arguments.shapes)),
     }
-    print(
-        table(
-            "Forward: MB from L2 / roofline bound in microseconds / the busiest SM's reads by the mean",
-            rows["forward"],
-            ("l2_mb", "us", "busiest"),
-        )
-    )
+    title = "Forward: MB from L2 / the busiest SM's reads by the mean"
+    print(table(title, rows["forward"], ("l2_mb", "busiest")))
     print(table("Variants: MB from L2", rows["variants"], ("l2_mb",)))
-    figures = ("direct_mb", *(f"{name}_mb" for name in BINS), "us")
-    title = f"Backward: MB added, direct / binned by {' / '.join(BINS)}, microseconds of the last"
-    print(table(title, rows["backward"], figures))
+    title = "Backward: MB added, direct / binned"
+    print(table(title, rows["backward"], ("direct_mb", "binned_mb")))
     if arguments.output:
-        about = {"model": "not measured on a GPU", **gpu._asdict(), "bytes_a_second": RATES}
+        about = {"model": "not measured on a GPU", **gpu._asdict()}
         arguments.output.write_text(json.dumps(about | rows) + "\n")
 
 

@@ -336,8 +336,13 @@ def check_module(
     reference_points: Any,
     input_flatten: Any,
     input_padding_mask: Any,
+    return_locations: Any,
 ) -> None:
-    """Check the arguments of `MSDeformAttn.forward` that `check` does not see."""
+    """Check the arguments of `MSDeformAttn.forward` that the operator does not see."""
+    if not isinstance(return_locations, bool):
+        raise TypeError(
+            f"return_locations must be True or False, got {short_repr(return_locations)}"
+        )
     _check_tensor("query", query)
     channels = f"C = {d_model}"
     n, _, _ = _check_shape("query", query, f"(N, Lq, {channels})", (None, None, d_model))

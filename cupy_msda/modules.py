@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cupy_msda.contract import (
-    NO_SCRIPT,
-    check,
-    check_module,
-    check_projected,
-    check_sizes,
-    read_table,
-)
-from cupy_msda.torch import ms_deform_attn
-from cupy_msda.torch.operands import traceable
+from cupy_msda.contract import NO_SCRIPT, check_module, check_projected, check_sizes
+from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.torch.fused import locations_and_weights, scaled_by_pixel
 
 # Leaf functions in a graph of torch.fx: they branch on shapes and dtypes, which fx does not know.
-for _name in ("check_module", "_sampling_locations", "ms_deform_attn"):
+for _name in (
+    *("check_module", "ms_deform_attn", "ms_deform_attn_fused", "locations_and_weights"),
+    *("_widened", "_scaled_by_pixel"),
+):
     torch.fx.wrap(_name)
 
 
@@ -137,11 +133,14 @@ class MSDeformAttn(nn.Module):
         input_spatial_shapes: Any,
         input_level_start_index: Any,
         input_padding_mask: Tensor | None = None,
-    ) -> Tensor:
+        *,
+        return_locations: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Attend from each query to the features around its reference points.
 
-        Never synchronises with the device. Sampling locations are computed in float32 or wider, also
-        under autocast: a half-precision coordinate can be off by a large part of a pixel.
+        Never synchronises with the device. Sampling locations and attention weights are computed in
+        float32 or wider, also under autocast: a half-precision coordinate can be off by a large part of
+        a pixel.
 
         Parameters
         ----------
@@ -155,11 +154,15 @@ class MSDeformAttn(nn.Module):
         input_spatial_shapes : sequence of (H, W) or integer tensor, shape (L, 2), in pixels
         input_level_start_index : sequence of ints or integer tensor, shape (L,), or None
         input_padding_mask : bool Tensor, shape (N, S), or None
-            True marks padding, whose values are zeroed after the value projection.
+            True marks padding, where the projected value counts as zero.
+        return_locations : bool
+            Also return where each query looks, and with what weight.
 
         Returns
         -------
         Tensor, shape (N, Lq, C)
+            With `return_locations`, a tuple of it and of two tensors: the sampling locations, shape
+            (N, Lq, M, L, P, 2), and the attention weights, shape (N, Lq, M, L, P).
 
         Raises
         ------
@@ -180,33 +183,39 @@ class MSDeformAttn(nn.Module):
             reference_points,
             input_flatten,
             input_padding_mask,
+            return_locations,
         )
-        value = self._project_value(input_flatten, input_padding_mask)
-        offsets, weights = self._project_query(query)
+        value = _projected("input_flatten", self.value_proj, input_flatten)
+        value = value.unflatten(-1, (self.n_heads, -1))
+        mask = None if input_padding_mask is None else ~input_padding_mask
+        samples = (self.n_heads, self.n_levels, self.n_points)
+        offsets = _projected("query", self.sampling_offsets, query).unflatten(-1, (*samples, 2))
+        logits = self.attention_weights(query).unflatten(-1, samples)
         table = input_spatial_shapes, input_level_start_index
-        if torch.compiler.is_compiling():
-            table = traceable(input_spatial_shapes), traceable(input_level_start_index)
-        locations = _sampling_locations(
-            reference_points, offsets, value, weights, *table, self.use_4D_normalizer
-        )
-        projected: Tensor = self.output_proj(ms_deform_attn(value, *table, locations, weights))
+        given = (value, *table, _widened(reference_points, value), offsets, logits)
+        if self.use_4D_normalizer:
+            given = (*given[:4], _scaled_by_pixel(*given), logits)
+        if return_locations is not True:  # torch.fx knows its identity alone
+            return self._output(ms_deform_attn_fused(*given, value_mask=mask))
+        locations, weights = locations_and_weights(*given)
+        output = ms_deform_attn(value, *table, locations, weights, value_mask=mask)
+        return self._output(output), locations, weights
+
+    def _output(self, attended: Tensor) -> Tensor:
+        """The last projection."""
+        projected: Tensor = self.output_proj(attended)
         return projected
 
-    def _project_value(self, input_flatten: Tensor, input_padding_mask: Tensor | None) -> Tensor:
-        """The value of the operator, shape (N, S, M, D), zero at padding."""
-        value = _projected("input_flatten", self.value_proj, input_flatten)
-        if input_padding_mask is not None:
-            value = value.masked_fill(input_padding_mask[..., None], 0)
-        heads: Tensor = value.unflatten(-1, (self.n_heads, -1))
-        return heads
 
-    def _project_query(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets, shape (N, Lq, M, L, P, 2), and normalised weights, shape (N, Lq, M, L, P)."""
-        samples = (self.n_heads, self.n_levels, self.n_points)
-        offsets = _projected("query", self.sampling_offsets, query)
-        offsets = offsets.unflatten(-1, (*samples, 2))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1))
-        return offsets, weights.softmax(-1).unflatten(-1, samples[1:])
+def _widened(reference_points: Tensor, value: Tensor) -> Tensor:
+    """Reference points in the dtype to compute in."""
+    return reference_points.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _scaled_by_pixel(*given: Any) -> Any:
+    """Offsets for the operator, of those from boxes in units of half the box per pixel; others as they are."""
+    *_, references, offsets, _ = given
+    return scaled_by_pixel(*given) if references.shape[-1] == 4 else offsets
 
 
 def _projected(name: str, projection: nn.Module, given: Tensor) -> Any:
@@ -220,46 +229,3 @@ def _projected(name: str, projection: nn.Module, given: Tensor) -> Any:
         ):  # a wrapper's may be anywhere, that of a quantised layer is a method
             check_projected(name, given, weight)
         raise
-
-
-def _sampling_locations(
-    reference_points: Tensor,
-    offsets: Tensor,
-    value: Tensor,
-    weights: Tensor,
-    spatial_shapes: Any,
-    level_start_index: Any,
-    boxes_by_pixel: bool,
-) -> Tensor:
-    """The sampling locations, shape (N, Lq, M, L, P, 2), for offsets of that shape."""
-    wide = torch.promote_types(value.dtype, torch.float32)
-    reference = reference_points.to(wide)[:, :, None, :, None]  # N or 1, Lq, 1, L or 1, 1, 2 or 4
-    offsets = offsets.to(wide)
-    boxes = reference.shape[-1] == 4
-    if boxes and not boxes_by_pixel:
-        steps = offsets / offsets.shape[4]
-    else:
-        try:
-            steps = offsets / _widths_and_heights(spatial_shapes, offsets)
-        except Exception:
-            # Raises the error that names what is wrong with the levels.
-            check(value, spatial_shapes, level_start_index, offsets, weights)
-            raise
-    return reference[..., :2] + steps * reference[..., 2:] * 0.5 if boxes else reference + steps
-
-
-def _widths_and_heights(spatial_shapes: Any, offsets: Tensor) -> Tensor:
-    """(W, H) of each level, shape (L, 1, 2), for offsets of shape (N, Lq, M, L, P, 2)."""
-    shape = (offsets.shape[3], 1, 2)
-    if isinstance(spatial_shapes, Tensor) and (
-        spatial_shapes.device == offsets.device or torch.compiler.is_compiling()
-    ):
-        return spatial_shapes.to(offsets).flip(-1).view(shape)  # torch flips no uint16
-    pairs = spatial_shapes
-    if isinstance(pairs, Tensor):
-        pairs = pairs.tolist()
-    elif hasattr(pairs, "__dlpack__"):
-        pairs = read_table("spatial_shapes", pairs)  # None, a TypeError below: it must stay unread
-    # Fill number by number on the device: a copy from the host would synchronise.
-    sizes = [offsets.new_full((), size) for h, w in pairs for size in (w, h)]
-    return torch.stack(sizes).view(shape)

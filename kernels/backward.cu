@@ -187,7 +187,8 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(BLOCK)
     msda_backward(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                  const unsigned char* __restrict__ mask, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                  const unsigned char* __restrict__ mask,
+                  typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                   Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
                   const long long* __restrict__ sizes, const long long* __restrict__ starts,
                   const __grid_constant__ Params<S::L> p) {
@@ -235,9 +236,10 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_backward_persistent(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                              const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                             const unsigned char* __restrict__ mask, float* __restrict__ /*grad_value*/, Location* __restrict__ grad_locations,
-                             Weight* __restrict__ grad_weights, const long long* __restrict__ sizes,
-                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+                             const unsigned char* __restrict__ mask, float* __restrict__ /*grad_value*/,
+                             Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
+                             const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                             const __grid_constant__ SchedulerParams<S::L> p) {
   constexpr int G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
   using T = Traits<PERSISTENT_BLOCK, Value, G, PIXEL, S, false, true, false>;
   static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");

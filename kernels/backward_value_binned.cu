@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_
   const unsigned index = blockIdx.x * BINNED_QUERIES + threadIdx.x, queries = p.num_queries;
   if (threadIdx.x < BINNED_QUERIES)
     shared.rows[threadIdx.x] =
-        index < queries ? ScheduledRow(image_head * queries + index, shared.scheduler, p).row : NONE;
+        index < queries ? ScheduledRow<>(image_head * queries + index, shared.scheduler, p).row : NONE;
   shared.bins.clear();
   __syncthreads();
 }

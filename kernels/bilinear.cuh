@@ -61,15 +61,15 @@ struct Coordinates {
 };
 
 // u * size + 1/2 in two roundings: fused to one, the nearest pixel might not be that of the reference.
-__device__ __forceinline__ float scale_and_round(float u, float size) { return __fadd_rn(__fmul_rn(u, size), 0.5f); }
-__device__ __forceinline__ double scale_and_round(double u, double size) { return __dadd_rn(__dmul_rn(u, size), 0.5); }
+__device__ __forceinline__ float scaled_plus_half(float u, float size) { return __fadd_rn(__fmul_rn(u, size), 0.5f); }
+__device__ __forceinline__ double scaled_plus_half(double u, double size) { return __dadd_rn(__dmul_rn(u, size), 0.5); }
 
 // NEAREST: without its fraction, a coordinate is the index of the nearest pixel.
 template <bool NEAREST, typename Real>
 __device__ __forceinline__ Coordinates<Real> to_pixels(const Fractions<Real>& at, const Level& level) {
   const Real width = static_cast<Real>(level.width), height = static_cast<Real>(level.height);
   if constexpr (NEAREST) {
-    return {scale_and_round(at.u, width), scale_and_round(at.v, height)};
+    return {scaled_plus_half(at.u, width), scaled_plus_half(at.v, height)};
   } else {
     const Real half = static_cast<Real>(0.5);
     return {at.u * width - half, at.v * height - half};
@@ -91,7 +91,8 @@ __device__ __forceinline__ bool is_inside(const Coordinates<Real>& at, const Lev
     return at.x == at.x && at.y == at.y && level.height > 0;
   } else {
     const Real one = static_cast<Real>(1);
-    return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) && at.y < static_cast<Real>(level.height);
+    return at.x > -one && at.y > -one && at.x < static_cast<Real>(level.width) &&
+           at.y < static_cast<Real>(level.height);
   }
 }
 
@@ -146,7 +147,7 @@ __device__ __forceinline__ Cell<Real> locate_nearest(const Coordinates<Real>& at
 __device__ __forceinline__ unsigned unmasked_corners(unsigned corners, const unsigned char* pixel, int width) {
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (has_corner(corners, i) && pixel[(i & 1) + (i & 2 ? static_cast<long long>(width) : 0)] == 0) corners &= ~(1u << i);
+    if (has_corner(corners, i) && (pixel + (i & 2 ? width : 0))[i & 1] == 0) corners &= ~(1u << i);
   return corners;
 }
 

@@ -64,8 +64,6 @@ struct GroupRow {
   unsigned member;  // lane within the group
   bool active;
 
-  static constexpr int QUERIES = BLOCK / (G * SPLIT_K);  // per block
-
   __device__ GroupRow(const Shape& p, unsigned thread) {
     const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
     const unsigned group = thread / G;
@@ -73,7 +71,7 @@ struct GroupRow {
     head = image_head % M;
     part = group % SPLIT_K;
     member = thread % G;
-    query = blockIdx.x * QUERIES + group / SPLIT_K;
+    query = blockIdx.x * (blockDim.x / (G * SPLIT_K)) + group / SPLIT_K;
     active = query < static_cast<unsigned>(p.num_queries) && image < static_cast<unsigned>(p.batch);
   }
 

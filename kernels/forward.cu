@@ -6,7 +6,8 @@
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. Split-K: SPLIT_K groups share a row when there are too few rows to fill the device; shuffles add their
 //          partial sums.
-// Grid     msda_forward: x: blocks of queries, y and z: (image, head).
+// Grid     msda_forward: x: blocks of queries, y and z: (image, head); blocks of up to BLOCK threads.
+//          msda_forward_query_tiles: the same, but x covers the tile scheduler's order; each block has one small tile.
 //          msda_forward_persistent: a few blocks per multiprocessor, each with a contiguous range of the tile scheduler's
 //          rows.
 // Limits   M, D and the points of each level are template arguments; D / VEC a power of two up to 32; at most MAX_SPECIALISED_LEVELS levels; fewer
@@ -124,9 +125,9 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
 template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
-                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
-                 Value* __restrict__ output, const long long* __restrict__ sizes,
-                 const long long* __restrict__ starts, const __grid_constant__ Params<S::L> p) {
+                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask, Value* __restrict__ output,
+                 const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                 const __grid_constant__ Params<S::L> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, L = S::L, PART = S::K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
@@ -154,26 +155,56 @@ __global__ void __launch_bounds__(BLOCK, 4)
   if (done.active && done.part == 0) store(output + done.index(p) * D + done.member * VEC, sum);
 }
 
+// The whole row at `row` among N * Lq * M, whose (image, head) begins at position `plane` of value. `counts`: it is stored.
+template <int M, int D, typename Value, typename S, typename Location, typename Weight, int THREADS>
+__device__ __forceinline__ void forward_row(const Value* value, const PointArrays<S, Location, Weight>& points,
+                                            Value* output, Shared<S::L, THREADS>& shared, unsigned row, unsigned plane,
+                                            bool counts) {
+  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
+  const unsigned member = threadIdx.x % G;
+  const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
+  float sum[VEC] = {};
+  add_points<K, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
+                                 points.of_image(plane / M).from(static_cast<size_t>(row) * K));
+  if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
+}
+
+// A tile of 8 columns for each block, which holds as many queries as the block has groups.
+template <typename Value, typename Location, typename Weight, int M, int D, typename S>
+__global__ void __launch_bounds__(BLOCK, 4)
+    msda_forward_query_tiles(const Value* __restrict__ value, const Location* __restrict__ locations,
+                             const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                             Value* __restrict__ output, const long long* __restrict__ sizes,
+                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+  constexpr unsigned QUERIES = BLOCK * 16 / (D * sizeof(Value)), WIDTH = 8;
+
+  __shared__ Shared<S::L, BLOCK> shared;
+  __shared__ TileScheduler scheduler;
+  const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y, queries = p.num_queries;
+  if (image_head >= static_cast<unsigned>(p.batch * M)) return;
+  load_levels(shared.levels, sizes, starts, p);
+  load_scheduler(scheduler, shared.levels, p);
+
+  // Idle groups repeat the last row, since the lanes of a warp must stay together.
+  const unsigned index = blockIdx.x * QUERIES + threadIdx.x / (BLOCK / QUERIES);
+  const ScheduledRow<QUERIES / WIDTH, WIDTH> place(image_head * queries + min(index, queries - 1), scheduler, p);
+  const PointArrays<S, Location, Weight> points = {locations, weights, mask};
+  forward_row<M, D>(value, points, output, shared, place.row, place.plane, index < queries);
+}
+
 template <typename Value, typename Location, typename Weight, int M, int D, typename S>
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_forward_persistent(const Value* __restrict__ value, const Location* __restrict__ locations,
                             const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
                             Value* __restrict__ output, const long long* __restrict__ sizes,
                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
-  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
-
   __shared__ Shared<S::L, PERSISTENT_BLOCK> shared;
   __shared__ TileScheduler scheduler;
   load_levels(shared.levels, sizes, starts, p);
   load_scheduler(scheduler, shared.levels, p);
 
-  const unsigned member = threadIdx.x % G;
   const PointArrays<S, Location, Weight> points = {locations, weights, mask};
-  visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
-    const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
-    float sum[VEC] = {};
-    add_points<K, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
-                                   points.of_image(plane / M).from(static_cast<size_t>(row) * K));
-    if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
+  visit_rows<D * sizeof(Value) / 16>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
+    forward_row<M, D>(value, points, output, shared, row, plane, counts);
   });
 }

@@ -56,7 +56,8 @@ __device__ LocatedPoint<Real> make_descriptor(Descriptor<Real>& descriptor, cons
                                               const RowPoints<S, Location, Weight>& points, Real factor) {
   const GenericParams& p = points.p;
   const Level level = read_level(level_of(p, k), points.sizes, points.starts, p);
-  const LocatedPoint<Real> point = points.arrays.template locate_point<false>(points.arrays.template load<Real>(k, level));
+  const LocatedPoint<Real> point =
+      points.arrays.template locate_point<false>(points.arrays.template load<Real>(k, level));
   const long long pixel = level.start + static_cast<long long>(point.cell.row) * level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
   descriptor.coefficient = corner_coefficients(point.cell, point.weight * factor);
@@ -154,7 +155,8 @@ template <typename Value, typename Location, typename Weight, typename S, bool F
 __global__ void __launch_bounds__(BLOCK)
     msda_backward_generic(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                           const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                          const unsigned char* __restrict__ mask, typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
+                          const unsigned char* __restrict__ mask,
+                          typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                           Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
                           const long long* __restrict__ sizes, const long long* __restrict__ starts,
                           const __grid_constant__ GenericParams p) {

@@ -132,8 +132,9 @@ struct PointArrays {
     else
       cell = locate<SMALL, INTERIOR>(at, level);
     if constexpr (S::MASKED) {
-      const long long pixel = level.start + static_cast<long long>(cell.row) * level.width + cell.column;
-      cell.corners = unmasked_corners(cell.corners, mask + pixel, level.width);
+      long long pixel = cell.pixel;
+      if constexpr (!SMALL) pixel = static_cast<long long>(cell.row) * level.width + cell.column;
+      cell.corners = unmasked_corners(cell.corners, mask + level.start + pixel, level.width);
     }
     return cell;
   }

@@ -112,6 +112,7 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         rounding["round"] = test_nvrtc.round_kernel(dtype), None
     interiors = {
         "forward": _forward(size, 1),
+        "forward-query-tiles": _forward(size, 1),
         "forward-persistent": _forward(size, 1)._replace(turns=None),
         "forward-split-k": _forward(size, 32 // (2 * size)),
         "backward": _backward(size, on),

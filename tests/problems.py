@@ -74,10 +74,23 @@ def ragged(inputs: Inputs, points: Sequence[int]) -> Inputs:
     return inputs._replace(locations=locations, weights=weights)
 
 
-def away_from_edges(inputs: Inputs) -> Inputs:
+def flat_points(inputs: Inputs, num_points: Sequence[int]) -> Inputs:
+    """The same with the first `num_points[l]` points of each level alone, level after level."""
+    locations, weights = (
+        torch.cat(
+            [array[:, :, :, level, :number] for level, number in enumerate(num_points)], dim=3
+        )
+        for array in (inputs.locations, inputs.weights)
+    )
+    return inputs._replace(locations=locations, weights=weights)
+
+
+def away_from_edges(inputs: Inputs, num_points: Sequence[int] | None = None) -> Inputs:
     """The same in float64 with every point well inside a cell, where the operator is smooth."""
     inputs = inputs.to(torch.float64)
     scale = inputs.shapes().flip(-1)[:, None]  # L, 1, (W, H)
+    if num_points is not None:
+        scale = scale[:, 0].repeat_interleave(torch.tensor(num_points), dim=0)  # K, (W, H)
     pixels = inputs.locations * scale - 0.5
     pixels = pixels.floor() + 0.2 + 0.6 * pixels.remainder(1)
     return inputs._replace(locations=(pixels + 0.5) / scale)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def run(tmp_path, device="cpu"):
 
 def check_results(results, device):
     """What every complete file of these cases holds."""
-    assert results["schema"] == 3
+    assert results["schema"] == 4
     assert results["machine"]["device"]
     versions = results["machine"]["versions"]
     assert {"python", "cupy_msda", "torch", "numpy"} <= versions.keys()
@@ -90,9 +91,11 @@ def check_results(results, device):
             continue  # another project's kernels, which the benchmark need not find right
         assert row["verdict"] == "right"
         compared = tables.compared_us(row)
-        for clock in ("wall", "device")[: 1 + (device == "cuda")]:
+        for clock in ("wall", "cold" if device == "cpu" else "device"):
             low, high = row[f"{clock}_quartiles_us"]
             assert 0 < low <= row[f"{clock}_us"] <= high
+        if device == "cuda":
+            assert row["cold_us"] is row["cold_quartiles_us"] is None
         if device == "cpu":
             assert row["device_us"] is row["device_quartiles_us"] is row["device_by"] is None
         elif row["implementation"] == OURS:
@@ -168,6 +171,7 @@ def test_wrong_and_raising_baselines_are_reported_and_not_timed(
             assert row["why"].startswith(why)
             assert "\n" not in row["why"]
             assert row["wall_us"] is row["wall_quartiles_us"] is row["roofline_share"] is None
+            assert row["cold_us"] is None
             assert row["repeats"] == 0
     assert "raised: NotImplementedError: not for these" in capsys.readouterr().out
     assert (tmp_path / "results.png").exists()
@@ -234,7 +238,7 @@ def test_in_each_repeat_all_take_turns():
         """Stopwatches with a device, which takes no turn of its own."""
         watches = timing.on_cpu(function, inputs)
         return {
-            way: watch._replace(device=lambda: 5.0, device_by="fake")
+            way: watch._replace(device=lambda: 5.0, device_by="fake", cold=None)
             for way, watch in watches.items()
         }
 
@@ -242,10 +246,10 @@ def test_in_each_repeat_all_take_turns():
     times = timing.measure(functions, inputs, on_device, timing.Limits(5, math.inf))
     for way in timing.WAYS:
         for name in "abc":
-            wall, device, device_by = times[way][name]
+            wall, device, device_by, cold = times[way][name]
             assert len(wall) == 5
             assert min(wall) > 0
-            assert (device, device_by) == ([5.0] * 5, "fake")
+            assert (device, device_by, cold) == ([5.0] * 5, "fake", [])
     for repeat in range(5):
         turns = calls[9 * repeat : 9 * repeat + 9]
         assert sorted(turns[::3]) == ["a", "b", "c"]
@@ -253,6 +257,41 @@ def test_in_each_repeat_all_take_turns():
     times = timing.measure(functions, inputs, timing.on_cpu, timing.Limits(9, 0))
     assert len(times["forward"]["a"].wall) == 3
     assert times["forward"]["a"].device == []
+    assert len(times["forward"]["a"].cold) == 3
+
+
+def test_caches_are_cleared_right_before_a_cold_call(monkeypatch):
+    """After the forward whose backward is timed, and outside the time."""
+    log = []
+
+    def clear():
+        log.append("clear")
+        time.sleep(0.05)
+
+    def function(value, locations, weights):
+        log.append("forward")
+        product = value.sum() + locations.sum() + weights.sum()
+        if product.requires_grad:
+            product.register_hook(lambda grad: log.append("backward"))
+        return product * inputs.grad_output
+
+    inputs = cases.build(Case("rfdetr", "uniform", "float32"), "cpu")
+    monkeypatch.setattr(timing, "_clear_caches", clear)
+    watches = timing.on_cpu(function, inputs)
+    least = {way: min(watches[way].cold() for _ in range(3)) for way in timing.WAYS}
+    assert log == ["clear", "forward"] * 3 + ["forward", "clear", "backward"] * 3
+    assert 0 < max(least.values()) < 50_000
+
+
+def test_clearing_writes_over_the_caches(monkeypatch):
+    """By each of torch's threads, its own part."""
+    monkeypatch.setattr(timing, "_CLEARED_BYTES", 1000)
+    timing._buffers.cache_clear()
+    timing._clear_caches()
+    pool, buffers = timing._buffers()
+    timing._buffers.cache_clear()
+    assert len(buffers) == len(pool._threads) == torch.get_num_threads()
+    assert sum(buffer.sum() for buffer in buffers) == sum(map(len, buffers)) > 900
 
 
 def one_level(points):
@@ -510,6 +549,17 @@ def test_table_of_results():
         "| --- | --- | --- | --- | --- | --- |",
         "| shape, uniform, float32 | forward | 0.5 ms | 40% | 1.23 ms, 2.5x | raised |",
         "|  | backward | 2 ms | 10% | 4321 ms, 2160.5x |  |",
+    ]
+
+
+def test_cold_times_have_rows_of_their_own():
+    rows = [row(OURS, 0.5, cold_us=1e3), row("baseline", 1.5, cold_us=2e3)]
+    rows += [row("other", None, verdict="raised", cold_us=None)]
+    rows += [row(OURS, 2.0, "backward", cold_us=None), row("baseline", 3.0, "backward")]
+    assert tables.table({"rows": rows}).splitlines()[2:] == [
+        "| shape, uniform, float32 | forward | 0.5 ms | 40% | 1.5 ms, 3.0x | raised |",
+        "|  | forward, cold | 1 ms |  | 2 ms, 2.0x | raised |",
+        "|  | backward | 2 ms | 10% | 3 ms, 1.5x |  |",
     ]
 
 

@@ -278,8 +278,8 @@ def test_report_names_the_kernels_of_a_plan_and_why(monkeypatch):
         "encoder forward": "msda_forward_persistent: persistent, 1 per multiprocessor: model",
         "encoder backward": "msda_backward_value_binned, msda_backward_persistent: "
         "binned; points persistent, 1 per multiprocessor: model",
-        "decoder forward": "msda_forward: plain, split-K 4: model",
-        "decoder backward": "msda_backward: plain, split-K 2: model",
+        "decoder forward": "msda_forward: plain, split-K 4, blocks of 64: model",
+        "decoder backward": "msda_backward: plain, split-K 2, blocks of 64: model",
     }
     monkeypatch.setattr(tuned, "choice", lambda *_: Choice("plain, split-K 1", "tuned on sm_90"))
     said = dict(report.plans())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from cupy_msda.problem import Level
 from tests.non_finite import non_finite_inputs
 
 pytest.importorskip("numba")
+
+from numba.core.caching import NullCache
 
 from cupy_msda import contract
 from cupy_msda.cpu import backend, kernels
@@ -341,9 +344,20 @@ def test_a_mask_of_nothing_and_of_everything(interpolation: str) -> None:
     assert not any(result.any() for result in run(masked))
 
 
-@pytest.mark.parametrize("d", [1, 30, 64, 71, 128, 256])
+@pytest.mark.parametrize("d", [1, 20, 30, 64, 71, 144, 256])
 def test_any_head_dim(d: int) -> None:
     check(make(DETR, d=d))
+
+
+@pytest.mark.parametrize("d", [20, 71])
+def test_vectors_are_powers_of_two(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM takes a vector of any other width apart at every branch, number by number."""
+    monkeypatch.setattr(kernels, "disk_cache", lambda function: NullCache())
+    kernel = kernels.forward_kernel.__wrapped__(d, 4)
+    (written,) = kernel.inspect_llvm().values()
+    widths = {int(width) for width in re.findall(r"<(\d+) x float>", written)}
+    assert max(widths) == 1 << d.bit_length() - 1
+    assert all(width & (width - 1) == 0 for width in widths)
 
 
 @pytest.mark.parametrize("d", [16, 71])

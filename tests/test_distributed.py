@@ -29,10 +29,11 @@ from cupy_msda import (  # noqa: E402
     MSDeformAttn,
     ms_deform_attn,
     ms_deform_attn_backward,
+    ms_deform_attn_fused,
 )
 from cupy_msda.budget import assert_within_budget  # noqa: E402
 from cupy_msda.torch import operators  # noqa: E402
-from tests.problems import random_inputs  # noqa: E402
+from tests.problems import flat_points, random_inputs  # noqa: E402
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -232,6 +233,57 @@ def check_sharded_by(mesh, variant):
         assert output.placements == (points,)
         assert [g.placements for g in gradients] == [(grad_value,), (points,), (points,)]
         assert_numbers(inputs, output, gradients)
+
+
+@check(*LAYOUTS)
+def check_points_of_levels_and_masks_sharded_by(mesh, variant):
+    value, points, grad_value = LAYOUTS[variant]
+    numbers = [2, 1]
+    inputs = flat_points(random_inputs(**EVEN), numbers)
+    mask = torch.rand(inputs.value.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3
+    rules = {"num_points": numbers, "interpolation": "nearest"}
+    results = []
+    for mesh_or_none in (None, mesh):
+        tensors = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
+        given, grad_output = mask, inputs.grad_output
+        if mesh_or_none is not None:
+            tensors = leaves(inputs, mesh, [value], [points])
+            given = distribute_tensor(mask, mesh, [QUERY])  # of positions: it may lie anyhow
+        output = ms_deform_attn(
+            tensors[0], inputs.sizes, None, *tensors[1:], value_mask=given, **rules
+        )
+        if mesh_or_none is not None:
+            grad_output = distribute_tensor(grad_output, mesh, output.placements)
+        results.append((output, *torch.autograd.grad(output, tensors, grad_output)))
+    assert results[1][1].placements == (grad_value,)
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result.full_tensor(), expected)
+    tensors = leaves(inputs, mesh, [value], [points])
+    with pytest.raises(TypeError, match="value_mask must be a DTensor where any argument is one"):
+        ms_deform_attn(tensors[0], inputs.sizes, None, *tensors[1:], value_mask=mask, **rules)
+
+
+@check(*LAYOUTS)
+def check_fused_calls_sharded_by(mesh, variant):
+    value, points, _ = LAYOUTS[variant]
+    inputs = random_inputs(**EVEN)
+    n, lq = inputs.locations.shape[:2]
+    references = torch.rand(n, lq, 2, 4, generator=torch.Generator().manual_seed(1))
+    tensors = (inputs.value, references, inputs.locations, inputs.weights)
+    of_references = R if points == HEAD else points
+    results = []
+    for placements in (None, (value, of_references, points, points)):
+        parts = [tensor.detach().requires_grad_() for tensor in tensors]
+        grad_output = inputs.grad_output
+        if placements is not None:
+            parts = [leaf(t, mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
+        output = ms_deform_attn_fused(parts[0], inputs.sizes, None, *parts[1:])
+        if placements is not None:
+            assert output.placements == (points,)
+            grad_output = distribute_tensor(grad_output, mesh, output.placements)
+        results.append((output, *torch.autograd.grad(output, parts, grad_output)))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result.full_tensor(), expected)
 
 
 @check(*(f"{a} and {b}" for a, b in itertools.product(LAYOUTS, repeat=2) if a != "nothing"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cupy_msda
-from cupy_msda import ms_deform_attn, ms_deform_attn_backward
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward, reference
 from cupy_msda.cuda import dlpack, launch, plans
 from cupy_msda.torch import exchange
 from tests.calls import call, in_threads, operator_tables, strided, with_grad
@@ -236,6 +236,78 @@ def test_few_functions_lie_between_the_public_one_and_the_driver(
         assert len(files) <= 8
         in_order = [file for file, _ in itertools.groupby(files)]
         assert len(in_order) == len(set(in_order))
+
+
+# --- masks ---------------------------------------------------------------------------------------------
+
+
+def masked_results(inputs, mask, *table):
+    """The output and the gradients under a mask, through autograd."""
+    leaves = with_grad(inputs)
+    value, *points = leaves.tensors
+    table = table or (inputs.sizes, None)
+    output = ms_deform_attn(value, *table, *points, value_mask=mask)
+    return output, *torch.autograd.grad(output, leaves.tensors, inputs.grad_output)
+
+
+def by_reference(inputs, mask):
+    """The same by the reference."""
+    arguments = inputs.value, inputs.levels, inputs.locations, inputs.weights
+    output = reference.forward(*arguments, value_mask=mask)
+    return output, *reference.backward(inputs.grad_output, *arguments, value_mask=mask)
+
+
+def random_mask(inputs, seed=0):
+    """About half of the positions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(inputs.value.shape[:2], generator=generator) < 0.5
+
+
+MASKS = {
+    "contiguous": lambda mask: mask,
+    "strided": lambda mask: torch.stack([mask, ~mask], dim=-1)[..., 0],
+    "transposed": lambda mask: mask.T.contiguous().T,
+    "expanded": lambda mask: mask[:1].expand_as(mask),
+    "at-an-odd-address": lambda mask: (
+        mask.new_zeros(mask.numel() + 1)[1:].view_as(mask).copy_(mask)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("d", [32, 5], ids=["specialised", "generic"])
+def test_masks_reach_the_kernels(d, form, driver_device):
+    inputs = random_inputs(d=d)
+    mask = form(random_mask(inputs))
+    for table in ((inputs.sizes, None), (inputs.shapes(), inputs.starts())):
+        for got, expected in zip(
+            masked_results(inputs, mask, *table), by_reference(inputs, mask), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+    # The next call has no mask.
+    check_against_reference(inputs, *results(inputs))
+
+
+def test_a_mask_without_memory_masks_everything(driver_device):
+    inputs = random_inputs(d=32)
+    nothing = torch._efficientzerotensor(inputs.value.shape[:2], dtype=torch.bool)
+    assert not any(result.any() for result in masked_results(inputs, nothing))
+
+
+def test_calls_with_other_masks_in_between_do_not_matter(checks):
+    """Each backward is of its own forward's mask, and not checked again."""
+    inputs = random_inputs(d=32)
+    masks = [random_mask(inputs, seed) for seed in range(2)]
+    leaves = [with_grad(inputs) for _ in masks]
+    outputs = [
+        ms_deform_attn(one.value, inputs.sizes, None, *one.tensors[1:], value_mask=mask)
+        for one, mask in zip(leaves, masks, strict=True)
+    ]
+    for one, mask, output in zip(leaves, masks, outputs, strict=True):
+        gradients = torch.autograd.grad(output, one.tensors, inputs.grad_output)
+        for got, expected in zip(gradients, by_reference(inputs, mask)[1:], strict=True):
+            torch.testing.assert_close(got, expected)
+    assert len(checks) == 2  # the two forwards
 
 
 # --- threads, nested calls and torch's own machinery -----------------------------------------------

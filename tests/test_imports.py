@@ -97,25 +97,28 @@ LAYERS = {
     "faults": set(),
     "contract": {"problem", "arrays"},
     "reference": {"problem"},
+    "fused": set(),
     "cuda": {"problem", "faults"},
     "cpu": {"reference", "contract", "problem", "arrays", "faults"},
-    "torch": {"cuda", "cpu", "reference", "contract", "problem", "arrays"},
+    "torch": {"cuda", "cpu", "reference", "fused", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
-    "api": {"torch", "cuda", "cpu", "contract", "problem", "arrays"},
+    "api": {"torch", "cuda", "cpu", "fused", "contract", "problem", "arrays"},
 }
 COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
 # The same inside torch.
 TORCH_LAYERS = {
     "operands": set(),
+    "fused_operands": {"operands"},
     "exchange": {"operands"},
     "dtensor": {"operands"},
-    "flops": {"operands"},
-    "operators": {"exchange", "dtensor", "flops", "operands"},
+    "flops": {"operands", "fused_operands"},
+    "operators": {"exchange", "dtensor", "flops", "operands", "fused_operands"},
     "derivatives": {"operators", "flops", "operands"},
-    "export": {"operators", "operands"},
+    "export": {"operators", "operands", "fused_operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
-    "": {"functions"},
+    "fused": {"functions", "derivatives", "flops", "operators", "operands", "fused_operands"},
+    "": {"functions", "fused"},
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_msda import ms_deform_attn, ms_deform_attn_backward
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward, reference
 from cupy_msda.contract import check
 from cupy_msda.cuda import compile as compiler
 from cupy_msda.cuda import launch
@@ -99,6 +99,23 @@ def test_arrays_that_are_not_contiguous_or_not_aligned(driver_device):
     ]
     assert any(array.ctypes.data % launch.ALIGNMENT for array in shifted)
     check_results(inputs, None, shifted)
+
+
+@pytest.mark.parametrize("d", [32, 5], ids=["specialised", "generic"])
+def test_masks_of_any_layout(d, driver_device):
+    inputs = random_inputs(d=d)
+    mask = np.random.default_rng(0).random(inputs.value.shape[:2]) < 0.5
+    arguments = inputs.levels, inputs.locations, inputs.weights
+    rules = {"value_mask": torch.from_numpy(mask)}
+    expected = (
+        reference.forward(inputs.value, *arguments, **rules),
+        *reference.backward(inputs.grad_output, inputs.value, *arguments, **rules),
+    )
+    for form in (mask, np.asfortranarray(mask), np.repeat(mask, 2, axis=1)[:, ::2]):
+        for got, wanted in zip(results(inputs, value_mask=form), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    # The next call's kernels get null pointers again.
+    check_results(inputs)
 
 
 @pytest.mark.parametrize("empty", ["n", "lq", "m", "d", "p", "s"])

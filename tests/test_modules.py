@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
 from cupy_msda import modules as module_file
-from cupy_msda.torch import ms_deform_attn
+from cupy_msda.torch import ms_deform_attn, ms_deform_attn_fused
 
 SIZES = [(4, 5), (2, 3)]
 C, M, L, P = 24, 3, 2, 4  # D = 8
@@ -51,9 +51,9 @@ def example(coordinates=2, levels=L, dtype=torch.float32):
     return Inputs(*(torch.rand(shape, dtype=dtype) for shape in shapes))
 
 
-def trained(dtype=torch.float32):
+def trained(dtype=torch.float32, *, by_pixel=False):
     """A module whose parameters are not their initial values."""
-    module = MSDeformAttn(C, L, M, P).to(dtype)
+    module = MSDeformAttn(C, L, M, P, use_4D_normalizer=by_pixel).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -337,31 +337,43 @@ def test_level_sizes_in_any_form(form):
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
-def test_locations_are_float32_or_wider(coordinates, monkeypatch):
+def test_locations_and_weights_are_float32_or_wider(coordinates):
     seen = []
-    real = module_file.ms_deform_attn
 
-    def spy(value, shapes, starts, locations, weights):
-        seen.append((value.dtype, locations.dtype))
-        return real(value, shapes, starts, locations, weights)
+    def look(module, inputs):
+        output, *points = module(*inputs, torch.tensor(SIZES), None, return_locations=True)
+        seen.append((output.dtype, *(tensor.dtype for tensor in points)))
 
-    monkeypatch.setattr(module_file, "ms_deform_attn", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = trained()(*example(coordinates), torch.tensor(SIZES), None)
-    assert output.dtype == torch.bfloat16
-    trained(torch.bfloat16)(*example(coordinates, dtype=torch.bfloat16), SIZES, None)
-    trained(torch.float16)(*example(coordinates, dtype=torch.float16), SIZES, None)
-    trained(torch.float64)(*example(coordinates, dtype=torch.float64), SIZES, None)
+        look(trained(), example(coordinates))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        look(trained(dtype), example(coordinates, dtype=dtype))
     # Reference points of another precision than the module.
     query, points, flat = example(coordinates)
-    trained()(query, points.double(), flat, SIZES, None)
+    look(trained(), (query, points.double(), flat))
     assert seen == [
-        (torch.bfloat16, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float32),
     ]
+
+
+@pytest.mark.parametrize("coordinates", [2, 4])
+@pytest.mark.parametrize("by_pixel", [False, True])
+def test_the_locations_that_it_returns_are_those_that_it_reads(coordinates, by_pixel):
+    module = trained(by_pixel=by_pixel)
+    query, points, flat = example(coordinates)
+    mask = torch.rand(flat.shape[:2]) > 0.7
+    given = query, points, flat, SIZES, None, mask
+    output, locations, weights = module(*given, return_locations=True)
+    assert locations.shape == (*query.shape[:2], M, L, P, 2)
+    torch.testing.assert_close(weights.sum((3, 4)), torch.ones(*query.shape[:2], M))
+    torch.testing.assert_close(output, module(*given))
+    value = module.value_proj(flat).masked_fill(mask[..., None], 0).unflatten(-1, (M, -1))
+    expected = module.output_proj(ms_deform_attn(value, SIZES, None, locations, weights))
+    torch.testing.assert_close(output, expected)
 
 
 def test_autocast_stays_close_to_float32():
@@ -376,24 +388,23 @@ def test_autocast_stays_close_to_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_under_autocast_values_are_half_and_locations_are_not(dtype, monkeypatch):
+def test_under_autocast_all_that_projections_give_is_half(dtype, monkeypatch):
     seen = []
 
-    def spy(value, shapes, starts, locations, weights):
-        for tensor in (value, locations, weights):
+    def spy(value, shapes, starts, references, offsets, logits, **rules):
+        seen.extend((value, references, offsets, logits))
+        for tensor in (value, offsets, logits):
             tensor.retain_grad()
-            seen.append(tensor)
-        return ms_deform_attn(value, shapes, starts, locations, weights)
+        return ms_deform_attn_fused(value, shapes, starts, references, offsets, logits, **rules)
 
-    monkeypatch.setattr(module_file, "ms_deform_attn", spy)
+    monkeypatch.setattr(module_file, "ms_deform_attn_fused", spy)
     module, inputs = trained(), example()
     with torch.autocast("cpu", dtype=dtype):
         output = module(*inputs, SIZES, None)
     output.float().square().sum().backward()
-    # On a CPU autocast leaves softmax, and so the weights, in half precision.
-    assert [tensor.dtype for tensor in seen] == [dtype, torch.float32, dtype]
-    assert [tensor.grad.dtype for tensor in seen] == [dtype, torch.float32, dtype]
-    assert all(tensor.grad.abs().sum() > 0 for tensor in seen)
+    assert [tensor.dtype for tensor in seen] == [dtype, torch.float32, dtype, dtype]
+    assert all(seen[i].grad.dtype == dtype for i in (0, 2, 3))
+    assert all(seen[i].grad.abs().sum() > 0 for i in (0, 2, 3))
     assert output.dtype == dtype
 
 
@@ -535,7 +546,7 @@ def test_graphs_of_fx_compute_the_same(form, coordinates):
         )
         arguments = (*inputs, form(SIZES), None, *(() if mask is None else (mask,)))
         assert torch.equal(concrete(*arguments), module(*inputs, form(SIZES), None, mask))
-    assert "ms_deform_attn" in [node.name for node in traced.graph.nodes]
+    assert "ms_deform_attn_fused" in [node.name for node in traced.graph.nodes]
     with pytest.raises(ValueError, match="query must have shape"):
         traced(
             inputs.query[0], *inputs[1:], form(SIZES), None, torch.zeros(2, 26, dtype=torch.bool)

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
 from cupy_msda.cuda.compile import OPTIONS, Kernel, assemble
-from cupy_msda.cuda.plans import Device, Launch, Plan, plan_backward, plan_forward
+from cupy_msda.cuda.plans import Choice, Device, Launch, Plan, plan_backward, plan_forward
 from cupy_msda.problem import Grids, LevelTable, Problem
 
 nvrtc = pytest.importorskip(
@@ -105,10 +105,16 @@ def planned(plan: Plan) -> list[Kernel]:
     return [step.kernel for step in plan.launches if isinstance(step, Launch)]
 
 
-def forward(shape: str, dtypes: str, multiprocessors: int = 1, grids: Grids = ()) -> Kernel:
+def forward(
+    shape: str,
+    dtypes: str,
+    multiprocessors: int = 1,
+    grids: Grids = (),
+    choice: Choice | None = None,
+) -> Kernel:
     """The forward of a shape."""
     case = of_shape(shape, dtypes)
-    (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids))
+    (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids, choice))
     return kernel
 
 
@@ -138,6 +144,7 @@ def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
     points = {"needs_value": False}
     return {
         "forward": forward(*case),
+        "forward-query-tiles": forward(*case, grids=LEVELS, choice=Choice("query tiles", "test")),
         "forward-persistent": forward(*case, grids=LEVELS),
         "forward-split-k": forward(*case, MANY),
         "backward": backward(*case)[0],
@@ -197,17 +204,22 @@ BUDGETS = {
 }
 
 
-def check_budgets(kernels: Iterable[Kernel], architecture: int) -> None:
+Budgets = Mapping[str, Budget]
+
+
+def check_budgets(kernels: Iterable[Kernel], architecture: int, budgets: Budgets = BUDGETS) -> None:
     """Compile the kernels, as many at a time as there are cores, and hold them to their budgets."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(check_budget, set(kernels), repeat(architecture)):
+        for _ in pool.map(check_budget, set(kernels), repeat(architecture), repeat(budgets)):
             pass
 
 
-def check_budget(kernel: Kernel, architecture: int) -> tuple[Resources, bytes]:
+def check_budget(
+    kernel: Kernel, architecture: int, budgets: Budgets = BUDGETS
+) -> tuple[Resources, bytes]:
     """Compile one kernel and hold it to its budget."""
     used, code = compile_for(kernel, architecture)
-    budget = BUDGETS[kernel.file]
+    budget = budgets[kernel.file]
     what = f"{kernel.name} on sm_{architecture}: {used}, {budget}"
     assert used.registers <= budget.registers, what
     assert used.spill_bytes <= budget.spill_bytes, what
@@ -276,6 +288,75 @@ def test_output_stationary_tiles(architecture: int) -> None:
     check_budgets(tiled, architecture)
 
 
+# How points are sampled: of M = 8, D = 32 and three levels.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "uneven": {"num_points": (3, 6, 3)},
+    "nearest": {"interpolation": "nearest"},
+    "masked": {"has_mask": True},
+    "uneven-masked": {"num_points": (3, 0, 6), "has_mask": True},
+    "all": {"num_points": (3, 6, 3), "interpolation": "nearest", "has_mask": True},
+}
+
+
+def sampled(change: dict[str, Any], dtypes: str) -> set[Kernel]:
+    """Every launch of points that are sampled so, persistent backwards of points apart."""
+    of_shape, table = problem(DTYPES[dtypes], 32, 3, 4)
+    few, many = (
+        (of_shape._replace(num_queries=queries, **change), table)
+        for queries in (QUERIES, MANY_QUERIES)
+    )
+    one, most, everywhere = Device(1, "90"), Device(MANY, "90"), ((1, MANY_QUERIES),)
+    plans = (
+        *(plan_forward(*few, device, ()) for device in (one, most)),
+        plan_forward(*many, one, everywhere),
+        *(plan_backward(*few, device, ()) for device in (one, most)),
+        plan_backward(*few, one, (), needs_value=False),
+        plan_backward(*many, one, everywhere, needs_points=False),
+        *(
+            plan_backward(*case, one, grids, needs_points=False, deterministic=True)
+            for case, grids in ((few, ()), (many, ()), (many, everywhere))
+        ),
+    )
+    return {kernel for plan in plans for kernel in planned(plan)}
+
+
+# A mask takes registers: of the backward, two blocks fit sm_100 instead of three.
+SAMPLED = BUDGETS | {
+    "forward.cu": Budget(64, 4),
+    "backward.cu": Budget(90, 4),
+    "backward_value_tiled.cu": Budget(64, 16),
+    "generic.cu": Budget(80, 24),
+}
+NO_SPILLS = {file: budget._replace(spill_bytes=0) for file, budget in BUDGETS.items()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtypes"), [(75, "f32"), (90, "f32"), (100, "f32"), (120, "bf16")]
+)
+@pytest.mark.parametrize("change", SAMPLING.values(), ids=SAMPLING.keys())
+def test_sampling(change: dict[str, Any], architecture: int, dtypes: str) -> None:
+    kernels = sampled(change, dtypes)
+    assert len({kernel.file for kernel in kernels}) >= 5
+    check_budgets(kernels, architecture, NO_SPILLS if architecture == 90 else SAMPLED)
+
+
+def test_the_nearest_pixel_is_found_in_two_roundings() -> None:
+    """A fused multiply-add would round once, and take another pixel than the reference here and there."""
+    kernel = """
+__global__ void nearest(const float* u, float* to) {
+  to[0] = to_pixels<true>(Fractions<float>{u[0], u[1]}, Level{4, 5, 0}).x + 3.0f;
+}
+"""
+    program = nvrtc.createProgram(assemble("point.cuh") + kernel, "nearest.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*OPTIONS, "-arch=compute_90", "-ftz=true"))
+        ptx = nvrtc.getPTX(program)
+    finally:
+        nvrtc.destroyProgram(program)
+    assert ptx.count(b"mul.rn.ftz.f32") == 1
+    assert b"fma" not in ptx
+
+
 GENERIC = (*DTYPES.values(), (F64, F64, F64), (F64, F32, F32), (F64, F32, F64))
 
 
@@ -293,6 +374,19 @@ def test_generic(dtypes: tuple[str, str, str], architecture: int) -> None:
     assert {"msda_forward_generic", "msda_backward_generic"} < names
     assert len([kernel for kernel in generic if kernel.file == "generic.cu"]) == 3
     check_budgets(generic, architecture)
+
+
+@pytest.mark.parametrize("architecture", [75, 90, 100, 120])
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_generic_sampling(interpolation: str, architecture: int) -> None:
+    for dtypes in ((F32, F32, F32), (F64, F64, F64)):
+        of_shape, table = problem(dtypes, 30, 4, 4)
+        case = of_shape._replace(interpolation=interpolation, has_mask=True), table
+        generic = {
+            *planned(plan_forward(*case, Device(1, "90"))),
+            *planned(plan_backward(*case, Device(1, "90"), deterministic=True)),
+        }
+        check_budgets(generic, architecture, SAMPLED)
 
 
 @pytest.mark.parametrize("architecture", [70, 72, 87, 103, 121])

@@ -24,6 +24,7 @@ from tests.problems import random_inputs
 
 H100 = Device(132, "90")
 DECODER = Problem(2, 22223, 8, 32, 900, 4, 4, *["float32"] * 3)
+FEW = DECODER._replace(batch=1, num_queries=10)
 MANY_QUERIES = DECODER._replace(num_queries=9000)  # no grid is known, and too many points for tiles
 ENCODER = DECODER._replace(num_queries=22223)
 GENERIC = DECODER._replace(head_dim=30)
@@ -71,8 +72,9 @@ def split_k(launch):
 @pytest.mark.parametrize(
     ("problem", "kernel", "reason"),
     [
-        (DECODER, "msda_forward", "plain, split-K 1: model"),
-        (DECODER._replace(batch=1, num_queries=10), "msda_forward", "plain, split-K 4: model"),
+        (DECODER, "msda_forward", "plain, split-K 1, blocks of 64: model"),
+        (FEW, "msda_forward", "plain, split-K 4, blocks of 64: model"),
+        (MANY_QUERIES, "msda_forward", "plain, split-K 1: model"),
         (ENCODER, "msda_forward_persistent", "persistent, 1 per multiprocessor: model"),
         (GENERIC, "msda_forward_generic", "generic, D = 30: model"),
         (ENCODER._replace(**DOUBLE), "msda_forward_generic", "generic, float64: model"),
@@ -300,7 +302,42 @@ def test_rows_are_split_only_while_the_device_is_not_full():
 def test_a_split_row_takes_more_lanes():
     problem = Problem(1, 64, 8, 32, 320, 4, 4, *["float32"] * 3)
     assert forward_of(problem, 1).grid == (320 * 8 // 256, 8, 1)
-    assert forward_of(problem, 10**6).grid == (320 * 32 // 256, 8, 1)
+    assert forward_of(problem, 10**6).grid == (320 * 32 // 64, 8, 1)
+
+
+def test_rows_of_less_than_a_wave_go_into_small_blocks():
+    """Four blocks of 256 threads fit on a multiprocessor; here 300 queries of 8 heads make 80 blocks."""
+    problem = Problem(1, 64, 8, 32, 300, 4, 4, *["float32"] * 3)
+    for multiprocessors, threads in ((18, 256), (19, 64), (132, 64)):
+        launch = forward_of(problem, multiprocessors)
+        queries = threads // (8 * split_k(launch))
+        assert launch.block == (threads, 1, 1)
+        assert launch.grid == (-(-300 // queries), 8, 1)
+
+
+def test_both_block_sizes_are_candidates_where_rows_are_few():
+    names = list(map(str, plans.forward_candidates(FEW, H100, None)))
+    assert names == ["plain, split-K 4, blocks of 64", "plain, split-K 4"]
+    names = list(map(str, plans.backward_candidates(FEW, H100, None, False, True, False)))
+    small = [f"plain, split-K {k}, blocks of 64" for k in (2, 1)]
+    assert names == [*small, "plain, split-K 2"]
+
+
+def test_few_points_need_neither_fill_nor_atomics():
+    """Output-stationary tiles are a candidate, though not the model's: they have not been measured."""
+    candidates = plans.backward_candidates(FEW, H100, None, True, True, False)
+    assert [candidate.value for candidate in candidates] == ["", "", "", "tiled"]
+    choice = plans.Choice(str(candidates[-1]), "test")
+    plan = plan_backward(FEW, NO_TABLE, H100, choice=choice)
+    assert steps(plan) == ["msda_backward_value_tiled", "msda_backward"]
+    many = plans.backward_candidates(MANY_QUERIES, H100, None, True, True, False)
+    assert "tiled" not in {candidate.value for candidate in many}
+
+
+def test_as_many_parts_as_a_row_has_stages():
+    """12 points are a stage of 8 and one of 4, or two parts of 6; 6 points are one stage."""
+    for points, parts in ((4, 2), (2, 1)):
+        assert split_k(points_of(FEW._replace(num_levels=3, num_points=points))) == parts
 
 
 # --- how points are sampled -----------------------------------------------------------------------------

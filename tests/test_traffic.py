@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("numba", reason="Numba is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 HEADS, POINTS = 8, 4
@@ -56,12 +57,12 @@ def flushed(model, *places, walkers=1, fold=(64, 64)):
 
 
 @pytest.mark.parametrize("sizes", LEVEL_SIZES, ids=str)
-@pytest.mark.parametrize("tile", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (4, 8), (16, 16)])
 def test_the_tiled_order_is_a_permutation_that_keeps_tiles_together(model, sizes, tile):
     order = model.tiled_order(np.array(sizes), tile)
     assert sorted(order) == list(range(sum(h * w for h, w in sizes)))
     tile_of = [
-        (level, y // tile, x // tile)
+        (level, y // tile[0], x // tile[1])
         for level, (h, w) in enumerate(sizes)
         for y, x in product(range(h), range(w))
     ]
@@ -70,7 +71,7 @@ def test_the_tiled_order_is_a_permutation_that_keeps_tiles_together(model, sizes
 
 
 def test_the_tiled_order_by_hand(model):
-    order = model.tiled_order(np.array([(1, 2), (3, 5)]), 2)
+    order = model.tiled_order(np.array([(1, 2), (3, 5)]), (2, 2))
     within = [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
     assert order.tolist() == [0, 1] + [2 + query for query in within]
 
@@ -107,21 +108,16 @@ def test_a_tile_reads_its_working_set_once(model, dtype, sectors):
 @pytest.mark.parametrize("blocks", [1, 5, 24, 25, 100])
 def test_every_block_of_work_is_done_once(model, blocks):
     gpu = model.Gpu(sms=3, resident=4)
-    for share in (model.PLAIN, model.OWN, model.BESIDE, model.CHUNK):
+    for share in (model.PLAIN, model.CHUNK):
         steps = np.concatenate([step.ravel() for step in model.assign(share, blocks, gpu)])
         assert sorted(steps[steps >= 0]) == list(range(blocks))
 
 
 def test_a_plain_grid_deals_blocks_and_chunks_are_contiguous(model):
     gpu = model.Gpu(sms=2, resident=2)
-    plain, chunk, own, beside = (
-        model.assign(share, 8, gpu)[0].tolist()
-        for share in (model.PLAIN, model.CHUNK, model.OWN, model.BESIDE)
-    )
+    plain, chunk = (model.assign(share, 8, gpu)[0].tolist() for share in (model.PLAIN, model.CHUNK))
     assert plain == [[0, 2], [4, 6]]
     assert chunk == [[0, 1], [2, 3]]
-    assert own == [[0, 4], [1, 5]]
-    assert beside == [[0, 2], [1, 3]]
 
 
 def test_sums_leave_when_the_cell_changes(model):
@@ -144,8 +140,11 @@ def test_cells_that_share_a_bin_interrupt_each_other(model):
 def test_the_script_predicts_less_traffic_in_tiles(model, tmp_path, monkeypatch, capsys):
     import traffic
 
+    from cupy_msda.bench.cases import Shape
+
     # A level of 1 MB on four multiprocessors with 16 KB of L1 each: nothing large fits, as on a GPU.
-    monkeypatch.setattr(traffic, "SHAPES", {"one level": traffic.Shape(((32, 32),))})
+    monkeypatch.setitem(traffic.SHAPES, "one level", Shape(1, ((32, 32),), None))
+    monkeypatch.setattr(traffic, "ENCODERS", ("one level",))
     monkeypatch.setattr(traffic, "LOCATIONS", ("uniform", "sigma 2"))
     output = tmp_path / "traffic.json"
     arguments = ["--l1", "16", "--sms", "4", "--sampled", "2", "--output", str(output)]
@@ -180,7 +179,7 @@ def test_images_share_no_value(model):
 
 def test_work_goes_image_by_image_in_tiles_of_the_given_grids(model):
     access = image_pairs(model)
-    work = model.make_work(model.Order(2), access)
+    work = model.make_work(model.Order((2, 2)), access)
     assert sorted(work) == list(range(2 * 16 * HEADS))
     of_head = (work // HEADS).reshape(2, HEADS, 16)
     tiles = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
@@ -196,8 +195,8 @@ def test_ranges_are_uneven_where_only_some_queries_sample(model):
     access = model.make_access(np.array([(32, 32, 0)]), cells.astype(np.int16), "float32")
     gpu = model.Gpu(l1=16, sms=32, sampled=32)
     plain, chunk = (
-        model.forward(access, order, gpu)["busiest"]
-        for order in (model.Order(), model.Order(1, model.CHUNK))
+        model.traffic(access, order, gpu, 32)[2]
+        for order in (model.Order(), model.Order((1, 1), model.CHUNK))
     )
     # Each of the 8 heads has four ranges: the first does all the work.
     assert chunk == 4

@@ -117,8 +117,8 @@ def test_in_each_repeat_all_take_turns(bench, monkeypatch):
     monkeypatch.setattr(tune, "_WRITTEN", {"forward": ("output",)})
     monkeypatch.setattr(tune, "_LIMITS", timing.Limits(6, 60))
     bench()
-    assert len(bench.ran) == 4 + 6 * 4  # each once for its check, untimed
-    turns = [bench.ran[i : i + 4] for i in range(0, len(bench.ran), 4)]
+    assert len(bench.ran) == 5 + 6 * 5  # each once for its check, untimed
+    turns = [bench.ran[i : i + 5] for i in range(0, len(bench.ran), 5)]
     assert all(set(turn) == set(turns[0]) for turn in turns)
     assert len(set(map(tuple, turns))) > 1
 
@@ -127,7 +127,7 @@ def test_a_slow_device_repeats_the_least(bench, monkeypatch):
     monkeypatch.setattr(tune, "_WRITTEN", {"forward": ("output",)})
     monkeypatch.setattr(tune, "_LIMITS", timing.Limits(50, 0))
     bench()
-    assert len(bench.ran) == 4 + tune._LEAST * 4
+    assert len(bench.ran) == 5 + tune._LEAST * 5
 
 
 def nudge(name):
@@ -183,7 +183,7 @@ def test_what_is_timed_has_the_gradient_of_every_output(bench, monkeypatch):
     monkeypatch.setattr(tune, "_WRITTEN", {"forward": ("output",)})
     bench.faults = {PLAIN: refuse}
     bench()
-    (checked,), timed = set(bench.grad_outputs[:4]), set(bench.grad_outputs[4:])
+    (checked,), timed = set(bench.grad_outputs[:5]), set(bench.grad_outputs[5:])
     assert len(timed) == 1
     assert checked not in timed
 

@@ -83,7 +83,7 @@ def test_the_candidates_of_an_encoder():
     def backwards(**changed):
         return names(plans.backward_candidates(DINO5, H200, None, **request | changed))
 
-    assert names(plans.forward_candidates(DINO5, H200, None)) == rows
+    assert names(plans.forward_candidates(DINO5, H200, None)) == [*rows, "query tiles"]
     points = [*rows, "plain, split-K 2"]
     assert backwards(needs_value=False) == points
     plain, binned = points[3:], [f"binned; points {name}" for name in points]

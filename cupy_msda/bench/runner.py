@@ -30,7 +30,7 @@ from cupy_msda.bench.time_limit import TookTooLongError
 from cupy_msda.cuda import launch
 from cupy_msda.faults import reason
 
-SCHEMA = 3  # benchmarks/README.md describes it
+SCHEMA = 4  # benchmarks/README.md describes it
 _LIMITS = {
     ("cpu", True): timing.Limits(15, 8),
     ("cpu", False): timing.Limits(31, 25),
@@ -213,11 +213,12 @@ def _verdict(verdict: str, why: str | None, errors: dict[str, float] | None = No
 
 def _statistics(times: timing.Times | None, bound: roofline.Bound) -> Row:
     """The part of a row with the measurements."""
-    wall, device, device_by = times or timing.Times([], [], None)
+    wall, device, device_by, cold = times or timing.Times([], [], None, [])
     row: Row = {
         **_quartiles("device", device),
         "device_by": device_by,
         **_quartiles("wall", wall),
+        **_quartiles("cold", cold),
         "repeats": len(wall),
         "roofline_ms": bound.milliseconds,
         "roofline_terms_ms": bound.terms,
@@ -247,7 +248,7 @@ def _say(row: Row) -> None:
     """Print a row as a line of progress."""
     if not row["repeats"]:
         return
-    clocks = [clock for clock in ("device", "wall") if row[f"{clock}_us"] is not None]
+    clocks = [clock for clock in ("device", "wall", "cold") if row[f"{clock}_us"] is not None]
     text = ", ".join(_clock_words(row, clock) for clock in clocks)
     text += f" of {row['repeats']:2}   {row['roofline_share']:.1%} of roofline"
     if row["peak_bytes"] is not None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ _COLOURS = ("#d62728", "#1f77b4", "#17a2b8", "#2ca02c", "#9467bd")
 _WAYS = ("forward", "backward")  # as in `timing`
 
 Results = dict[str, Any]
+Clock = Callable[[Results], "float | None"]  # a row to its median, or None: not measured
 
 
 def caption(results: Results) -> str:
@@ -35,8 +37,17 @@ def compared_us(row: Results) -> float | None:
     return found
 
 
+def cold_us(row: Results) -> float | None:
+    """The median with cleared caches, which only CPUs have; results of schema 3 have none."""
+    found: float | None = row.get("cold_us")
+    return found
+
+
 def table(results: Results) -> str:
-    """A row for each case and way: our median, the roofline bound as a part of it, and each baseline's ratio to it."""
+    """A row for each case and way: our median, the roofline bound as a part of it, and each baseline's ratio to it.
+
+    Another where our time with cold caches was measured, too.
+    """
     baselines = [name for name in _implementations(results) if name != OURS]
     lines = ["| case | | " + " | ".join([OURS, "roofline / time", *baselines]) + " |"]
     lines.append("| --- " * (4 + len(baselines)) + "|")
@@ -44,9 +55,18 @@ def table(results: Results) -> str:
         for way in _WAYS:
             rows = _rows(results, case, way)
             label = case if way == _WAYS[0] else ""
-            cells = [label, way, *_ours(rows[OURS]), *(_baseline(rows, name) for name in baselines)]
-            lines.append("| " + " | ".join(cells) + " |")
+            others = (_baseline(rows, name, compared_us) for name in baselines)
+            lines.append(_line(label, way, *_ours(rows[OURS]), *others))
+            cold = cold_us(rows[OURS])
+            if cold is not None:
+                others = (_baseline(rows, name, cold_us) for name in baselines)
+                lines.append(_line("", f"{way}, cold", _time(cold), "", *others))
     return "\n".join(lines)
+
+
+def _line(*cells: str) -> str:
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def _ours(row: Results) -> tuple[str, str]:
@@ -57,11 +77,11 @@ def _ours(row: Results) -> tuple[str, str]:
     return _time(time), f"{row['roofline_share']:.0%}"
 
 
-def _baseline(rows: dict[str, Results], name: str) -> str:
+def _baseline(rows: dict[str, Results], name: str, clock: Clock) -> str:
     """A baseline's time and its ratio to ours."""
     if name not in rows:
         return ""
-    theirs, ours = compared_us(rows[name]), compared_us(rows[OURS])
+    theirs, ours = clock(rows[name]), clock(rows[OURS])
     if theirs is None:
         return str(rows[name]["verdict"])
     return _time(theirs) + (f", {theirs / ours:.1f}x" if ours else "")

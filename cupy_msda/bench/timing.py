@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +20,7 @@ from cupy_msda.bench.implementations import Function
 
 WAYS = ("forward", "backward")
 _LEAST = 3  # repeats, even beyond the time limit
+_CLEARED_BYTES = 2**27  # more than the caches hold that one core of a CPU reaches
 
 Call = Callable[[], object]
 
@@ -28,11 +33,12 @@ class Limits(NamedTuple):
 
 
 class Stopwatch(NamedTuple):
-    """One way of one implementation: each call of `wall` or `device` runs and times it, in microseconds."""
+    """One way of one implementation: each call of a clock runs and times it, in microseconds."""
 
     wall: Callable[[], float]
     device: Callable[[], float] | None = None  # None: there is no device beside the host
     device_by: str | None = None  # how the device is timed
+    cold: Callable[[], float] | None = None  # wall time with nothing in the caches of the CPU
 
 
 class Times(NamedTuple):
@@ -41,6 +47,7 @@ class Times(NamedTuple):
     wall: list[float]
     device: list[float]
     device_by: str | None
+    cold: list[float]
 
 
 # An implementation and its inputs to a stopwatch for each way.
@@ -50,9 +57,43 @@ Watch = Callable[[Function, Inputs], dict[str, Stopwatch]]
 def on_cpu(function: Function, inputs: Inputs) -> dict[str, Stopwatch]:
     """By the clock, one call at a time."""
     return {
-        "forward": Stopwatch(lambda: _clock_us(lambda: forward(function, inputs))),
-        "backward": Stopwatch(lambda: _clock_us(backward_of(function, inputs))),
+        "forward": _stopwatch(lambda: lambda: forward(function, inputs)),
+        "backward": _stopwatch(lambda: backward_of(function, inputs)),
     }
+
+
+def _stopwatch(prepare: Callable[[], Call]) -> Stopwatch:
+    """Times each call that `prepare` returns, with the caches as it left them and with cleared ones."""
+
+    def cold() -> float:
+        call = prepare()
+        _clear_caches()
+        return _clock_us(call)
+
+    return Stopwatch(lambda: _clock_us(prepare()), cold=cold)
+
+
+def _clear_caches() -> None:
+    """Write over more memory than the caches hold, on every core that torch uses.
+
+    Not by torch: OpenMP's threads wait busily afterwards, and so would disturb what is timed next.
+    """
+    pool, buffers = _buffers()
+    together = threading.Barrier(len(buffers))  # so that no thread takes two buffers
+
+    def write(buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+        together.wait()
+        np.add(buffer, 1, out=buffer)  # reads, too: writes alone may go past the caches
+
+    list(pool.map(write, buffers))
+
+
+@cache
+def _buffers() -> tuple[ThreadPoolExecutor, list[np.ndarray[tuple[int], np.dtype[np.uint8]]]]:
+    """A thread for each of torch's, and a buffer for each."""
+    threads = torch.get_num_threads()
+    buffers = [np.zeros(_CLEARED_BYTES // threads, np.uint8) for _ in range(threads)]
+    return ThreadPoolExecutor(threads), buffers
 
 
 def _clock_us(call: Call) -> float:
@@ -85,7 +126,7 @@ def measure(
     """
     watches = {name: watch(function, inputs) for name, function in functions.items()}
     times = {
-        way: {name: Times([], [], watches[name][way].device_by) for name in functions}
+        way: {name: Times([], [], watches[name][way].device_by, []) for name in functions}
         for way in WAYS
     }
     for name in in_turns(functions, limits, _LEAST):
@@ -95,6 +136,10 @@ def measure(
             times[way][name].wall.append(stopwatch.wall())
             if stopwatch.device:
                 times[way][name].device.append(stopwatch.device())
+        for way in WAYS:  # last, since the others find their data in the caches
+            stopwatch = watches[name][way]
+            if stopwatch.cold:
+                times[way][name].cold.append(stopwatch.cold())
     return times
 
 

@@ -6,9 +6,10 @@ a D-vector of `value`; by nearest interpolation a point has one pixel. The kerne
 of a row in SIMD registers at a time and skip corners that are outside the level or masked instead of
 reading them and multiplying by zero.
 
-Forward: a task is a range of consecutive rows, so locations, weights and output stream; while one
-row is summed, the cells of a later one are prefetched. Backward: a task is one (image, level, head),
-the only one that writes its plane of grad_value, so nothing is shared and nothing is atomic.
+Forward: a task is a range of consecutive rows, so locations, weights and output stream, and the
+processor fetches them ahead by itself; while one row is summed, the cells of a later one are
+prefetched. Backward: a task is one (image, level, head), the only one that writes its plane of
+grad_value, so nothing is shared and nothing is atomic.
 
 An atomic counter hands out tasks to the calling thread and to helper threads, as far as these wake
 in time. Unlike Numba's threading layers this survives fork and calls from several threads at once.
@@ -45,10 +46,11 @@ from cupy_msda.cpu.threads import limit
 
 _Array = np.ndarray[Any, Any]
 
-_REGISTER_BYTES = 256  # of one row at a time: half the registers of AVX2, an eighth of AVX-512's
+_REGISTER_BYTES = 512  # of one row at a time, less: the registers of AVX2, a quarter of AVX-512's
 _LINE_BYTES = 64
 _CELLS_AHEAD = 2  # rows between the prefetch of a row's cells and their use
-_STREAM_AHEAD = 4  # rows of a task between the prefetch of streamed data and its use
+_POINTS_AHEAD = 16  # points in these rows of the forward, which would be over before memory answers
+_STREAM_AHEAD = 4  # rows of a backward task between the prefetch of streamed data and its use
 _GRAIN = 2**17  # multiply-adds per corner worth waking a thread for, about 50 microseconds
 _SPINS = 20_000  # polls for helpers before sleeping, about 100 microseconds
 _HELPERS_INSIDE = 8  # index into the scheduling state, a cache line away from the task counter
@@ -318,8 +320,8 @@ def _parts(
 
 
 def _lanes(head_dim: int, itemsize: int) -> int:
-    """The number of channels held in registers at once: the largest divisor of D that fits."""
-    most = min(head_dim, _REGISTER_BYTES // itemsize)
+    """The number of channels held in registers at once: the largest divisor of D that leaves one free."""
+    most = min(head_dim, _REGISTER_BYTES // itemsize - 1)
     return next(lanes for lanes in range(most, 0, -1) if head_dim % lanes == 0)
 
 
@@ -394,10 +396,15 @@ _intrinsic: Any = extending.intrinsic  # its types do not fit functions that it 
 
 
 class _Lanes(types.Type):
-    """`width` numbers of `dtype` side by side: one LLVM vector, in as many registers as it takes."""
+    """`width` numbers of `dtype` side by side, as LLVM vectors of decreasing powers of two: 20 = 16 + 4.
+
+    One vector of 20 would be taken apart, number by number, at every branch.
+    """
 
     def __init__(self, dtype: Any, width: int) -> None:
         self.dtype, self.width = dtype, width
+        powers = (1 << bit for bit in reversed(range(width.bit_length())))
+        self.widths = [power for power in powers if width & power]
         super().__init__(f"Lanes({dtype} x {width})")
 
 
@@ -407,13 +414,45 @@ class _LanesModel(extending.models.PrimitiveModel):
 
     def __init__(self, manager: Any, lanes: Any) -> None:
         number = manager.lookup(lanes.dtype).get_value_type()
-        super().__init__(manager, lanes, ir.VectorType(number, lanes.width))
+        vectors = [ir.VectorType(number, width) for width in lanes.widths]
+        super().__init__(manager, lanes, ir.LiteralStructType(vectors))
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """LLVM pointer to an element of a one-dimensional contiguous array, unchecked."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
+
+
+def _places(context: Any, builder: Any, lanes: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """LLVM pointers from array[index] on, one to each vector of `lanes`."""
+    address = _address(context, builder, array_type, array, index)
+    places = []
+    for vector in context.get_value_type(lanes).elements:
+        places.append(builder.bitcast(address, vector.as_pointer()))
+        address = builder.gep(address, [ir.Constant(ir.IntType(64), vector.count)])
+    return places
+
+
+def _vectors(builder: Any, lanes: Any) -> list[Any]:
+    """The LLVM vectors of lanes."""
+    return [builder.extract_value(lanes, i) for i in range(len(lanes.type.elements))]
+
+
+def _joined(builder: Any, lanes: Any) -> Any:
+    """The numbers of lanes in one vector, whose width is a power of two of at least four, then zeros."""
+    *larger, joined = _vectors(builder, lanes)
+    for vector in reversed(larger):
+        padded = _padded(builder, joined, vector.type.count)
+        joined = _shuffled(builder, vector, padded, range(2 * vector.type.count))
+    return _padded(builder, joined, 4)
+
+
+def _padded(builder: Any, vector: Any, width: int) -> Any:
+    """A vector with zeros after it, `width` numbers or more."""
+    count = vector.type.count
+    order = [min(i, count) for i in range(max(width, count))]  # `count`: the first of the zeros
+    return _shuffled(builder, vector, ir.Constant(vector.type, None), order)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, order: Sequence[int]) -> Any:
@@ -441,11 +480,9 @@ def _load(context: Any, like: Any, array: Any, index: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = context.get_value_type(like)
-        address = _address(context, builder, signature.args[1], *arguments[1:])
-        loaded = builder.load(builder.bitcast(address, vector.as_pointer()))
-        loaded.align = array.dtype.bitwidth // 8
-        return loaded
+        places = _places(context, builder, like, signature.args[1], *arguments[1:])
+        loaded = [builder.load(place, align=array.dtype.bitwidth // 8) for place in places]
+        return cgutils.make_anonymous_struct(builder, loaded)
 
     return like(like, array, types.int64), emit
 
@@ -456,10 +493,9 @@ def _store(context: Any, array: Any, index: Any, lanes: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = context.get_value_type(lanes)
-        address = _address(context, builder, signature.args[0], *arguments[:2])
-        stored = builder.store(arguments[2], builder.bitcast(address, vector.as_pointer()))
-        stored.align = array.dtype.bitwidth // 8
+        places = _places(context, builder, lanes, signature.args[0], *arguments[:2])
+        for vector, place in zip(_vectors(builder, arguments[2]), places, strict=True):
+            builder.store(vector, place, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, lanes), emit
@@ -472,7 +508,8 @@ def _times(context: Any, a: Any, b: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        return builder.fmul(*arguments)
+        pairs = zip(*(_vectors(builder, lanes) for lanes in arguments), strict=True)
+        return cgutils.make_anonymous_struct(builder, [builder.fmul(*pair) for pair in pairs])
 
     return a(a, b), emit
 
@@ -483,12 +520,16 @@ def _plus(context: Any, total: Any, factor: Any, lanes: Any) -> Any:
     del context
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        del signature
-        empty = ir.Constant(context.get_value_type(lanes), ir.Undefined)
-        first = builder.insert_element(empty, arguments[1], ir.Constant(ir.IntType(32), 0))
-        factors = _shuffled(builder, first, empty, [0] * lanes.width)
-        product = builder.fmul(factors, arguments[2], flags=("contract",))
-        return builder.fadd(arguments[0], product, flags=("contract",))
+        del context, signature
+        totals, vectors = (_vectors(builder, arguments[i]) for i in (0, 2))
+        sums = []
+        for start, vector in zip(totals, vectors, strict=True):
+            empty = ir.Constant(vector.type, ir.Undefined)
+            first = builder.insert_element(empty, arguments[1], ir.Constant(ir.IntType(32), 0))
+            factors = _shuffled(builder, first, empty, [0] * vector.type.count)
+            product = builder.fmul(factors, vector, flags=("contract",))
+            sums.append(builder.fadd(start, product, flags=("contract",)))
+        return cgutils.make_anonymous_struct(builder, sums)
 
     return lanes(total, lanes.dtype, lanes), emit
 
@@ -498,14 +539,10 @@ def _sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """The sums of four vectors: each is folded in halves to four numbers, those by a transpose."""
     del context
 
-    def emit(context: Any, builder: Any, signature: Any, vectors: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         del context, signature
-        width = 4
-        while width < a.width:
-            width *= 2
-        zero = ir.Constant(vectors[0].type, None)
-        order = [min(i, a.width) for i in range(width)]  # a.width: the first number of `zero`
-        vectors = [_shuffled(builder, vector, zero, order) for vector in vectors]
+        vectors = [_joined(builder, lanes) for lanes in arguments]
+        width = vectors[0].type.count
         while width > 4:
             width //= 2
             halves = range(width), range(width, 2 * width)
@@ -619,6 +656,16 @@ def _prefetch(array: Any, first: Any, count: Any) -> None:
 
 
 @_inlined
+def _prefetch_vector(array: Any, first: Any, count: Any) -> None:
+    """Ask for the cache lines of a D-vector, which begins at a multiple of D = `count`."""
+    line = _per_line(array)
+    _prefetch(array, first, count)
+    last_begin = line - (count & -count)  # the latest that it can begin in a line
+    if (last_begin + count - 1) // line >= (count + line - 1) // line:
+        _prefetch_line(array, first + count - 1)
+
+
+@_inlined
 def _level(table: Any, index: Any) -> Any:
     """(H, W, start, P) of a level."""
     return table[index, 0], table[index, 1], table[index, 2], table[index, 3]
@@ -667,8 +714,8 @@ def _prefetch_cells(plane: Any, head_dim: Any, table: Any, locations: Any, point
                 cell = start + np.int64(np.floor(y)) * columns + np.int64(np.floor(x))
                 at = origin + cell * pitch
                 for line in (at, at + columns * pitch):
-                    _prefetch(array, line, head_dim)
-                    _prefetch(array, line + pitch, head_dim)
+                    _prefetch_vector(array, line, head_dim)
+                    _prefetch_vector(array, line + pitch, head_dim)
 
 
 @_inlined
@@ -783,6 +830,7 @@ def forward_kernel(
         points = len(weights) // (batch * rows)  # of one row, K
         pitch = num_heads * head_dim
         stretches = (rows + stretch - 1) // stretch
+        ahead = max(_CELLS_AHEAD, _POINTS_AHEAD // points)
         zeros = _zeros(value, lanes)
         _fetch_add(state, _HELPERS_INSIDE, 1)
         while True:
@@ -792,19 +840,19 @@ def forward_kernel(
                 break
             begin = task % stretches * stretch
             end = min(begin + stretch, rows) + image * rows
-            head = begin % num_heads
+            begin += image * rows
             origin, first = image * spatial_size * pitch, image * spatial_size
-            for row in range(begin + image * rows, end):
+            head = after = begin % num_heads
+            for row in range(begin - ahead, end):
+                later = row + ahead
+                if later < end:
+                    plane = value, origin + after * head_dim, pitch
+                    prefetch(plane, head_dim, table, locations, later * points)
+                    after = after + 1 if after + 1 < num_heads else 0
+                if row < begin:
+                    continue
                 here = origin + head * head_dim
                 head = head + 1 if head + 1 < num_heads else 0
-                if row + _CELLS_AHEAD < end:
-                    after = origin + (head + _CELLS_AHEAD - 1) % num_heads * head_dim
-                    point = (row + _CELLS_AHEAD) * points
-                    prefetch((value, after, pitch), head_dim, table, locations, point)
-                stream = row + _STREAM_AHEAD
-                _prefetch(locations, 2 * stream * points, 2 * points)
-                _prefetch(weights, stream * points, points)
-                _prefetch(out, stream * head_dim, head_dim)
                 for channel in range(0, head_dim, lanes):
                     plane = value, here + channel, pitch
                     total = sample(

@@ -23,7 +23,7 @@ OPTIONS = ("-std=c++17",)
 LOWEST_CAPABILITY = 70  # of `__grid_constant__`
 LOWEST_OF_CUDA_13 = 75  # of its compiler
 
-BLOCK = 256  # threads of a block
+BLOCK = 256  # threads of a block, the most of any but a persistent one
 PERSISTENT_BLOCK = 1024  # threads of a persistent block: the most that have 64 registers each
 WARP = 32
 DERIVED_START = -1  # in the level table: the level starts where the one before it ends

@@ -42,6 +42,10 @@ _SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Enough warps for each multiprocessor to hide the latency of the gathers (not measured on a GPU).
 _WARPS_PER_MULTIPROCESSOR = 16
 _BLOCKS_PER_MULTIPROCESSOR = 8  # all that fit, for kernels that only pass over memory
+# Rows that fill less than one wave of blocks, four to a multiprocessor, are spread evenly by smaller blocks: where
+# there are 1.2 blocks on average, some multiprocessor has two.
+_BLOCKS_OF_A_WAVE = 4
+_SMALL_BLOCK = 64
 # backward_value_tiled.cu: points of one (image, head, level), which at worst one block adds alone.
 MAX_POINTS_TILED = 8192
 _TILE_ELEMENTS = 4096  # their accumulators take 16 KiB of shared memory
@@ -98,15 +102,19 @@ class Candidate(NamedTuple):
     The results of all candidates are bitwise identical, but for a gradient of value that atomics add up in any order.
     """
 
-    kernel: str  # of the output, or of gradients by row: "plain", "persistent", "generic"; "": none is needed
+    # Of the output, or of gradients by row: "plain", "query tiles", "persistent", "generic"; "": none is needed.
+    kernel: str
     number: int = 1  # plain: split-K; persistent: blocks for each multiprocessor
+    threads: int = BLOCK  # of a block; plain alone has a choice
     value: str = ""  # "binned" or "tiled": the gradient of value has a kernel of its own
     limit: str = ""  # generic: what the specialised kernels do not cover
 
     def __str__(self) -> str:
         """Its name in tables and logs."""
+        small = "" if self.threads == BLOCK else f", blocks of {self.threads}"
         rows = {
-            "plain": f"plain, split-K {self.number}",
+            "plain": f"plain, split-K {self.number}{small}",
+            "query tiles": "query tiles",
             "persistent": f"persistent, {self.number} per multiprocessor",
             "generic": f"generic, {self.limit}",
         }.get(self.kernel, "")
@@ -225,8 +233,11 @@ def forward_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[
         return (Candidate("generic", limit=limit),)
     group = problem.head_dim // vector
     split_k = _split_k(problem, device, group, WARP // group)
-    plain = Candidate("plain", split_k)
-    return _rows_candidates(problem, device, grids, group, [plain], split_k == 1)
+    plain = _with_threads(problem, device, group, [split_k])
+    found = _rows_candidates(problem, device, grids, group, plain, split_k == 1)
+    if split_k == 1 and _follows_grids(problem, grids):
+        found = (*found, Candidate("query tiles"))
+    return found
 
 
 def backward_candidates(
@@ -247,14 +258,16 @@ def backward_candidates(
     # The kernel of all three gradients is never persistent.
     of_all = [rows for rows in of_points if rows.kernel != "persistent"]
     of_rest = of_points if needs_points else (Candidate(""),)
-    if deterministic and is_tiled(problem):
-        return tuple(rows._replace(value="tiled") for rows in of_rest)
+    # Tiles need no zeros beforehand and no atomics, but read the points of a level once for every tile. Not measured.
+    tiled = [rows._replace(value="tiled") for rows in of_rest if is_tiled(problem)]
+    if deterministic and tiled:
+        return tuple(tiled)
     if not _has_bins(problem) or not _follows_grids(problem, grids):
-        return tuple(of_all)
+        return tuple(of_all if deterministic else of_all + tiled[:1])
     binned = [rows._replace(value="binned") for rows in of_rest]
     by_model = _fills_device(problem, device, grids, problem.head_dim // 4)
     first, second = (binned, of_all) if by_model else (of_all, binned)
-    return tuple(first if deterministic else first + second)
+    return tuple(first if deterministic else first + second + tiled[:1])
 
 
 def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[Candidate, ...]:
@@ -263,13 +276,25 @@ def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[
     if limit:
         return (Candidate("generic", limit=limit),)
     group, points = problem.head_dim // 4, problem.row_points
-    # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle.
-    most = min(WARP // group, max(1, points // group))
+    # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle. There may
+    # be as many parts as a row has stages, of which the last is not always full.
+    most = min(WARP // group, max(1, -(-points // group)))
     split_k = _split_k(problem, device, group, most)
     near = [k for k in (split_k, split_k // 2, 2 * split_k) if 1 <= k <= most and points % k == 0]
-    plain = [Candidate("plain", k) for k in near]
+    plain = _with_threads(problem, device, group, near)
     # One row per warp exceeds the persistent kernel's 64-register limit.
     return _rows_candidates(problem, device, grids, group, plain, group < WARP)
+
+
+def _with_threads(
+    problem: Problem, device: Device, group: int, splits: list[int]
+) -> list[Candidate]:
+    """Plain kernels with these split-K, the model's first: few rows in small blocks, the first in large ones too."""
+    large = [Candidate("plain", split_k) for split_k in splits]
+    rows = problem.batch * problem.num_heads * problem.num_queries
+    if rows * group * splits[0] > device.multiprocessors * _BLOCKS_OF_A_WAVE * BLOCK:
+        return large
+    return [candidate._replace(threads=_SMALL_BLOCK) for candidate in large] + large[:1]
 
 
 def _rows_candidates(
@@ -309,9 +334,21 @@ def _forward(case: _Case, candidate: Candidate) -> Launch:
     if candidate.kernel == "persistent":
         name = "msda_forward_persistent"
         return _persistent(case, "forward.cu", name, candidate.number, arguments)
+    group = problem.head_dim * _SIZE[problem.value_dtype] // 16
+    if candidate.kernel == "query tiles":
+        return _query_tiles(case, group, arguments)
     template = (*_shape_arguments(problem), candidate.number)
-    lanes = problem.head_dim * _SIZE[problem.value_dtype] // 16 * candidate.number
-    return _rows(case, "forward.cu", "msda_forward", template, lanes, arguments)
+    rows = candidate.threads // (group * candidate.number)
+    return _rows(case, "forward.cu", "msda_forward", template, candidate.threads, rows, arguments)
+
+
+def _query_tiles(case: _Case, group: int, arguments: tuple[str | None, ...]) -> Launch:
+    """A tile of queries for each block, with `group` lanes to a query."""
+    problem = case.problem
+    kernel = _kernel(problem, "forward.cu", "msda_forward_query_tiles", _shape_arguments(problem))
+    grid = _grid(problem, -(-problem.num_queries // (BLOCK // group)))
+    params = _params_with_grids(case)
+    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
 
 
 # --- the backward --------------------------------------------------------------------------------
@@ -373,8 +410,8 @@ def _backward(
         return _persistent(case, "backward.cu", name, candidate.number, arguments)
     flags = map(_cpp_bool, (target is not None, needs_points, deterministic))
     template = (*_shape_arguments(problem), split_k, *flags)
-    lanes = problem.head_dim // 4 * split_k
-    return _rows(case, "backward.cu", "msda_backward", template, lanes, arguments)
+    rows = candidate.threads // (problem.head_dim // 4 * split_k)
+    return _rows(case, "backward.cu", "msda_backward", template, candidate.threads, rows, arguments)
 
 
 def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
@@ -530,15 +567,16 @@ def _rows(
     file: str,
     name: str,
     template: tuple[object, ...],
-    lanes: int,
+    threads: int,
+    queries_of_block: int,
     arguments: tuple[str | None, ...],
 ) -> Launch:
-    """So many lanes for each row; x covers the queries."""
+    """Blocks of so many threads, for so many queries each; x covers the queries."""
     problem = case.problem
     kernel = _kernel(problem, file, name, template)
-    grid = _grid(problem, -(-problem.num_queries // (BLOCK // lanes)))
-    params = _params(problem, case.table)
-    return Launch(kernel, grid, (BLOCK, 1, 1), _with_table(arguments, case.table), params)
+    grid = _grid(problem, -(-problem.num_queries // queries_of_block))
+    arguments = _with_table(arguments, case.table)
+    return Launch(kernel, grid, (threads, 1, 1), arguments, _params(problem, case.table))
 
 
 def _persistent(

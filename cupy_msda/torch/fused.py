@@ -33,13 +33,16 @@ from cupy_msda.torch.fused_operands import (
     fused_operands,
     joined,
     needs_of,
+    points_of,
     saved_of,
 )
 from cupy_msda.torch.operands import (
     AUTO,
     BILINEAR,
+    PLAIN,
     Sampling,
     given_of,
+    inputs_of,
     order_of,
     pack,
     pack_traced,
@@ -171,6 +174,29 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
     return tuple(result.to(tensor.dtype) for result, tensor in zip(found, given, strict=True))
 
 
+def locations_and_weights(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Sampling locations and attention weights of what `ms_deform_attn_fused` takes by position, differentiable."""
+    operands = _packed(inputs, 0.5, PLAIN, AUTO)
+    _check_here(operands)
+    _, locations, weights = inputs_of(composed(operands))
+    return locations, weights
+
+
+def scaled_by_pixel(*inputs: Any) -> Tensor:
+    """Offsets from boxes for `ms_deform_attn_fused`, of offsets that are in units of half the box per pixel."""
+    operands = _packed(inputs, 0.5, PLAIN, AUTO)
+    _check_here(operands)
+    points = points_of(operands)
+    offsets: Tensor = points.offsets * points.offsets.shape[4] / points.sizes[:, None]
+    return offsets
+
+
+def _check_here(operands: FusedOperands) -> None:
+    """Check the contract, but in a graph, where the operator does."""
+    if not torch.compiler.is_compiling():
+        checked(operands)
+
+
 def _packed(
     inputs: tuple[Any, ...], offset_scale: Any, sampling: Sampling, query_order: Any
 ) -> FusedOperands:
@@ -221,8 +247,7 @@ def _must_compose(operands: FusedOperands) -> bool:
 
 def _composed_call(operands: FusedOperands) -> Tensor:
     """The output by the plain operator, of locations and weights by torch."""
-    if not torch.compiler.is_compiling():
-        check(operands)  # by the names of the arguments, before torch's own errors
+    _check_here(operands)  # by the names of the arguments, before torch's own errors
     plain = composed(operands)
     order = order_of(plain)
     return functions.ms_deform_attn(*given_of(plain), **sampling_of(plain), query_order=order)

@@ -30,7 +30,8 @@ def forward_candidates(inputs, multiprocessors, grids=None):
 @pytest.mark.parametrize("inputs", [ENCODER, HALF], ids=["encoder", "half"])
 def test_candidates_of_the_output(inputs):
     candidates = forward_candidates(inputs, 1)
-    assert {candidate.kernel for candidate in candidates} == {"plain", "persistent"}
+    kernels = {candidate.kernel for candidate in candidates}
+    assert kernels == {"plain", "persistent", "query tiles"}
     output, *others = (
         launches.forward(inputs, 1, grids=None, choice=chosen(candidate))
         for candidate in candidates
@@ -39,10 +40,13 @@ def test_candidates_of_the_output(inputs):
 
 
 def test_another_split_k_of_the_output_is_no_candidate():
-    """It adds in another order: a device that the rows do not fill has the model's split-K alone."""
-    (candidate,) = forward_candidates(FEW, 10)
-    assert candidate.number > 1
-    assert not torch.equal(launches.forward(FEW, 10), launches.forward(FEW, 0))
+    """It adds in another order: a device that the rows do not fill has the model's alone, in two block sizes."""
+    small, large = forward_candidates(FEW, 10)
+    assert small.number == large.number > 1
+    assert (small.threads, large.threads) == (64, 256)
+    of_small, of_large = (launches.forward(FEW, 10, choice=chosen(c)) for c in (small, large))
+    assert torch.equal(of_small, of_large)
+    assert not torch.equal(of_small, launches.forward(FEW, 0))
 
 
 # By whether the model bins: on a small device, and on one that the rows do not fill.
@@ -56,11 +60,17 @@ def test_candidates_of_the_gradients(inputs, multiprocessors):
     problem, _ = launches.checked(inputs)
     device, request = launches.device(multiprocessors), (True, True, False)
     candidates = plans.backward_candidates(problem, device, None, *request)
-    assert {candidate.value for candidate in candidates} == {"", "binned"}
+    assert {candidate.value for candidate in candidates} == {"", "binned", "tiled"}
     output, first = launches.forward(inputs), None
     for candidate in candidates:
         choice = chosen(candidate)
-        gradients = launches.backward(inputs, multiprocessors, grids=None, choice=choice)
+        gradients = launches.backward(
+            inputs,
+            multiprocessors,
+            grids=None,
+            max_points_tiled=plans.MAX_POINTS_TILED,
+            choice=choice,
+        )
         check_against_reference(inputs, output, gradients)
         first = first or gradients
         assert all(map(torch.equal, gradients[1:], first[1:]))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import assemble
+from cupy_msda.cuda.plans import Choice
 from cupy_msda.problem import Grids, LevelTable, Problem
 from tests.emulator.cases import UNKNOWN, check_value
 from tests.emulator.emulator import Emulated
@@ -27,15 +28,17 @@ from tests.emulator.encoders import (
 from tests.emulator.launches import backward, backward_binned, checked, device, forward
 from tests.problems import Inputs
 
-TILE = 16
+TILES = {"TILE, TILE": (16, 16), "4, 8": (4, 8)}
+BY_QUERY_TILES = Choice("query tiles", "test")
 
 
-def tiled(sizes: Sizes) -> list[int]:
+def tiled(sizes: Sizes, tile: tuple[int, int] = (16, 16)) -> list[int]:
     """The order, spelled out: grids, bands of rows, tiles of a band, rows of a tile, columns."""
     order, start = [], 0
+    high, wide = tile
     for h, w in sizes:
-        for top, left in product(range(0, h, TILE), range(0, w, TILE)):
-            rows, columns = range(top, min(top + TILE, h)), range(left, min(left + TILE, w))
+        for top, left in product(range(0, h, high), range(0, w, wide)):
+            rows, columns = range(top, min(top + high, h)), range(left, min(left + wide, w))
             order += [start + y * w + x for y, x in product(rows, columns)]
         start += h * w
     return order
@@ -47,25 +50,44 @@ __global__ void orders(int* order, const long long* sizes, const SchedulerParams
   __shared__ TileScheduler shared;
   load_levels(levels, sizes, static_cast<const long long*>(nullptr), p);
   load_scheduler(shared, levels, p);
-  for (int i = threadIdx.x; i < p.num_queries; i += BLOCK) order[i] = scheduled_query(i, shared);
+  for (int i = threadIdx.x; i < p.num_queries; i += BLOCK) order[i] = scheduled_query<TILE_SIZES>(i, shared);
+}
+"""
+RANGES = """
+__global__ void ranges(unsigned* begins, const long long* sizes, const SchedulerParams<4> p) {
+  __shared__ Level levels[4];
+  __shared__ TileScheduler shared;
+  load_levels(levels, sizes, static_cast<const long long*>(nullptr), p);
+  load_scheduler(shared, levels, p);
+  if (threadIdx.x < 2) begins[blockIdx.x + threadIdx.x] = range_begin(shared, p, blockIdx.x + threadIdx.x);
 }
 """
 
 
-def kernel_order(lq: int, levels: Sizes | None, grids: Sizes = ()) -> list[int]:
+def kernel_order(
+    lq: int, levels: Sizes | None, grids: Sizes = (), tile: str = "TILE, TILE"
+) -> list[int]:
     """The order of the kernels for levels on the device or, without, for grids."""
-    problem = Problem(1, 10**6, 1, 8, lq, 4, 1, "float32", "float32", "float32")
+    order = np.full(lq, -1, np.int32)
+    source = ORDERS.replace("TILE_SIZES", tile)
+    run_scheduler(source, "orders", 1, order, levels, grids)
+    return list(order)
+
+
+def run_scheduler(
+    source: str, name: str, blocks: int, out: np.ndarray, levels: Sizes | None, grids: Sizes
+) -> None:
+    """Run a kernel on the scheduler of two heads of as many queries as the grids or levels have."""
+    lq = out.size if name == "orders" else queries(grids or levels or ())
+    problem = Problem(1, 10**6, 2, 8, lq, 4, 1, "float32", "float32", "float32")
     table = LevelTable(((1, 1),) * 4, (0,) * 4)
     # Planned for a device that any number of queries fills, and with grids even where the kernel is to take the levels.
     (launch,) = plans.plan_forward(problem, table, device(0), tuple(grids) or ((1, lq),)).launches
     params = launch.params.copy()
     params["num_grids"] = len(grids)
-    order = np.full(lq, -1, np.int32)
     sizes = None if levels is None else np.array(levels, np.int64)
-    Emulated(assemble("tile_scheduler.cuh") + ORDERS, "orders")(
-        (1, 1, 1), (256, 1, 1), [order, sizes, params]
-    )
-    return list(order)
+    kernel = Emulated(assemble("tile_scheduler.cuh") + source, name)
+    kernel((blocks, 1, 1), (256, 1, 1), [out, sizes, params])
 
 
 @pytest.mark.parametrize(
@@ -73,10 +95,35 @@ def kernel_order(lq: int, levels: Sizes | None, grids: Sizes = ()) -> list[int]:
     [RAGGED, ((16, 16), (32, 48), (1, 1), (1, 70)), ((0, 5), (33, 3), (7, 0), (17, 17))],
     ids=str,
 )
-def test_order_is_tile_by_tile(sizes: Sizes) -> None:
-    assert sorted(tiled(sizes)) == list(range(queries(sizes)))
-    assert kernel_order(queries(sizes), sizes) == tiled(sizes)
-    assert kernel_order(queries(sizes), None, sizes) == tiled(sizes)
+@pytest.mark.parametrize(("name", "tile"), TILES.items())
+def test_order_is_tile_by_tile(sizes: Sizes, name: str, tile: tuple[int, int]) -> None:
+    assert sorted(tiled(sizes, tile)) == list(range(queries(sizes)))
+    assert kernel_order(queries(sizes), sizes, tile=name) == tiled(sizes, tile)
+    assert kernel_order(queries(sizes), None, sizes, tile=name) == tiled(sizes, tile)
+
+
+@pytest.mark.parametrize(
+    "levels", [((20, 30), (10, 15), (5, 8), (3, 4)), ((3, 4), (20, 30), (5, 8), (1, 1))], ids=str
+)
+def test_ranges_of_persistent_blocks_cost_the_same(levels: Sizes) -> None:
+    """A row of the largest level costs 11, the others 12; a range ends where a row does."""
+    of_head = np.concatenate([np.full(h * w, 11 if (h, w) == (20, 30) else 12) for h, w in levels])
+    costs = np.tile(of_head, 2)
+    begins = np.zeros(8, np.uint32)
+    run_scheduler(RANGES, "ranges", 7, begins, levels, ())
+    assert begins[0] == 0
+    assert begins[-1] == costs.size
+    shares = [costs[begin:end].sum() for begin, end in pairwise(begins)]
+    assert max(abs(share - costs.sum() / 7) for share in shares) <= 12
+    rows = np.diff(begins.astype(int))
+    assert rows.max() - rows.min() > 2  # equal numbers of rows would not cost the same
+
+
+def test_ranges_of_queries_that_are_no_grid_are_equal() -> None:
+    begins = np.zeros(8, np.uint32)
+    levels = ((20, 30), (10, 15), (5, 8), (3, 4))
+    run_scheduler(RANGES, "ranges", 7, begins, levels, ((1, queries(levels)),))
+    assert np.ptp(np.diff(begins.astype(int))) <= 1
 
 
 def test_order_of_one_grid_given_by_the_caller() -> None:
@@ -126,6 +173,21 @@ def test_any_number_of_blocks_takes_all_rows() -> None:
     for multiprocessors in range(3, 16, 3):
         assert is_persistent(inputs, multiprocessors)
         assert torch.equal(forward(inputs, multiprocessors, grids=None), plain)
+
+
+@pytest.mark.parametrize("case", ["several-images", "bf16", "d16-two-points"])
+def test_query_tiles_are_bitwise_identical(case: str) -> None:
+    inputs = ENCODERS[case]
+    by_tiles = {"grids": None, "choice": BY_QUERY_TILES}
+    plain = forward(inputs, 0)
+    for options in ({"seed": 1}, {"table": UNKNOWN, "tables": (inputs.shapes(), None), "seed": 2}):
+        assert torch.equal(forward(inputs, 1, **by_tiles, **options), plain)
+
+
+def test_query_tiles_by_the_callers_grids_and_under_the_sanitizers() -> None:
+    inputs = encoder(((9, 13), (4, 5)), m=2, lq=20 * 18)
+    output = forward(inputs, 1, grids=((20, 18),), choice=BY_QUERY_TILES, sanitize=True)
+    assert torch.equal(output, forward(inputs, 0))
 
 
 # Three images, 16 bits, points in a last stage that is not full, and in no full one.
