@@ -99,7 +99,7 @@ LAYERS = {
     "reference": {"problem"},
     "fused": set(),
     "cuda": {"problem", "faults"},
-    "cpu": {"reference", "contract", "problem", "arrays", "faults"},
+    "cpu": {"reference", "fused", "contract", "problem", "arrays", "faults"},
     "torch": {"cuda", "cpu", "reference", "fused", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
