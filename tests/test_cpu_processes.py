@@ -37,8 +37,8 @@ def call():
 def helped():
     from cupy_msda.cpu import kernels as cpu
     levels = ((15, 20, 0),)
-    output = cpu.forward(value, levels, *points, threads=4)
-    results = output, *cpu.backward(output, value, levels, *points, threads=4)
+    output = cpu.forward(value, levels, *points, num_points=(4,), threads=4)
+    results = output, *cpu.backward(output, value, levels, *points, num_points=(4,), threads=4)
     assert len(cpu._helpers) == 3 and all(helper.is_alive() for helper in cpu._helpers)
     return results
 def same(results, expected):
@@ -196,7 +196,7 @@ first = {before}
 if {before == "call()"}:
     cpu._forget_helpers()
 levels = ((15, 20, 0),)
-atexit.register(lambda: print(same(cpu.forward(value, levels, *points, threads=4), first[0])))
+atexit.register(lambda: print(same(cpu.forward(value, levels, *points, num_points=(4,), threads=4), first[0])))
 """
     assert python(PROGRAM + program).stdout == "True\n"
 
@@ -205,13 +205,21 @@ atexit.register(lambda: print(same(cpu.forward(value, levels, *points, threads=4
 
 
 def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
+    program = """
+call()
+from cupy_msda.cpu import kernels as cpu
+cpu.fused_forward_kernel(32, 4, nearest=True)
+cpu.fused_backward_kernel(32, 4, nearest=True, masked=True)
+"""
     stamps = []
     for _ in range(2):
-        python(PROGRAM + "call()", "-W", "error", NUMBA_CACHE_DIR=str(tmp_path))
+        python(PROGRAM + program, "-W", "error", NUMBA_CACHE_DIR=str(tmp_path))
         stamps.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb*")})
     assert stamps[0] == stamps[1]
     assert any("forward_32_4" in path.name for path in stamps[0])
     assert any("backward_32_4" in path.name for path in stamps[0])
+    assert any("fused_forward_nearest_32_4" in path.name for path in stamps[0])
+    assert any("backward_nearest_masked_32_4" in path.name for path in stamps[0])
 
 
 @pytest.fixture

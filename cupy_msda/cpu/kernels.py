@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from itertools import pairwise
+from math import factorial
 from queue import SimpleQueue
 from threading import Thread
 from time import sleep
@@ -817,13 +818,14 @@ def forward_kernel(
     inputs = _arrays(itemsize, 3, readonly=True)
     out = _arrays(itemsize, 1, readonly=False).dtype
     mask_type = _MASK if masked else types.none
-    sample, prefetch = (
-        (_sample_nearest, _prefetch_nearest) if nearest else (_sample, _prefetch_cells)
-    )
     name = _name("forward", head_dim, itemsize, nearest, masked)
 
     @_compiled(name, _INTEGERS, out, inputs, mask_type, _TABLE, types.UniTuple(types.int64, 5))
     def forward(state: Any, out: Any, inputs: Any, mask: Any, table: Any, sizes: Any) -> None:
+        if nearest:
+            sample, prefetch = _sample_nearest, _prefetch_nearest
+        else:
+            sample, prefetch = _sample, _prefetch_cells
         value, locations, weights = inputs
         batch, spatial_size, num_heads, rows, stretch = sizes  # rows of one image
         points = len(weights) // (batch * rows)  # of one row, K
@@ -1076,15 +1078,16 @@ def backward_kernel(
     gradients = _arrays(itemsize, 3, readonly=False)
     mask_type = _MASK if masked else types.none
     sizes = types.UniTuple(types.int64, 5)
-    scatter_row, prefetch = (
-        (_scatter_row_nearest, _prefetch_nearest) if nearest else (_scatter_row, _prefetch_cells)
-    )
     name = _name("backward", head_dim, itemsize, nearest, masked)
 
     @_compiled(name, _INTEGERS, gradients, inputs, mask_type, _TABLE, _TABLE, sizes)
     def backward(
         state: Any, gradients: Any, inputs: Any, mask: Any, table: Any, parts: Any, sizes: Any
     ) -> None:
+        if nearest:
+            scatter_row, prefetch = _scatter_row_nearest, _prefetch_nearest
+        else:
+            scatter_row, prefetch = _scatter_row, _prefetch_cells
         by_value, by_locations, by_weights = gradients
         grad_output, value, locations, weights = inputs
         batch, spatial_size, num_heads, num_queries, scratch = sizes
@@ -1136,19 +1139,83 @@ def backward_kernel(
 # Fused kernels ------------------------------------------------------------------------------------
 
 
+@_intrinsic
+def _get(context: Any, array: Any, index: Any) -> Any:
+    """array[index], unchecked: a check for negative indices would keep loops from vector instructions."""
+    del context
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(_address(context, builder, signature.args[0], *arguments))
+
+    return array.dtype(array, types.int64), emit
+
+
+@_intrinsic
+def _put(context: Any, array: Any, index: Any, number: Any) -> Any:
+    """Write a number to array[index], unchecked."""
+    del context
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[2], _address(context, builder, signature.args[0], *arguments[:2]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, array.dtype), emit
+
+
+@_intrinsic
+def _power_of_two(context: Any, exponent: Any) -> Any:
+    """2**exponent as float32, for a float32 that is an integer from -126 to 127."""
+    del context
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        del context, signature
+        i32 = ir.IntType(32)
+        biased = builder.add(builder.fptosi(arguments[0], i32), i32(127))
+        return builder.bitcast(builder.shl(biased, i32(23)), ir.FloatType())
+
+    return exponent(exponent), emit
+
+
+def _exp(x: Any) -> Any:
+    """e**x for x <= 0, as compiled code; NaN for NaN."""
+
+
+@extending.overload(_exp, jit_options={"forceinline": True})
+def _exp_of(x: Any) -> Any:
+    """By a polynomial in float32, of which LLVM computes several at once: half the time of the library's."""
+    real = np.float32
+    half, lowest = real(0.5), real(-87)  # below are numbers smaller than the least normal one: zero
+    per_octave, high, low = real(1.4426950), real(0.693359375), real(-2.12194440e-4)
+    c7, c6, c5, c4, c3, c2 = (real(1 / factorial(n)) for n in range(7, 1, -1))
+    one = real(1)
+
+    def float32(x: Any) -> Any:
+        near = x if x > lowest else lowest
+        octaves = np.floor(near * per_octave + half)
+        r = x - octaves * high - octaves * low
+        power = (((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2) * r + one
+        power = (power * r + one) * _power_of_two(octaves)
+        return real(0) if x < lowest else power
+
+    def float64(x: Any) -> Any:
+        return np.exp(x)
+
+    return float32 if x == types.float32 else float64
+
+
 @_inlined
 def _softmax(logits: Any, first: Any, count: Any, weights: Any, at: Any) -> None:
     """Write the softmax of `count` logits to weights[at:]; NaN if one is NaN or all are -infinity."""
-    largest = logits[first]
+    largest = _get(logits, first)
     for i in range(1, count):
-        largest = max(largest, logits[first + i])
+        largest = max(largest, _get(logits, first + i))
+    for i in range(count):
+        _put(weights, at + i, _exp(_get(logits, first + i) - largest))
     total = weights.dtype.type(0)
     for i in range(count):
-        power = np.exp(logits[first + i] - largest)
-        weights[at + i] = power
-        total += power
+        total += _get(weights, at + i)
     for i in range(count):
-        weights[at + i] /= total
+        _put(weights, at + i, _get(weights, at + i) / total)
 
 
 @_inlined
@@ -1161,7 +1228,8 @@ def _steps(references: Any, at: Any, coordinates: Any, level: Any, scale: Any) -
         # An empty level has no points inside, whose gradients of zero must stay zero.
         return (real(max(columns, 1)), real(max(rows, 1))), (one, one, one)
     factors = references[at + 2], references[at + 3], real(scale)
-    return (real(points), real(points)), factors
+    divisor = real(max(points, 1))
+    return (divisor, divisor), factors
 
 
 @_inlined
@@ -1185,13 +1253,14 @@ def _place(
         level = _level(table, index)
         divisors, factors = _steps(references, at, coordinates, level, scale)
         x, y = references[at], references[at + 1]
-        for _ in range(level[3]):
-            step_x = offsets[2 * first] / divisors[0] * factors[0] * factors[2]
-            step_y = offsets[2 * first + 1] / divisors[1] * factors[1] * factors[2]
-            locations[2 * target] = x + step_x
-            locations[2 * target + 1] = y + step_y
-            first += 1
-            target += 1
+        for i in range(level[3]):
+            here, there = 2 * (first + i), 2 * (target + i)
+            step_x = _get(offsets, here) / divisors[0] * factors[0] * factors[2]
+            step_y = _get(offsets, here + 1) / divisors[1] * factors[1] * factors[2]
+            _put(locations, there, x + step_x)
+            _put(locations, there + 1, y + step_y)
+        first += level[3]
+        target += level[3]
         if levels > 1:
             at += coordinates
 
@@ -1208,9 +1277,6 @@ def fused_forward_kernel(
     inputs = _arrays(itemsize, 4, readonly=True)
     out = _arrays(itemsize, 1, readonly=False).dtype
     mask_type = _MASK if masked else types.none
-    sample, prefetch = (
-        (_sample_nearest, _prefetch_nearest) if nearest else (_sample, _prefetch_cells)
-    )
     name = _name("fused_forward", head_dim, itemsize, nearest, masked)
     sizes = types.UniTuple(types.int64, 8)
 
@@ -1218,12 +1284,17 @@ def fused_forward_kernel(
     def forward(
         state: Any, out: Any, inputs: Any, mask: Any, table: Any, sizes: Any, scale: Any
     ) -> None:
+        if nearest:
+            sample, prefetch = _sample_nearest, _prefetch_nearest
+        else:
+            sample, prefetch = _sample, _prefetch_cells
         value, references, offsets, logits = inputs
         batch, spatial_size, num_heads, rows, stretch = sizes[:5]  # rows of one image
         images, levels, coordinates = sizes[5:]
         count = len(logits) // (batch * rows)  # of one row, K
-        locations = np.empty(2 * count * (_CELLS_AHEAD + 1), value.dtype)
-        weights = np.empty(count * (_CELLS_AHEAD + 1), value.dtype)
+        ahead = max(_CELLS_AHEAD, _POINTS_AHEAD // count)
+        locations = np.empty(2 * count * (ahead + 1), value.dtype)
+        weights = np.empty(count * (ahead + 1), value.dtype)
         pitch = num_heads * head_dim
         stretches = (rows + stretch - 1) // stretch
         zeros = _zeros(value, lanes)
@@ -1236,23 +1307,21 @@ def fused_forward_kernel(
             begin = task % stretches * stretch
             end = min(begin + stretch, rows)
             origin, first = image * spatial_size * pitch, image * spatial_size
-            for row in range(begin - _CELLS_AHEAD, end):
-                ahead = row + _CELLS_AHEAD
-                if ahead < end:
-                    scratch = ahead % (_CELLS_AHEAD + 1) * count
-                    point = (image * rows + ahead) * count
-                    query = image % images * (rows // num_heads) + ahead // num_heads
+            for row in range(begin - ahead, end):
+                later = row + ahead
+                if later < end:
+                    scratch = later % (ahead + 1) * count
+                    point = (image * rows + later) * count
+                    query = image % images * (rows // num_heads) + later // num_heads
                     at = query * levels * coordinates
                     _place(
                         references, at, sizes[5:], scale, table, offsets, point, locations, scratch
                     )
                     _softmax(logits, point, count, weights, scratch)
-                    plane = value, origin + ahead % num_heads * head_dim, pitch
+                    plane = value, origin + later % num_heads * head_dim, pitch
                     prefetch(plane, head_dim, table, locations, scratch)
-                    _prefetch(offsets, 2 * (point + _STREAM_AHEAD * count), 2 * count)
-                    _prefetch(logits, point + _STREAM_AHEAD * count, count)
                 if row >= begin:
-                    scratch = row % (_CELLS_AHEAD + 1) * count
+                    scratch = row % (ahead + 1) * count
                     here = origin + row % num_heads * head_dim
                     target = (image * rows + row) * head_dim
                     for channel in range(0, head_dim, lanes):
@@ -1302,9 +1371,10 @@ def _chain_softmax(weights: Any, by_weights: Any, point: Any) -> None:
     """Gradients of a row's weights, from by_weights[point] on, become those of its logits."""
     mean = weights.dtype.type(0)
     for i in range(len(weights)):
-        mean += weights[i] * by_weights[point + i]
+        mean += weights[i] * _get(by_weights, point + i)
     for i in range(len(weights)):
-        by_weights[point + i] = weights[i] * (by_weights[point + i] - mean)
+        change = _get(by_weights, point + i) - mean
+        _put(by_weights, point + i, weights[i] * change)
 
 
 @_inlined
@@ -1325,16 +1395,24 @@ def _chain_locations(
     for index in range(len(table)):
         level = _level(table, index)
         divisors, factors = _steps(references, at, coordinates, level, scale)
-        for _ in range(level[3]):
-            by_x, by_y = by_locations[2 * point], by_locations[2 * point + 1]
-            sums[target] += by_x
-            sums[target + 1] += by_y
+        step_x = factors[0] * factors[2] / divisors[0]
+        step_y = factors[1] * factors[2] / divisors[1]
+        sum_x, sum_y, sum_w, sum_h = 0.0, 0.0, 0.0, 0.0
+        for here in range(2 * point, 2 * (point + level[3]), 2):
+            by_x, by_y = _get(by_locations, here), _get(by_locations, here + 1)
+            sum_x += by_x
+            sum_y += by_y
             if coordinates == 4:
-                sums[target + 2] += by_x * (offsets[2 * point] / divisors[0] * factors[2])
-                sums[target + 3] += by_y * (offsets[2 * point + 1] / divisors[1] * factors[2])
-            by_locations[2 * point] = by_x / divisors[0] * factors[0] * factors[2]
-            by_locations[2 * point + 1] = by_y / divisors[1] * factors[1] * factors[2]
-            point += 1
+                sum_w += by_x * _get(offsets, here)
+                sum_h += by_y * _get(offsets, here + 1)
+            _put(by_locations, here, by_x * step_x)
+            _put(by_locations, here + 1, by_y * step_y)
+        point += level[3]
+        sums[target] += sum_x
+        sums[target + 1] += sum_y
+        if coordinates == 4:
+            sums[target + 2] += sum_w / divisors[0] * factors[2]
+            sums[target + 3] += sum_h / divisors[1] * factors[2]
         if levels > 1:
             at += coordinates
             target += coordinates
