@@ -155,11 +155,8 @@ __device__ __forceinline__ void backward_stage(Kept& kept, const Walk<T>& walk, 
   const bool has_point = active && member < COUNT;
   const int number = T::S::level_of(k);
   LocatedPoint<float> point;
-  float attention = 0.0f;
   if (has_point) {
-    const Point<float> loaded = points.load(k, levels[number], number);
-    attention = loaded.weight;
-    point = points.template locate_point<true>(loaded);
+    point = points.template locate_point<true>(points.load(k, levels[number], number));
     write_descriptor<T::PIXEL, false, T::FIXED>(descriptors, own, point, walk.weight_factor);
   } else {
     point = empty_descriptor(descriptors, own);
@@ -175,7 +172,7 @@ __device__ __forceinline__ void backward_stage(Kept& kept, const Walk<T>& walk, 
   }
   __syncwarp();
   if constexpr (T::S::FUSED && T::POINTS) {
-    kept.add(attention, has_point ? gradients.store_offset(k, number, point, dot, points) : 0.0f);
+    kept.add(has_point ? gradients.store_offset(k, number, point, dot, points) : 0.0f);
   } else if (T::POINTS && has_point) {
     gradients.store(k, point, dot);
   }
@@ -197,8 +194,8 @@ __device__ __forceinline__ void backward_points(const Walk<T>& walk, Descriptors
     backward_stage<T, TAIL>(kept, walk, descriptors, levels, member, active, end - TAIL, points, gradients);
   if constexpr (T::S::FUSED && T::POINTS) {
     // The parts of a row are neighbours.
-    const float sum = kept.template products<G*(T::S::K / PART)>();
-    gradients.template store_logits<G>(kept, sum, begin + member, active ? end : 0);
+    constexpr int LANES = G * (T::S::K / PART);
+    gradients.template store_logits<G, LANES>(kept, begin + member, active ? end : 0, points);
   }
 }
 

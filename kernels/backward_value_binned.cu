@@ -78,7 +78,7 @@ template <typename S, bool = S::FUSED>
 struct SharedRows {};
 template <typename S>
 struct SharedRows<S, true> {
-  const typename S::Reference* references[BINNED_QUERIES];
+  const typename S::Reference* references[BINNED_QUERIES];  // of the rows' queries
   Softmax softmax[BINNED_QUERIES];
 };
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ void load_rows(Shared<S>& shared, const PointArrays<S
 template <typename S, typename Location, typename Weight>
 __device__ __forceinline__ PointArrays<S, Location, Weight> of_batch_row(PointArrays<S, Location, Weight> points,
                                                                          const Shared<S>& shared, unsigned row) {
-  if constexpr (S::FUSED) points.row = {shared.references[row], points.row.offset_scale, shared.softmax[row]};
+  if constexpr (S::FUSED) points.row = {shared.references[row], 0, points.row.offset_scale, shared.softmax[row]};
   return points;
 }
 

@@ -105,8 +105,10 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
                                            PointArrays<S, Location, Weight> points) {
   constexpr unsigned TAIL = PART % G;
   base = opaque(base);
-  points.locations = opaque(points.locations);
-  points.weights = opaque(points.weights);
+  if constexpr (!S::FUSED) {
+    points.locations = opaque(points.locations);
+    points.weights = opaque(points.weights);
+  }
   const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned k = begin + member;
   if constexpr (PART >= G) {

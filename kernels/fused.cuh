@@ -74,6 +74,7 @@ struct RowOf {};
 template <typename S>
 struct RowOf<S, true> {
   const typename S::Reference* references;  // of the row's query
+  unsigned first;                           // of the row's points among N * Lq * M * K
   float offset_scale;
   Softmax softmax;
 };

@@ -115,17 +115,31 @@ struct PointArrays {
   template <int M, int G, typename Index, typename Params>
   __device__ __forceinline__ PointArrays of_row(Index index, unsigned member, const typename S::Reference* references,
                                                 const Params& p) const {
-    PointArrays points = from(index * S::K);
+    if constexpr (S::FUSED) {
+      const unsigned row = static_cast<unsigned>(index), first = row * S::K;
+      return {locations,
+              weights,
+              mask,
+              {query_references<S, M>(references, row, p), first, p.offset_scale,
+               softmax_of<S::K, G>(weights + first, member)}};
+    } else {
+      return from(index * S::K);
+    }
+  }
+
+  // The place of a point in the arrays. Fused: one index of 32 bits for all, which takes fewer registers than pointers.
+  template <typename Index>
+  __device__ auto at(Index index) const {
     if constexpr (S::FUSED)
-      points.row = {query_references<S, M>(references, static_cast<unsigned>(index), p), p.offset_scale,
-                    softmax_of<S::K, G>(points.weights, member)};
-    return points;
+      return static_cast<size_t>(row.first + static_cast<unsigned>(index));
+    else
+      return index;
   }
 
   template <typename Real = float, typename Index>
   __device__ Fractions<Real> location(Index index) const {
     Real loaded[2];
-    ::load(loaded, locations + 2 * index);
+    ::load(loaded, locations + 2 * at(index));
     return {loaded[0], loaded[1]};
   }
 
@@ -136,7 +150,7 @@ struct PointArrays {
 
   template <typename Real = float, typename Index>
   __device__ Real weight(Index index) const {
-    return widen(weights[index]);
+    return widen(weights[at(index)]);
   }
 
   // Where a point of the level of this number lies, as loaded.
@@ -211,30 +225,15 @@ struct PointArrays {
   }
 };
 
-// Fused: attention weights of a lane's points and the gradients by them, the latest first, until all of the row are known.
+// Fused: the gradients by the attention weights of a lane's points, the latest first, until all of the row are known.
 template <int COUNT>
 struct WeightGradients {
-  float weight[COUNT], gradient[COUNT];
+  float gradient[COUNT];
 
-  __device__ __forceinline__ void add(float of_weight, float by_weight) {
+  __device__ __forceinline__ void add(float by_weight) {
 #pragma unroll
-    for (int i = COUNT - 1; i > 0; --i) {
-      weight[i] = weight[i - 1];
-      gradient[i] = gradient[i - 1];
-    }
-    weight[0] = of_weight;
+    for (int i = COUNT - 1; i > 0; --i) gradient[i] = gradient[i - 1];
     gradient[0] = by_weight;
-  }
-
-  // The sum of their products over neighbouring lanes: of all points of the row, if these hold them.
-  template <int LANES>
-  __device__ __forceinline__ float products() const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = COUNT - 1; i >= 0; --i) sum += weight[i] * gradient[i];
-#pragma unroll
-    for (int offset = 1; offset < LANES; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-    return sum;
   }
 };
 
@@ -248,7 +247,8 @@ struct PointGradientArrays {
   // As PointArrays::from. The pointers are null where these gradients are not wanted.
   template <typename Index>
   __device__ PointGradientArrays from(Index index) const {
-    return {locations + 2 * index, weights + index, by_location == nullptr ? nullptr : by_location + 2 * index};
+    if constexpr (S::FUSED) return *this;  // an index is taken through PointArrays::at
+    return {locations + 2 * index, weights + index, nullptr};
   }
 
   // `dot` as for point_gradient. All three gradients are NaN if the level does not fit S.
@@ -273,22 +273,32 @@ struct PointGradientArrays {
     if constexpr (S::BOXES)
       step = box_step<S>(points.place(index, number).reference, points.row.offset_scale, point.level, number);
     const float by_offset[2] = {by_pixel.x * step.x, by_pixel.y * step.y};
-    ::store(locations + 2 * index, by_offset);
+    ::store(locations + 2 * points.at(index), by_offset);
     if (by_location != nullptr) {
-      const float at[2] = {by_pixel.x * width, by_pixel.y * height};
-      ::store(by_location + 2 * index, at);
+      const float gradient[2] = {by_pixel.x * width, by_pixel.y * height};
+      ::store(by_location + 2 * points.at(index), gradient);
     }
     return by_pixel.weight;
   }
 
-  // Fused: store the gradients by the logits of a lane's points: `first` and every Gth one after it up to `end`. `sum` is
-  // that of the row's attention weights times the gradients by them.
-  template <int G, int COUNT>
-  __device__ void store_logits(const WeightGradients<COUNT>& of_lane, float sum, int first, int end) const {
+  // Fused: store the gradients by the logits of a lane's points: `first` and every Gth one after it up to `end`. LANES
+  // neighbours hold the points of the row.
+  template <int G, int LANES, int COUNT>
+  __device__ void store_logits(const WeightGradients<COUNT>& of_lane, int first, int end,
+                               const PointArrays<S, Location, Weight>& points) const {
+    float weight[COUNT], sum = 0.0f;  // of weight * gradient over the row
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      const int k = first + i * G, latest = COUNT - 1 - i;
-      if (k < end) weights[k] = narrow_to<Weight>(of_lane.weight[latest] * (of_lane.gradient[latest] - sum));
+      const int k = first + i * G;
+      weight[i] = k < end ? points.attention(points.weight(k)) : 0.0f;
+      sum += weight[i] * of_lane.gradient[COUNT - 1 - i];
+    }
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int k = first + i * G;
+      if (k < end) weights[points.at(k)] = narrow_to<Weight>(weight[i] * (of_lane.gradient[COUNT - 1 - i] - sum));
     }
   }
 };
