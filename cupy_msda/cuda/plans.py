@@ -53,8 +53,8 @@ _PERSISTENT_BLOCKS = (1, 2, 4)
 # The stages of points of a group, whose gradients its lanes keep in registers: more would spill.
 _MAX_FUSED_STAGES = 8
 
-# Every array that a launch may name. In a fused call `locations` are its offsets and `weights` its logits. `accumulator` is
-# workspace, and so is `by_location`: float32, of the shape of the locations. The others are the caller's.
+# Every array that a launch may name. In a fused call `locations` are its offsets and `weights` its logits. Workspace:
+# `accumulator` and `by_location`, which is float32 and of the shape of the locations. The others are the caller's.
 ARRAYS = (
     *("grad_output", "references", "value", "locations", "weights", "sizes", "starts", "mask"),
     *("output", "grad_value", "grad_locations", "grad_weights", "grad_references"),

@@ -131,7 +131,7 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
 
 
 def fused_forward(call: Call, operands: FusedOperands) -> Tensor | None:
-    """The output of a fused call that its check accepted; None if no kernels of ours cover it, which then is composed."""
+    """The output of a fused call that its check accepted; None if it must be composed: see `plans.fused_limit`."""
     given, scale = operands.given, operands.offset_scale
     value = given.value
     bound = _bind_fused(call, value, None, scale)
@@ -187,19 +187,23 @@ def _bind_fused(
     call: Call, value: Tensor, request: tuple[bool, bool, bool, bool] | None, scale: float
 ) -> launch.Bound | None:
     """Prepare what a fused call launches, once; None if it must be composed."""
-    bound = call.bound.get((request, scale), call)
-    if bound is not call:
-        return bound  # type: ignore[no-any-return]
-    bound = None
-    if not fused_limit(call.problem, deterministic=request is not None and request[2]):
-        require_cupy(torch.version.cuda)
-        key = call.problem, call.table, call.grids, max(value.get_device(), 0)
-        if request is None:
-            bound = launch.bind_forward(*key, scale)
-        else:
-            bound = launch.bind_backward(*key, *request, scale)
-    call.bound[request, scale] = bound
-    return bound
+    key = request, scale
+    if key not in call.bound:
+        deterministic = request is not None and request[2]
+        composed = fused_limit(call.problem, deterministic)
+        call.bound[key] = None if composed else _fused_bound(call, value, request, scale)
+    return call.bound[key]  # type: ignore[no-any-return]
+
+
+def _fused_bound(
+    call: Call, value: Tensor, request: tuple[bool, bool, bool, bool] | None, scale: float
+) -> launch.Bound:
+    """What a fused call launches."""
+    require_cupy(torch.version.cuda)
+    case = call.problem, call.table, call.grids, max(value.get_device(), 0)
+    if request is None:
+        return launch.bind_forward(*case, scale)
+    return launch.bind_backward(*case, *request, scale)
 
 
 def _read_fused(arguments: launch.Arguments, call: Call, operands: FusedOperands) -> Any:
