@@ -15,10 +15,10 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 from cupy_msda.cuda import dlpack, launch
 from cupy_msda.cuda.importing import require_cupy
 from cupy_msda.cuda.plans import fused_limit
-from cupy_msda.torch.fused_operands import FusedBackwardOperands, FusedOperands
 from cupy_msda.torch.operands import BackwardOperands, Operands, inputs_of
 
 if TYPE_CHECKING:
+    from cupy_msda.torch.fused_operands import FusedBackwardOperands, FusedOperands
     from cupy_msda.torch.operators import Call
 
 Gradients = tuple[Tensor, Tensor, Tensor]
