@@ -114,6 +114,14 @@ class Problem(NamedTuple):
         return self.batch * self.num_queries * self.num_heads * self.row_points
 
     @property
+    def reference_elements(self) -> int:
+        """Of the reference points; 0 where the call is not fused."""
+        if self.references is None:
+            return 0
+        batch, levels, coordinates, _ = self.references
+        return batch * self.num_queries * levels * coordinates
+
+    @property
     def output_elements(self) -> int:
         """N*Lq*M*D."""
         return self.batch * self.num_queries * self.num_heads * self.head_dim

@@ -139,17 +139,24 @@ __device__ __forceinline__ void poison_non_finite(const Walk<T>& walk, unsigned 
   }
 }
 
+// Fused: what the lane keeps of its points until the row is done. Plain: nothing.
+template <typename T, int STAGES, bool = T::S::FUSED && T::POINTS>
+struct Kept {};
+template <typename T, int STAGES>
+struct Kept<T, STAGES, true> : WeightGradients<STAGES> {};
+
 // One stage: COUNT points of every group of the warp, from point `first` of its row on.
-template <typename T, int COUNT, typename Location, typename Weight>
-__device__ __forceinline__ void backward_stage(const Walk<T>& walk, Descriptors<T::THREADS>& descriptors,
+template <typename T, int COUNT, typename Kept, typename Location, typename Weight>
+__device__ __forceinline__ void backward_stage(Kept& kept, const Walk<T>& walk, Descriptors<T::THREADS>& descriptors,
                                                const Level* levels, int member, bool active, int first,
                                                const PointArrays<typename T::S, Location, Weight>& points,
                                                const PointGradientArrays<typename T::S, Location, Weight>& gradients) {
   const int k = first + member, own = walk.first + padded(member);
   const bool has_point = active && member < COUNT;
+  const int number = T::S::level_of(k);
   LocatedPoint<float> point;
   if (has_point) {
-    point = points.template locate_point<true>(points.load(k, levels[T::S::level_of(k)]));
+    point = points.template locate_point<true>(points.load(k, levels[number], number));
     write_descriptor<T::PIXEL, false, T::FIXED>(descriptors, own, point, walk.weight_factor);
   } else {
     point = empty_descriptor(descriptors, own);
@@ -164,7 +171,11 @@ __device__ __forceinline__ void backward_stage(const Walk<T>& walk, Descriptors<
       poison_non_finite<T, COUNT>(walk, __ballot_sync(ALL_LANES, non_finite) >> walk.first_lane);
   }
   __syncwarp();
-  if (T::POINTS && has_point) gradients.store(k, point, dot);
+  if constexpr (T::S::FUSED && T::POINTS) {
+    kept.add(has_point ? gradients.store_offset(k, number, point, dot, points) : 0.0f);
+  } else if (T::POINTS && has_point) {
+    gradients.store(k, point, dot);
+  }
 }
 
 // Points [begin, begin + PART) of every group's row, in stages of G; the arrays are the row's.
@@ -175,11 +186,17 @@ __device__ __forceinline__ void backward_points(const Walk<T>& walk, Descriptors
                                                 const PointGradientArrays<typename T::S, Location, Weight>& gradients) {
   constexpr int G = T::G, TAIL = PART % G;
   const int end = begin + PART;
+  Kept<T, (PART + G - 1) / G> kept = {};
 #pragma unroll 1
   for (int first = begin; first + G <= end; first += G)
-    backward_stage<T, G>(walk, descriptors, levels, member, active, first, points, gradients);
+    backward_stage<T, G>(kept, walk, descriptors, levels, member, active, first, points, gradients);
   if constexpr (TAIL != 0)
-    backward_stage<T, TAIL>(walk, descriptors, levels, member, active, end - TAIL, points, gradients);
+    backward_stage<T, TAIL>(kept, walk, descriptors, levels, member, active, end - TAIL, points, gradients);
+  if constexpr (T::S::FUSED && T::POINTS) {
+    // The parts of a row are neighbours.
+    constexpr int LANES = G * (T::S::K / PART);
+    gradients.template store_logits<G, LANES>(kept, begin + member, active ? end : 0, points);
+  }
 }
 
 template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K, bool VALUE,
@@ -187,11 +204,11 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(BLOCK)
     msda_backward(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                   const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                  const unsigned char* __restrict__ mask,
+                  const unsigned char* __restrict__ mask, const typename S::Reference* __restrict__ references,
                   typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                   Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
-                  const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                  const __grid_constant__ Params<S::L> p) {
+                  float* __restrict__ by_location, const long long* __restrict__ sizes,
+                  const long long* __restrict__ starts, const __grid_constant__ ParamsOf<Params<S::L>, S> p) {
   constexpr int G = D / VEC, L = S::L, K = S::K, PART = K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
   using T = Traits<BLOCK, Value, G, PIXEL, S, VALUE, POINTS, FIXED>;
@@ -224,10 +241,11 @@ __global__ void __launch_bounds__(BLOCK)
     walk.grad_value = reinterpret_cast<char*>(grad_value + base);
   }
   const PointArrays<S, Location, Weight> points = {locations, weights, mask};
-  PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights};
+  PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights, by_location};
   if (POINTS) gradients = gradients.from(index * K);
   backward_points<T, PART>(walk, descriptors, levels, row.member, row.active, row.part * PART,
-                           points.of_image(row.image_start(p)).from(index * K), gradients);
+                           points.of_image(row.image_start(p)).template of_row<M, G>(index, row.member, references, p),
+                           gradients);
 }
 
 // The gradients of locations and weights alone, bitwise identical to those of VALUE = false, on persistent blocks. It takes
@@ -236,10 +254,12 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_backward_persistent(const Value* __restrict__ grad_output, const Value* __restrict__ value,
                              const Location* __restrict__ locations, const Weight* __restrict__ weights,
-                             const unsigned char* __restrict__ mask, float* __restrict__ /*grad_value*/,
+                             const unsigned char* __restrict__ mask,
+                             const typename S::Reference* __restrict__ references, float* __restrict__ /*grad_value*/,
                              Location* __restrict__ grad_locations, Weight* __restrict__ grad_weights,
-                             const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                             const __grid_constant__ SchedulerParams<S::L> p) {
+                             float* __restrict__ by_location, const long long* __restrict__ sizes,
+                             const long long* __restrict__ starts,
+                             const __grid_constant__ ParamsOf<SchedulerParams<S::L>, S> p) {
   constexpr int G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
   using T = Traits<PERSISTENT_BLOCK, Value, G, PIXEL, S, false, true, false>;
   static_assert(D % VEC == 0 && G < WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two, less than a warp");
@@ -252,15 +272,16 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
 
   const unsigned member = threadIdx.x % G;
   const PointArrays<S, Location, Weight> points = {locations, weights, mask};
-  const PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights};
+  const PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights, by_location};
   Walk<T> walk = {};
   walk.descriptors = &descriptors;
   walk.first = first_descriptor<G>();
   visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
     walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
-    const size_t first = static_cast<size_t>(row) * K;
-    backward_points<T, K>(walk, descriptors, levels, member, counts, 0, points.of_image(plane / M).from(first),
-                          gradients.from(first));
+    const size_t index = row;
+    backward_points<T, K>(walk, descriptors, levels, member, counts, 0,
+                          points.of_image(plane / M).template of_row<M, G>(index, member, references, p),
+                          gradients.from(index * K));
   });
 }

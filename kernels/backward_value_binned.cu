@@ -73,9 +73,19 @@ struct Bins {
   }
 };
 
+// Fused: what the points of each row of the batch have in common. Plain: nothing.
+template <typename S, bool = S::FUSED>
+struct SharedRows {};
+template <typename S>
+struct SharedRows<S, true> {
+  const typename S::Reference* references[BINNED_QUERIES];  // of the rows' queries
+  Softmax softmax[BINNED_QUERIES];
+};
+
 // What a block shares. "Row" is one of the batch, from 0 to BINNED_QUERIES.
-template <int L, int K>
-struct Shared {
+template <typename S>
+struct Shared : SharedRows<S> {
+  static constexpr int L = S::L, K = S::K;
   Level levels[L];
   TileScheduler scheduler;
   unsigned rows[BINNED_QUERIES];  // which of the N * Lq * M each row is; NONE beyond the last
@@ -106,8 +116,8 @@ struct Gradients {
 };
 
 // Start a batch: its rows, and empty bins.
-template <int L, int K>
-__device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_head, const Shape& p) {
+template <typename S>
+__device__ __forceinline__ void load_batch(Shared<S>& shared, unsigned image_head, const Shape& p) {
   const unsigned index = blockIdx.x * BINNED_QUERIES + threadIdx.x, queries = p.num_queries;
   if (threadIdx.x < BINNED_QUERIES)
     shared.rows[threadIdx.x] =
@@ -116,9 +126,36 @@ __device__ __forceinline__ void load_batch(Shared<L, K>& shared, unsigned image_
   __syncthreads();
 }
 
+// Fused: what the points of each row have in common, found by groups of G lanes.
+template <int M, int G, typename S, typename Location, typename Weight, typename Params>
+__device__ __forceinline__ void load_rows(Shared<S>& shared, const PointArrays<S, Location, Weight>& points,
+                                          const typename S::Reference* references, const Params& p) {
+  if constexpr (S::FUSED) {
+    const unsigned member = threadIdx.x % G;
+#pragma unroll 1
+    for (int row = threadIdx.x / G; row < BINNED_QUERIES; row += BLOCK / G) {  // as often in every group
+      const unsigned index = shared.rows[row] == NONE ? shared.rows[0] : shared.rows[row];
+      const auto of_row = points.template of_row<M, G>(static_cast<size_t>(index), member, references, p);
+      if (member == 0) {
+        shared.references[row] = of_row.row.references;
+        shared.softmax[row] = of_row.row.softmax;
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// The points as those of a row of the batch.
+template <typename S, typename Location, typename Weight>
+__device__ __forceinline__ PointArrays<S, Location, Weight> of_batch_row(PointArrays<S, Location, Weight> points,
+                                                                         const Shared<S>& shared, unsigned row) {
+  if constexpr (S::FUSED) points.row = {shared.references[row], 0, points.row.offset_scale, shared.softmax[row]};
+  return points;
+}
+
 // Number the points of every bin in the order of their rows. One warp takes a level, whose bins are its own.
 template <typename S>
-__device__ void number_by_rows(Shared<S::L, S::K>& shared) {
+__device__ void number_by_rows(Shared<S>& shared) {
   static_assert(S::L <= BLOCK / WARP, "every level needs a warp");
   const unsigned level = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   if (level >= S::L) return;
@@ -140,7 +177,7 @@ __device__ void number_by_rows(Shared<S::L, S::K>& shared) {
 // The counting sort: list the points of the batch bin by bin; STABLE: within a bin in the order of their rows. Returns how
 // many there are.
 template <bool STABLE, typename S, typename Location, typename Weight>
-__device__ unsigned sort_points(Shared<S::L, S::K>& shared, const PointArrays<S, Location, Weight>& points) {
+__device__ unsigned sort_points(Shared<S>& shared, const PointArrays<S, Location, Weight>& points) {
   constexpr int K = S::K, OWN = (BINNED_QUERIES * K + BLOCK - 1) / BLOCK;
   unsigned ranks[OWN];  // bin << 16 | number within the bin, of every point that this thread takes
 #pragma unroll
@@ -152,8 +189,9 @@ __device__ unsigned sort_points(Shared<S::L, S::K>& shared, const PointArrays<S,
     if (STABLE) shared.list[id] = NO_BIN;
     if (row == NONE) continue;
     const Level level = shared.levels[l];
-    const Cell<float> cell =
-        points.template cell<true>(points.coordinates(static_cast<size_t>(row) * K + k, level), level);
+    const auto of_row = of_batch_row(points, shared, id / K);
+    const auto place = of_row.place(static_cast<size_t>(row) * K + k, l);
+    const Cell<float> cell = points.template cell<true>(of_row.pixels(place, level, l), level);
     if (cell.corners == 0u) continue;
     const unsigned bin = (l * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
     if (STABLE) shared.list[id] = static_cast<unsigned short>(bin);
@@ -224,30 +262,32 @@ struct CellSums {
 };
 
 // A point of the list, fetched before it is needed.
+template <typename Place>
 struct Fetched {
   unsigned id;  // as in the list; NONE: no point
-  Fractions<float> location;
-  float weight;
+  Place place;
+  float weight;  // as loaded
 };
 
 // Fetch the points at `first` and after it in the list, one by each lane of a group.
 template <int G, typename S, typename Location, typename Weight>
-__device__ __forceinline__ Fetched fetch(const Shared<S::L, S::K>& shared, unsigned first, unsigned end,
-                                         const PointArrays<S, Location, Weight>& points) {
-  Fetched point = {NONE, {0.0f, 0.0f}, 0.0f};
+__device__ __forceinline__ auto fetch(const Shared<S>& shared, unsigned first, unsigned end,
+                                      const PointArrays<S, Location, Weight>& points) {
+  Fetched<decltype(points.place(0, 0))> point = {NONE, {}, 0.0f};
   const unsigned member = threadIdx.x % G;
   if (first + member < end) {
     point.id = shared.list[first + member];
-    const size_t index = static_cast<size_t>(shared.rows[point.id / S::K]) * S::K + point.id % S::K;
-    point.location = points.location(index);
+    const unsigned row = point.id / S::K, k = point.id % S::K;
+    const size_t index = static_cast<size_t>(shared.rows[row]) * S::K + k;
+    point.place = of_batch_row(points, shared, row).place(index, S::level_of(k));
     point.weight = points.weight(index);
   }
   return point;
 }
 
 // The descriptor of the lane's point, with its weight multiplied by `weight_factor`.
-template <int PIXEL, typename S, typename Location, typename Weight>
-__device__ __forceinline__ void describe(Shared<S::L, S::K>& shared, const Fetched& fetched, float weight_factor,
+template <int PIXEL, typename Place, typename S, typename Location, typename Weight>
+__device__ __forceinline__ void describe(Shared<S>& shared, const Fetched<Place>& fetched, float weight_factor,
                                          const PointArrays<S, Location, Weight>& points) {
   const int own = padded(threadIdx.x);
   if (fetched.id == NONE) {
@@ -255,9 +295,11 @@ __device__ __forceinline__ void describe(Shared<S::L, S::K>& shared, const Fetch
     shared.descriptor_rows[own] = 0;
     return;
   }
-  const Level level = shared.levels[S::level_of(fetched.id % S::K)];
-  const Coordinates<float> at = to_pixels<S::NEAREST>(fetched.location, level);
-  const Point<float> point = {level, at, fetched.weight * weight_factor};
+  const unsigned number = S::level_of(fetched.id % S::K);
+  const Level level = shared.levels[number];
+  const auto of_row = of_batch_row(points, shared, fetched.id / S::K);
+  const Point<float> point = {level, of_row.pixels(fetched.place, level, number),
+                              of_row.attention(fetched.weight) * weight_factor};
   write_descriptor<PIXEL, false>(shared.descriptors, own, points.template locate_point<true>(point));
   shared.descriptor_rows[own] = fetched.id / S::K;
 }
@@ -280,20 +322,19 @@ __device__ __forceinline__ void load_grad(float (&to)[VEC], const Value* from, c
 // cell to memory. `cell` begins as one without corners; `channel` is the lane's first.
 template <int G, int PIXEL, bool FIXED, typename Cell, typename Value, int D, int BYTES, typename S, typename Location,
           typename Weight>
-__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<S::L, S::K>& shared,
-                                             const Gradients<Value, D, BYTES>& gradients, unsigned count,
-                                             const PointArrays<S, Location, Weight>& points, const Value* grad_output,
-                                             unsigned channel, const Scale<float>& scale) {
+__device__ __forceinline__ void reduce_cells(Cell& cell, Shared<S>& shared, const Gradients<Value, D, BYTES>& gradients,
+                                             unsigned count, const PointArrays<S, Location, Weight>& points,
+                                             const Value* grad_output, unsigned channel, const Scale<float>& scale) {
   constexpr int AHEAD = G < 4 ? G : 4;  // loads of gradients under way at a time
   constexpr bool STAGED = Gradients<Value, D, BYTES>::STAGED;
   if (STAGED) grad_output = reinterpret_cast<const Value*>(gradients.staged);
   const int group = first_descriptor<G>();
   const unsigned segment = (count + BLOCK / G - 1) / (BLOCK / G);
   const unsigned begin = threadIdx.x / G * segment, end = min(begin + segment, count);
-  Fetched next = fetch<G>(shared, begin, end, points);
+  auto next = fetch<G>(shared, begin, end, points);
 #pragma unroll 1
   for (unsigned first = 0; first < segment; first += G) {  // as often in every group of the warp
-    const Fetched now = next;
+    const auto now = next;
     next = fetch<G>(shared, begin + first + G, end, points);
     describe<PIXEL>(shared, now, scale.weight, points);
     __syncwarp();
@@ -322,9 +363,10 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(BLOCK, 3)
     msda_backward_value_binned(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
                                const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                               const typename S::Reference* __restrict__ references,
                                typename Accumulator<Value, FIXED>::type* __restrict__ grad_value,
                                const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                               const __grid_constant__ SchedulerParams<S::L> p) {
+                               const __grid_constant__ ParamsOf<SchedulerParams<S::L>, S> p) {
   using Addend = typename Accumulator<Value, FIXED>::type;
   constexpr int G = D / VEC, L = S::L, K = S::K, PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / 4 must be a power of two");
@@ -332,8 +374,8 @@ __global__ void __launch_bounds__(BLOCK, 3)
   static_assert(L <= MAX_BINNED_LEVELS && K <= MAX_BINNED_POINTS, "plans.py sends the problem elsewhere");
   static_assert(BINNED_QUERIES <= BLOCK && BINNED_QUERIES * MAX_BINNED_POINTS < 1 << 16, "a counter has 16 bits");
 
-  __shared__ Shared<L, K> shared;
-  __shared__ Gradients<Value, D, SHARED_BYTES - static_cast<int>(sizeof(Shared<L, K>))> gradients;
+  __shared__ Shared<S> shared;
+  __shared__ Gradients<Value, D, SHARED_BYTES - static_cast<int>(sizeof(Shared<S>))> gradients;
   const unsigned image_head = blockIdx.y + blockIdx.z * gridDim.y;
   if (image_head >= static_cast<unsigned>(p.batch * M)) return;
   load_levels(shared.levels, sizes, starts, p);
@@ -341,7 +383,9 @@ __global__ void __launch_bounds__(BLOCK, 3)
   load_batch(shared, image_head, p);
   gradients.load(grad_output, shared.rows);
   const size_t image_start = static_cast<size_t>(image_head / M) * p.spatial_size;
-  const auto points = PointArrays<S, Location, Weight>{locations, weights, mask}.of_image(image_start);
+  auto points = PointArrays<S, Location, Weight>{locations, weights, mask}.of_image(image_start);
+  if constexpr (S::FUSED) points.row.offset_scale = p.offset_scale;
+  load_rows<M, G>(shared, points, references, p);
   const unsigned count = sort_points<FIXED>(shared, points);
 
   const unsigned member = threadIdx.x % G, channel = FIXED ? member : member * VEC;

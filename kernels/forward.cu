@@ -2,7 +2,8 @@
 // Forward: out[n, q, m, :] = sum over l, p of weight * sample(value level l, location).
 //
 // Layout   value (N, S, M, D), locations (N, Lq, M, K, 2), weights (N, Lq, M, K), mask (N, S), output (N, Lq, M, D),
-//          contiguous. The K points of a row come level after level.
+//          contiguous. The K points of a row come level after level. Fused: offsets and logits in the places of locations
+//          and weights, and references, as in fused.cuh.
 // Threads  G = D / VEC lanes own a row (n, q, m); VEC channels are 16 bytes of value, so every gather is one 128-bit
 //          load. Split-K: SPLIT_K groups share a row when there are too few rows to fill the device; shuffles add their
 //          partial sums.
@@ -75,7 +76,7 @@ __device__ __forceinline__ void add_stage(float (&sum)[VEC], const char* base, D
                                           const Level* levels, unsigned first, unsigned k,
                                           const PointArrays<S, Location, Weight>& points) {
   constexpr bool MAY_MISS = S::NEAREST || S::MASKED;  // a corner anywhere
-  const Point<float> point = points.load(static_cast<size_t>(k), levels[S::level_of(k)]);
+  const Point<float> point = points.load(static_cast<size_t>(k), levels[S::level_of(k)], S::level_of(k));
   const unsigned own = first + padded(threadIdx.x % G);
   LocatedPoint<float> located;
   bool interior;
@@ -105,7 +106,10 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
                                            PointArrays<S, Location, Weight> points) {
   constexpr unsigned TAIL = PART % G;
   base = opaque(base);
-  points = {opaque(points.locations), opaque(points.weights), points.mask};
+  if constexpr (!S::FUSED) {
+    points.locations = opaque(points.locations);
+    points.weights = opaque(points.weights);
+  }
   const unsigned member = threadIdx.x % G, end = begin + PART - TAIL;
   unsigned k = begin + member;
   if constexpr (PART >= G) {
@@ -125,9 +129,10 @@ __device__ __forceinline__ void add_points(float (&sum)[VEC], const char* base, 
 template <typename Value, typename Location, typename Weight, int M, int D, typename S, int SPLIT_K>
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward(const Value* __restrict__ value, const Location* __restrict__ locations,
-                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask, Value* __restrict__ output,
+                 const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
+                 const typename S::Reference* __restrict__ references, Value* __restrict__ output,
                  const long long* __restrict__ sizes, const long long* __restrict__ starts,
-                 const __grid_constant__ Params<S::L> p) {
+                 const __grid_constant__ ParamsOf<Params<S::L>, S> p) {
   constexpr int VEC = 16 / sizeof(Value), G = D / VEC, L = S::L, PART = S::K / SPLIT_K;
   constexpr int PIXEL = M * D * sizeof(Value);
   static_assert(D % VEC == 0 && G <= WARP && (G & (G - 1)) == 0, "D / VEC must be a power of two");
@@ -144,8 +149,9 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const char* base = reinterpret_cast<const char*>(value + row.template base<D>(p) + row.member * VEC);
 
   float sum[VEC] = {};
-  add_points<PART, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()),
-                                    row.part * PART, points.of_image(row.image_start(p)).from(row.index(p) * S::K));
+  add_points<PART, G, PIXEL, Value>(
+      sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()), row.part * PART,
+      points.of_image(row.image_start(p)).template of_row<M, G>(row.index(p), row.member, references, p));
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT_K; offset *= 2)
@@ -156,16 +162,18 @@ __global__ void __launch_bounds__(BLOCK, 4)
 }
 
 // The whole row at `row` among N * Lq * M, whose (image, head) begins at position `plane` of value. `counts`: it is stored.
-template <int M, int D, typename Value, typename S, typename Location, typename Weight, int THREADS>
+template <int M, int D, typename Value, typename S, typename Location, typename Weight, int THREADS, typename Params>
 __device__ __forceinline__ void forward_row(const Value* value, const PointArrays<S, Location, Weight>& points,
-                                            Value* output, Shared<S::L, THREADS>& shared, unsigned row, unsigned plane,
-                                            bool counts) {
-  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, K = S::K, PIXEL = M * D * sizeof(Value);
+                                            const typename S::Reference* references, Value* output,
+                                            Shared<S::L, THREADS>& shared, unsigned row, unsigned plane, bool counts,
+                                            const Params& p) {
+  constexpr int VEC = 16 / sizeof(Value), G = D / VEC, PIXEL = M * D * sizeof(Value);
   const unsigned member = threadIdx.x % G;
   const char* base = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
   float sum[VEC] = {};
-  add_points<K, G, PIXEL, Value>(sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
-                                 points.of_image(plane / M).from(static_cast<size_t>(row) * K));
+  add_points<S::K, G, PIXEL, Value>(
+      sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
+      points.of_image(plane / M).template of_row<M, G>(static_cast<size_t>(row), member, references, p));
   if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
 }
 
@@ -174,8 +182,9 @@ template <typename Value, typename Location, typename Weight, int M, int D, type
 __global__ void __launch_bounds__(BLOCK, 4)
     msda_forward_query_tiles(const Value* __restrict__ value, const Location* __restrict__ locations,
                              const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
-                             Value* __restrict__ output, const long long* __restrict__ sizes,
-                             const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+                             const typename S::Reference* __restrict__ references, Value* __restrict__ output,
+                             const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                             const __grid_constant__ ParamsOf<SchedulerParams<S::L>, S> p) {
   constexpr unsigned QUERIES = BLOCK * 16 / (D * sizeof(Value)), WIDTH = 8;
 
   __shared__ Shared<S::L, BLOCK> shared;
@@ -189,15 +198,16 @@ __global__ void __launch_bounds__(BLOCK, 4)
   const unsigned index = blockIdx.x * QUERIES + threadIdx.x / (BLOCK / QUERIES);
   const ScheduledRow<QUERIES / WIDTH, WIDTH> place(image_head * queries + min(index, queries - 1), scheduler, p);
   const PointArrays<S, Location, Weight> points = {locations, weights, mask};
-  forward_row<M, D>(value, points, output, shared, place.row, place.plane, index < queries);
+  forward_row<M, D>(value, points, references, output, shared, place.row, place.plane, index < queries, p);
 }
 
 template <typename Value, typename Location, typename Weight, int M, int D, typename S>
 __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     msda_forward_persistent(const Value* __restrict__ value, const Location* __restrict__ locations,
                             const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
-                            Value* __restrict__ output, const long long* __restrict__ sizes,
-                            const long long* __restrict__ starts, const __grid_constant__ SchedulerParams<S::L> p) {
+                            const typename S::Reference* __restrict__ references, Value* __restrict__ output,
+                            const long long* __restrict__ sizes, const long long* __restrict__ starts,
+                            const __grid_constant__ ParamsOf<SchedulerParams<S::L>, S> p) {
   __shared__ Shared<S::L, PERSISTENT_BLOCK> shared;
   __shared__ TileScheduler scheduler;
   load_levels(shared.levels, sizes, starts, p);
@@ -205,6 +215,6 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
 
   const PointArrays<S, Location, Weight> points = {locations, weights, mask};
   visit_rows<D * sizeof(Value) / 16>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
-    forward_row<M, D>(value, points, output, shared, row, plane, counts);
+    forward_row<M, D>(value, points, references, output, shared, row, plane, counts, p);
   });
 }

@@ -55,9 +55,10 @@ template <typename Real, typename S, typename Location, typename Weight>
 __device__ LocatedPoint<Real> make_descriptor(Descriptor<Real>& descriptor, const WarpRow& row, int k,
                                               const RowPoints<S, Location, Weight>& points, Real factor) {
   const GenericParams& p = points.p;
-  const Level level = read_level(level_of(p, k), points.sizes, points.starts, p);
+  const int number = level_of(p, k);
+  const Level level = read_level(number, points.sizes, points.starts, p);
   const LocatedPoint<Real> point =
-      points.arrays.template locate_point<false>(points.arrays.template load<Real>(k, level));
+      points.arrays.template locate_point<false>(points.arrays.template load<Real>(k, level, number));
   const long long pixel = level.start + static_cast<long long>(point.cell.row) * level.width + point.cell.column;
   const long long position = static_cast<long long>(row.image) * p.spatial_size + pixel;
   descriptor.coefficient = corner_coefficients(point.cell, point.weight * factor);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One sampling point: load it, locate it, store its gradients. Every kernel reads and writes points through this file,
 // so that a variant (nearest pixels, masks, levels of different numbers of points, reference points) is added once.
+// In a fused call locations are offsets and weights are logits, as fused.cuh has them.
 //
 // Layout   locations (..., 2): (u, v) as fractions of the level; weights (...). An index counts points from where the
 //          pointers begin: the whole array (N, Lq, M, K), or one row, or one level of an (image, head). The K points of a
@@ -8,13 +9,15 @@
 #pragma once
 
 #include "bilinear.cuh"
+#include "fused.cuh"
 #include "scalar.cuh"
 
 // How a kernel samples. NEAREST: one pixel instead of four. MASKED: masked positions read as zero. POINTS: how many each
 // level has; none: generic kernels take them from the launch parameters.
 template <bool NEAREST_, bool MASKED_, int... POINTS>
 struct Sampling {
-  static constexpr bool NEAREST = NEAREST_, MASKED = MASKED_;
+  using Reference = float;
+  static constexpr bool NEAREST = NEAREST_, MASKED = MASKED_, FUSED = false;
   static constexpr int CORNERS = NEAREST ? 1 : 4;  // that a point may have
   static constexpr int L = sizeof...(POINTS), K = (0 + ... + POINTS);
   static constexpr int P = K > L ? K / L : 1;
@@ -25,6 +28,14 @@ struct Sampling {
     int i = 0, count = 0;
     ((count += i++ == level ? POINTS : 0), ...);
     return EVEN ? P : count;
+  }
+
+  // One by that number, 0 for a level without points.
+  __device__ static constexpr float inverse_points(int level) {
+    int i = 0;
+    float inverse = 0.0f;
+    ((inverse += i++ == level && POINTS > 0 ? 1.0f / (POINTS > 0 ? POINTS : 1) : 0.0f), ...);
+    return EVEN ? 1.0f / P : inverse;
   }
 
   // The first of them.
@@ -86,23 +97,49 @@ struct PointArrays {
   const Location* locations;
   const Weight* weights;
   const unsigned char* mask;  // of the points' image, if S::MASKED
+  RowOf<S> row;               // of the points' row, if S::FUSED
 
   // The points from `index` on.
   template <typename Index>
   __device__ PointArrays from(Index index) const {
-    return {locations + 2 * index, weights + index, mask};
+    return {locations + 2 * index, weights + index, mask, row};
   }
 
   // The points as those of the image whose position 0 is at this index among N * S.
   template <typename Index>
   __device__ PointArrays of_image(Index position) const {
-    return {locations, weights, S::MASKED ? mask + position : mask};
+    return {locations, weights, S::MASKED ? mask + position : mask, row};
+  }
+
+  // The points of a row among N * Lq * M, which a group of G lanes owns. All lanes of the warp take part.
+  template <int M, int G, typename Index, typename Params>
+  __device__ __forceinline__ PointArrays of_row(Index index, unsigned member, const typename S::Reference* references,
+                                                const Params& p) const {
+    if constexpr (S::FUSED) {
+      const unsigned row = static_cast<unsigned>(index), first = row * S::K;
+      return {locations,
+              weights,
+              mask,
+              {query_references<S, M>(references, row, p), first, p.offset_scale,
+               softmax_of<S::K, G>(weights + first, member)}};
+    } else {
+      return from(index * S::K);
+    }
+  }
+
+  // The place of a point in the arrays. Fused: one index of 32 bits for all, which takes fewer registers than pointers.
+  template <typename Index>
+  __device__ auto at(Index index) const {
+    if constexpr (S::FUSED)
+      return static_cast<size_t>(row.first + static_cast<unsigned>(index));
+    else
+      return index;
   }
 
   template <typename Real = float, typename Index>
   __device__ Fractions<Real> location(Index index) const {
     Real loaded[2];
-    ::load(loaded, locations + 2 * index);
+    ::load(loaded, locations + 2 * at(index));
     return {loaded[0], loaded[1]};
   }
 
@@ -113,13 +150,44 @@ struct PointArrays {
 
   template <typename Real = float, typename Index>
   __device__ Real weight(Index index) const {
-    return widen(weights[index]);
+    return widen(weights[at(index)]);
+  }
+
+  // Where a point of the level of this number lies, as loaded.
+  template <typename Real = float, typename Index>
+  __device__ auto place(Index index, [[maybe_unused]] int number) const {
+    if constexpr (S::FUSED) {
+      OffsetPoint<S> at;
+      at.offset = location(index);
+      ::load(at.reference, row.references + (S::BY_LEVEL ? number * S::COORDINATES : 0));
+      return at;
+    } else {
+      return location<Real>(index);
+    }
+  }
+
+  // Where that is in pixels.
+  template <typename Place>
+  __device__ auto pixels(const Place& at, const Level& level, [[maybe_unused]] int number) const {
+    if constexpr (S::FUSED)
+      return to_pixels(at, row.offset_scale, level, number);
+    else
+      return to_pixels<S::NEAREST>(at, level);
+  }
+
+  // The attention weight of a point by what `weight` has loaded.
+  template <typename Real>
+  __device__ Real attention(Real loaded) const {
+    if constexpr (S::FUSED)
+      return row.softmax.weight(loaded);
+    else
+      return loaded;
   }
 
   // The level by value: by reference, the compiler reads it from shared memory twice.
   template <typename Real = float, typename Index>
-  __device__ Point<Real> load(Index index, Level level) const {
-    return {level, coordinates<Real>(index, level), weight<Real>(index)};
+  __device__ Point<Real> load(Index index, Level level, int number) const {
+    return {level, pixels(place<Real>(index, number), level, number), attention(weight<Real>(index))};
   }
 
   // The cell at these coordinates, of the corners that count. INTERIOR: they are known to be all four.
@@ -158,16 +226,30 @@ struct PointArrays {
   }
 };
 
+// Fused: the gradients by the attention weights of a lane's points, the latest first, until all of the row are known.
+template <int COUNT>
+struct WeightGradients {
+  float gradient[COUNT];
+
+  __device__ __forceinline__ void add(float by_weight) {
+#pragma unroll
+    for (int i = COUNT - 1; i > 0; --i) gradient[i] = gradient[i - 1];
+    gradient[0] = by_weight;
+  }
+};
+
 // Where the gradients of points go.
 template <typename S, typename Location, typename Weight>
 struct PointGradientArrays {
   Location* locations;
   Weight* weights;
+  float* by_location;  // fused: by the locations that offsets stand for; null where they are not wanted
 
-  // As PointArrays::from. Both pointers are null where these gradients are not wanted.
+  // As PointArrays::from. The pointers are null where these gradients are not wanted.
   template <typename Index>
   __device__ PointGradientArrays from(Index index) const {
-    return {locations + 2 * index, weights + index};
+    if constexpr (S::FUSED) return *this;  // an index is taken through PointArrays::at
+    return {locations + 2 * index, weights + index, nullptr};
   }
 
   // `dot` as for point_gradient. All three gradients are NaN if the level does not fit S.
@@ -179,5 +261,45 @@ struct PointGradientArrays {
     const Wide by_location[2] = {static_cast<Wide>(gradient.x), static_cast<Wide>(gradient.y)};
     ::store(locations + 2 * index, by_location);
     weights[index] = narrow_to<Weight>(static_cast<typename Compute<Weight>::type>(gradient.weight));
+  }
+
+  // Fused, of a point of the level of this number: store all but the gradient by its logit, and return that by its
+  // attention weight. `points` has the point at the same index.
+  __device__ float store_offset(int index, int number, const LocatedPoint<float>& point, const Four<float>& dot,
+                                const PointArrays<S, Location, Weight>& points) const {
+    PointGradient<float> by_pixel = point_gradient<S::NEAREST>(point.cell, point.weight, Level{1, 1, 0}, dot);
+    if (point.level.start < 0) by_pixel = {point.weight, point.weight, point.weight};  // NaN
+    const float width = static_cast<float>(point.level.width), height = static_cast<float>(point.level.height);
+    Coordinates<float> step = {1.0f, 1.0f};  // pixels that the point moves by an offset of one
+    if constexpr (S::BOXES)
+      step = box_step<S>(points.place(index, number).reference, points.row.offset_scale, point.level, number);
+    const float by_offset[2] = {by_pixel.x * step.x, by_pixel.y * step.y};
+    ::store(locations + 2 * points.at(index), by_offset);
+    if (by_location != nullptr) {
+      const float gradient[2] = {by_pixel.x * width, by_pixel.y * height};
+      ::store(by_location + 2 * points.at(index), gradient);
+    }
+    return by_pixel.weight;
+  }
+
+  // Fused: store the gradients by the logits of a lane's points: `first` and every Gth one after it up to `end`. LANES
+  // neighbours hold the points of the row.
+  template <int G, int LANES, int COUNT>
+  __device__ void store_logits(const WeightGradients<COUNT>& of_lane, int first, int end,
+                               const PointArrays<S, Location, Weight>& points) const {
+    float weight[COUNT], sum = 0.0f;  // of weight * gradient over the row
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int k = first + i * G;
+      weight[i] = k < end ? points.attention(points.weight(k)) : 0.0f;
+      sum += weight[i] * of_lane.gradient[COUNT - 1 - i];
+    }
+#pragma unroll
+    for (int offset = 1; offset < LANES; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const int k = first + i * G;
+      if (k < end) weights[points.at(k)] = narrow_to<Weight>(weight[i] * (of_lane.gradient[COUNT - 1 - i] - sum));
+    }
   }
 };

@@ -110,14 +110,22 @@ COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
 TORCH_LAYERS = {
     "operands": set(),
     "fused_operands": {"operands"},
-    "exchange": {"operands"},
+    "exchange": {"operands", "fused_operands"},
     "dtensor": {"operands"},
     "flops": {"operands", "fused_operands"},
     "operators": {"exchange", "dtensor", "flops", "operands", "fused_operands"},
     "derivatives": {"operators", "flops", "operands"},
     "export": {"operators", "operands", "fused_operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
-    "fused": {"functions", "derivatives", "flops", "operators", "operands", "fused_operands"},
+    "fused": {
+        "functions",
+        "derivatives",
+        "exchange",
+        "flops",
+        "operators",
+        "operands",
+        "fused_operands",
+    },
     "": {"functions", "fused"},
 }
 

@@ -14,7 +14,7 @@ import pytest
 
 from cupy_msda.cuda.compile import OPTIONS, Kernel, assemble
 from cupy_msda.cuda.plans import Choice, Device, Launch, Plan, plan_backward, plan_forward
-from cupy_msda.problem import Grids, LevelTable, Problem
+from cupy_msda.problem import Grids, LevelTable, Problem, References
 
 nvrtc = pytest.importorskip(
     "cupy_backends.cuda.libs.nvrtc", reason="needs CuPy for its binding of NVRTC"
@@ -111,9 +111,10 @@ def forward(
     multiprocessors: int = 1,
     grids: Grids = (),
     choice: Choice | None = None,
+    references: References | None = None,
 ) -> Kernel:
     """The forward of a shape."""
-    case = of_shape(shape, dtypes)
+    case = of_shape(shape, dtypes, references=references)
     (kernel,) = planned(plan_forward(*case, Device(multiprocessors, "90"), grids, choice))
     return kernel
 
@@ -124,36 +125,54 @@ def backward(
     multiprocessors: int = 1,
     grids: Grids = (),
     queries: int = QUERIES,
+    references: References | None = None,
     **needs: bool,
 ) -> list[Kernel]:
     """The launches of a backward of a shape."""
-    case = of_shape(shape, dtypes, queries)
+    case = of_shape(shape, dtypes, queries, references)
     return planned(plan_backward(*case, Device(multiprocessors, "90"), grids, **needs))
 
 
-def of_shape(shape: str, dtypes: str, queries: int = QUERIES) -> tuple[Problem, LevelTable]:
+def of_shape(
+    shape: str, dtypes: str, queries: int = QUERIES, references: References | None = None
+) -> tuple[Problem, LevelTable]:
     """The problem of a shape."""
     d, levels, points, heads = SHAPES[shape]
     found, table = problem(DTYPES[dtypes], d, levels, points, heads)
-    return found._replace(num_queries=queries), table
+    return found._replace(num_queries=queries, references=references), table
 
 
-def kernels(shape: str, dtypes: str) -> dict[str, Kernel]:
+def kernels(shape: str, dtypes: str, references: References | None = None) -> dict[str, Kernel]:
     """Every launch that the shape may lead to. At d128 no backward is persistent: its key holds the plain kernel."""
     case = shape, dtypes
-    points = {"needs_value": False}
+    fused: dict[str, Any] = {"references": references}
+    points = {"needs_value": False} | fused
+    value = {"needs_points": False} | fused
     return {
-        "forward": forward(*case),
-        "forward-query-tiles": forward(*case, grids=LEVELS, choice=Choice("query tiles", "test")),
-        "forward-persistent": forward(*case, grids=LEVELS),
-        "forward-split-k": forward(*case, MANY),
-        "backward": backward(*case)[0],
-        "backward-split-k": backward(*case, MANY)[0],
-        "backward-value": backward(*case, needs_points=False)[0],
+        "forward": forward(*case, **fused),
+        "forward-query-tiles": forward(
+            *case, grids=LEVELS, choice=Choice("query tiles", "test"), **fused
+        ),
+        "forward-persistent": forward(*case, grids=LEVELS, **fused),
+        "forward-split-k": forward(*case, MANY, **fused),
+        "backward": backward(*case, **fused)[0],
+        "backward-split-k": backward(*case, MANY, **fused)[0],
+        "backward-value": backward(*case, **value)[0],
         "backward-points": backward(*case, **points)[0],
         "backward-points-persistent": backward(*case, grids=LEVELS, **points)[0],
-        "backward-value-binned": backward(*case, grids=LEVELS, needs_points=False)[0],
+        "backward-value-binned": backward(*case, grids=LEVELS, **value)[0],
     }
+
+
+def references_of(shape: str, dtype: str, coordinates: int, by_level: bool = True) -> References:
+    """Reference points of every image."""
+    return References(1, SHAPES[shape][1] if by_level else 1, coordinates, dtype)
+
+
+def reference_gradient(shape: str, dtypes: str, references: References) -> Kernel:
+    """The gradient of reference points."""
+    needs = {"needs_value": False, "needs_references": True}
+    return backward(shape, dtypes, references=references, **needs)[-1]
 
 
 def fixed_point_kernels(
@@ -201,6 +220,7 @@ BUDGETS = {
     "round.cu": Budget(40, 0),
     "backward_value_tiled.cu": Budget(64, 8),
     "backward_value_binned.cu": Budget(80, 0),
+    "reference_gradient.cu": Budget(64, 0),
 }
 
 
@@ -248,6 +268,39 @@ OF_EVERY_SHAPE = [
 @pytest.mark.parametrize(("dtypes", "architecture"), OF_EVERY_SHAPE)
 def test_every_shape(shape: str, dtypes: str, architecture: int) -> None:
     check_budgets(kernels(shape, dtypes).values(), architecture)
+
+
+# Shape, dtypes, those of reference points, their coordinates, and whether there is one for each level.
+FUSED = {
+    "detr": ("detr", "f16-mixed", F32, 2, True),
+    "dino": ("detr", "bf16-mixed", BF16, 4, True),
+    "dfine": ("dfine", "f32", F32, 4, False),
+    "rfdetr": ("rfdetr", "f16", F16, 4, True),
+    "most-stages": ("d8", "f32", F32, 4, True),
+    "d128": ("d128", "bf16", F32, 2, True),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name: str, architecture: int) -> None:
+    shape, dtypes, *kind = FUSED[name]
+    references = references_of(shape, *kind)
+    of_references = reference_gradient(shape, dtypes, references)
+    check_budgets([*kernels(shape, dtypes, references).values(), of_references], architecture)
+
+
+@pytest.mark.parametrize("architecture", [75, 90, 120])
+def test_fused_with_other_sampling(architecture: int) -> None:
+    """Uneven points, nearest pixels and masks, in what a decoder runs."""
+    case, table = of_shape("dfine", "f32", references=references_of("dfine", F32, 4, False))
+    for change in (
+        {"num_points": (3, 6, 3)},
+        {"interpolation": "nearest", "has_mask": True, "num_points": (3, 6, 3)},
+    ):
+        changed = case._replace(**change), table, Device(MANY, "90")
+        plans = plan_forward(*changed), plan_backward(*changed, needs_references=True)
+        check_budgets([kernel for plan in plans for kernel in planned(plan)], architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -18,6 +18,7 @@ from cupy_msda.problem import (
     NO_TABLE,
     LevelTable,
     Problem,
+    References,
 )
 from tests.emulator import launches
 from tests.problems import random_inputs
@@ -469,23 +470,26 @@ def arguments(plan):
 
 
 def test_arguments_of_the_forward():
-    for problem in (DECODER, ENCODER, GENERIC):
-        assert forward_of(problem).arguments == (*INPUTS, None, "output", *TABLE)
+    """Without a mask and, in the specialised kernels, without reference points."""
+    for problem, nothing in ((DECODER, [None] * 2), (ENCODER, [None] * 2), (GENERIC, [None])):
+        assert forward_of(problem).arguments == (*INPUTS, *nothing, "output", *TABLE)
 
 
 def test_arguments_of_the_backward():
     names = ("grad_output", *INPUTS, None)
-    for problem in (DECODER, GENERIC):
+    for problem, references, by_location in ((DECODER, [None], [None]), (GENERIC, [], [])):
         (found,) = arguments(plan_backward(problem, NO_TABLE, H100)).values()
-        assert found == (*names, *GRADIENTS, *TABLE)
+        assert found == (*names, *references, *GRADIENTS, *by_location, *TABLE)
         (found,) = arguments(plan_backward(problem, NO_TABLE, H100, **VALUE)).values()
-        assert found == (*names, "grad_value", None, None, *TABLE)
-    for problem in (DECODER, GENERIC, ENCODER):
-        assert points_of(problem).arguments == (*names, None, *GRADIENTS[1:], *TABLE)
+        assert found == (*names, *references, "grad_value", None, None, *by_location, *TABLE)
+    assert points_of(GENERIC).arguments == (*names, None, *GRADIENTS[1:], *TABLE)
+    of_points = (*names, None, None, *GRADIENTS[1:], None, *TABLE)
+    for problem in (DECODER, ENCODER):
+        assert points_of(problem).arguments == of_points
     read = ("grad_output", "locations", "weights", None)
     found = arguments(plan_backward(ENCODER, NO_TABLE, H100))
-    assert found["msda_backward_value_binned"] == (*read, "grad_value", *TABLE)
-    assert found["msda_backward_persistent"] == (*names, None, *GRADIENTS[1:], *TABLE)
+    assert found["msda_backward_value_binned"] == (*read, None, "grad_value", *TABLE)
+    assert found["msda_backward_persistent"] == of_points
 
 
 def test_arguments_around_an_accumulator():
@@ -493,11 +497,11 @@ def test_arguments_around_an_accumulator():
     read = ("grad_output", "locations", "weights", None)
     finish = ("accumulator", "grad_value")
     found = arguments(plan_backward(DECODER._replace(**HALF), NO_TABLE, H100))
-    assert found["msda_backward"] == (*names, "accumulator", *GRADIENTS[1:], *TABLE)
+    assert found["msda_backward"] == (*names, None, "accumulator", *GRADIENTS[1:], None, *TABLE)
     assert found["msda_round"] == finish
     found = arguments(plan_backward(ENCODER, NO_TABLE, H100, deterministic=True))
     assert found["msda_fixed_point_scale"] == (*read, "accumulator", *TABLE)
-    assert found["msda_backward_value_binned"] == (*read, "accumulator", *TABLE)
+    assert found["msda_backward_value_binned"] == (*read, None, "accumulator", *TABLE)
     assert found["msda_fixed_point_finish"] == finish
     found = arguments(plan_backward(DECODER, NO_TABLE, H100, deterministic=True))
     assert found["msda_backward_value_tiled"] == (*read, "grad_value", *TABLE)
@@ -547,8 +551,8 @@ def test_params_hold_the_shape_and_the_levels():
         levels = [[*size, start] for size, start in zip(SIZES, STARTS, strict=True)]
         assert params["levels"].shape == (room, 3)
         assert params["levels"][:4].tolist() == levels
-        # What a launch takes by value, ten pointers among it.
-        assert params.nbytes <= 4096 - 10 * 8
+        # What a launch takes by value, twelve pointers among it.
+        assert params.nbytes <= 4096 - 12 * 8
 
 
 def test_params_of_generic_kernels_hold_the_points_of_the_levels():
@@ -641,6 +645,106 @@ def test_kernels_find_their_image_and_head_on_a_grid_of_three_dimensions(monkeyp
     assert torch.equal(output, plain)
 
 
+# --- fused calls --------------------------------------------------------------------------------------
+
+BOXES = References(2, 1, 4, "float16")
+CENTERS = References(1, 4, 2, "float32")
+
+
+def fused_backward(problem, **options):
+    """A backward of all gradients, by kernel."""
+    needs = {"needs_references": True, "offset_scale": 0.25}
+    plan = plan_backward(problem, TABLES["host"], H100, **needs | options)
+    return {
+        step.kernel.name.partition("<")[0]: step
+        for step in plan.launches
+        if isinstance(step, Launch)
+    }
+
+
+@pytest.mark.parametrize("problem", [DECODER, ENCODER], ids=["decoder", "encoder"])
+def test_a_fused_forward(problem):
+    plain, fused = forward_of(problem), forward_of(problem._replace(references=BOXES))
+    sampling = "Sampling<false, false, 4, 4, 4, 4>"
+    by_boxes = plain.kernel.name.replace(sampling, f"Fused<{sampling}, half_t, 4, false>")
+    assert fused.kernel == plain.kernel._replace(name=by_boxes)
+    assert fused.arguments == (*INPUTS, None, "references", "output", *TABLE)
+    assert fused[1:3] == plain[1:3]
+
+
+def test_a_fused_backward():
+    names = ("grad_output", *INPUTS, None, "references")
+    found = fused_backward(DECODER._replace(references=CENTERS))
+    assert list(found) == ["msda_backward", "msda_reference_gradient"]
+    assert found["msda_backward"].arguments == (*names, *GRADIENTS, "by_location", *(None,) * 2)
+    launch = found["msda_reference_gradient"]
+    assert launch.arguments == ("by_location", "locations", "grad_references")
+    sampling = "Fused<Sampling<false, false, 4, 4, 4, 4>, float, 2, true>"
+    assert launch.kernel.name == f"msda_reference_gradient<float, 8, {sampling}>"
+    found = fused_backward(ENCODER._replace(references=CENTERS))
+    kinds = "msda_backward_value_binned", "msda_backward_persistent", "msda_reference_gradient"
+    assert tuple(found) == kinds
+    read = ("grad_output", "locations", "weights", None, "references")
+    assert found[kinds[0]].arguments == (*read, "grad_value", None, None)
+    of_points = None, *GRADIENTS[1:], "by_location", None, None
+    assert found[kinds[1]].arguments == (*names, *of_points)
+    assert found[kinds[2]].grid == (-(-22223 // 8), 1, 1)
+    without = fused_backward(ENCODER._replace(references=CENTERS), needs_references=False)
+    assert tuple(without) == kinds[:2]
+    assert "by_location" not in without[kinds[1]].arguments
+
+
+def test_params_of_fused_kernels_hold_the_scale_and_who_has_reference_points():
+    for references, rows in ((CENTERS, 22223), (BOXES, 2 * 22223)):
+        fused = ENCODER._replace(references=references)
+        launches = [
+            *fused_backward(fused).values(),
+            *fused_backward(fused._replace(**HALF)).values(),
+        ]
+        plan = plan_forward(fused, TABLES["host"], H100, offset_scale=0.25)
+        for launch in [*plan.launches, *launches]:
+            if launch.kernel.file != "round.cu":
+                assert launch.params.dtype.names[-2:] == ("offset_scale", "reference_rows")
+                assert launch.params["offset_scale"] == 0.25
+                assert launch.params["reference_rows"] == rows
+
+
+def test_candidates_of_a_fused_problem_are_bitwise_identical():
+    """A logit's gradient has a part that is summed over the row, in another order for every split-K."""
+    few = DECODER._replace(batch=1, num_queries=300, references=CENTERS)
+    request = False, True, False
+    plain = plans.backward_candidates(few._replace(references=None), H100, None, *request)
+    fused = plans.backward_candidates(few, H100, None, *request)
+    assert len(plain) > len(fused) == 1
+    grids = ((10, 30),)
+    assert len(plans.backward_candidates(few, H100, grids, *request)) == 1
+
+
+FUSED_LIMITS = {
+    "": {},
+    "float64": DOUBLE,
+    "D = 30": {"head_dim": 30},
+    "D = 256": {"head_dim": 256, **HALF},
+    "L = 17": {"num_levels": 17},
+    "K = 68": {"num_points": 17},
+    "N * Lq * M * K = 2147483648": {"batch": 2**16, "num_queries": 2**8},
+}
+
+
+@pytest.mark.parametrize(("limit", "change"), FUSED_LIMITS.items(), ids=map(str, FUSED_LIMITS))
+def test_what_is_composed(limit, change):
+    problem = DECODER._replace(references=CENTERS, **change)
+    assert plans.fused_limit(problem, deterministic=False) == limit
+    assert plans.fused_limit(problem, deterministic=True) == "deterministic"
+
+
+def test_gradients_of_reference_points_without_points_are_zero():
+    problem = DECODER._replace(references=BOXES, num_points=0)
+    plan = plan_backward(problem, NO_TABLE, H100, needs_references=True)
+    assert Fill("grad_references", 2 * 2 * 900 * 4) in plan.launches
+    assert plans.fused_limit(problem, deterministic=False) == ""
+
+
 # --- all plans ------------------------------------------------------------------------------------------
 
 
@@ -652,12 +756,22 @@ def all_plans():
         for changed in ({}, HALF, DOUBLE)
     ]
     grids = (None, ((1, 22223),))
+    problems += [
+        problem._replace(references=references)
+        for problem in (DECODER, ENCODER)
+        for references in (CENTERS, BOXES)
+    ]
     for problem, table, order in product(problems, TABLES.values(), grids):
         yield problem, {"output"}, plan_forward(problem, table, H100, order)
         for needs_value, needs_points, deterministic in product((True, False), repeat=3):
             needs = {"needs_value": needs_value, "needs_points": needs_points}
-            plan = plan_backward(problem, table, H100, order, **needs, deterministic=deterministic)
             written = GRADIENTS[: int(needs_value)] + GRADIENTS[1:] * needs_points
+            if problem.references:
+                needs["needs_references"] = needs_points
+                written += ("grad_references",) * needs_points
+                if deterministic:  # composed
+                    continue
+            plan = plan_backward(problem, table, H100, order, **needs, deterministic=deterministic)
             yield problem, set(written), plan
 
 
@@ -666,7 +780,7 @@ def test_every_plan_writes_what_is_needed_and_has_a_reason_of_one_line():
         launches = [step for step in plan.launches if isinstance(step, Launch)]
         named = {name for step in launches for name in step.arguments if name is not None}
         assert named <= set(ARRAYS)
-        assert named & {"output", *GRADIENTS} == written
+        assert named & {"output", *GRADIENTS, "grad_references"} == written
         assert ("accumulator" in named) == (plan.workspace > 0)
         assert plan.reason
         assert "\n" not in plan.reason

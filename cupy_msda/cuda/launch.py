@@ -113,11 +113,13 @@ class Bound(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def bind_forward(problem: Problem, table: LevelTable, grids: Grids, device: int) -> Bound:
+def bind_forward(
+    problem: Problem, table: LevelTable, grids: Grids, device: int, offset_scale: float = 0.5
+) -> Bound:
     """Plan a forward for the CUDA device of this index and compile what it launches; `table` as the host knows it."""
     on = describe(device)
     choice = tuned.choice(FORWARD, problem, on, grids)
-    return bind(plan_forward(problem, table, on, grids, choice), device)
+    return bind(plan_forward(problem, table, on, grids, choice, offset_scale), device)
 
 
 @lru_cache(maxsize=1024)
@@ -129,6 +131,8 @@ def bind_backward(
     needs_value: bool,
     needs_points: bool,
     deterministic: bool,
+    needs_references: bool = False,
+    offset_scale: float = 0.5,
 ) -> Bound:
     """Plan a backward for the CUDA device of this index and compile what it launches."""
     on = describe(device)
@@ -142,6 +146,8 @@ def bind_backward(
         needs_points=needs_points,
         deterministic=deterministic,
         choice=tuned.choice(result, problem, on, grids),
+        needs_references=needs_references,
+        offset_scale=offset_scale,
     )
     return bind(plan, device)
 

@@ -54,10 +54,15 @@ _ROUNDED_AT_ONCE = 8  # round.cu: elements of a thread, in one pass of the grid
 # Candidates of a persistent kernel: how many blocks for each multiprocessor, one of which fits at a time.
 _PERSISTENT_BLOCKS = (1, 2, 4)
 
-# Every array that a launch may name. `accumulator` is workspace: the others are the caller's.
+# The stages of points of a group, whose gradients its lanes keep in registers: more would spill.
+_MAX_FUSED_STAGES = 8
+
+# Every array that a launch may name. In a fused call `locations` are its offsets and `weights` its logits. Workspace:
+# `accumulator` and `by_location`, which is float32 and of the shape of the locations. The others are the caller's.
 ARRAYS = (
-    *("grad_output", "value", "locations", "weights", "sizes", "starts", "mask"),
-    *("output", "grad_value", "grad_locations", "grad_weights", "accumulator"),
+    *("grad_output", "references", "value", "locations", "weights", "sizes", "starts", "mask"),
+    *("output", "grad_value", "grad_locations", "grad_weights", "grad_references"),
+    *("accumulator", "by_location"),
 )
 
 logger = logging.getLogger(__name__)
@@ -144,6 +149,8 @@ class _Case(NamedTuple):
     table: LevelTable
     device: Device
     grids: Grids
+    offset_scale: float
+    needs_references: bool = False
 
 
 @lru_cache(maxsize=1024)
@@ -153,12 +160,16 @@ def plan_forward(
     device: Device,
     grids: Grids = None,
     choice: Choice | None = None,
+    offset_scale: float = 0.5,
 ) -> Plan:
-    """Plan a forward, which writes `output`; `choice`: among `forward_candidates`, else the model's."""
+    """Plan a forward, which writes `output`; `choice`: among `forward_candidates`, else the model's.
+
+    `offset_scale`: of a fused problem, which `fused_limit` must allow.
+    """
     if problem.is_empty:
         return _zeros(problem, "forward", {"output": problem.value_dtype})
     candidate, why = _choose(forward_candidates(problem, device, grids), choice)
-    launch = _forward(_Case(problem, table, device, grids), candidate)
+    launch = _forward(_Case(problem, table, device, grids, offset_scale), candidate)
     return _logged("forward", problem, Plan((launch,), 0, f"{candidate}: {why}"))
 
 
@@ -173,10 +184,13 @@ def plan_backward(
     needs_points: bool = True,
     deterministic: bool = False,
     choice: Choice | None = None,
+    needs_references: bool = False,
+    offset_scale: float = 0.5,
 ) -> Plan:
     """Plan a backward, which writes `grad_value`, or `grad_locations` and `grad_weights`, or all of them.
 
-    `choice`: among `backward_candidates`, else the model's.
+    `choice`: among `backward_candidates`, else the model's. The rest is of a fused problem, which `fused_limit` must
+    allow: with `needs_references`, which takes `needs_points`, it also writes `grad_references`.
     """
     written: dict[str, str] = {}
     if needs_value:
@@ -184,15 +198,19 @@ def plan_backward(
     if needs_points:
         written["grad_locations"] = problem.location_dtype
         written["grad_weights"] = problem.weight_dtype
+    if problem.references and needs_references:
+        written["grad_references"] = problem.references.dtype
     if problem.is_empty or not written:
         return _zeros(problem, "backward", written)
-    case = _Case(problem, table, device, grids)
+    case = _Case(problem, table, device, grids, offset_scale, needs_references)
     request = needs_value, needs_points, deterministic
     candidate, why = _choose(backward_candidates(problem, device, grids, *request), choice)
     if needs_value:
         plan = _backward_of_value(case, candidate, needs_points, deterministic)
     else:
         plan = Plan((_backward(case, candidate),), 0, "")
+    if needs_references:
+        plan = plan._replace(launches=(*plan.launches, _reference_gradient(case)))
     return _logged("backward", problem, plan._replace(reason=f"{candidate}: {why}{plan.reason}"))
 
 
@@ -203,6 +221,7 @@ def _zeros(problem: Problem, way: str, written: dict[str, str]) -> Plan:
         "grad_value": problem.value_elements,
         "grad_locations": 2 * problem.point_elements,
         "grad_weights": problem.point_elements,
+        "grad_references": problem.reference_elements,
     }
     fills = tuple(
         Fill(name, elements[name] * _SIZE[dtype])
@@ -281,9 +300,13 @@ def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[
     most = min(WARP // group, max(1, -(-points // group)))
     split_k = _split_k(problem, device, group, most)
     near = [k for k in (split_k, split_k // 2, 2 * split_k) if 1 <= k <= most and points % k == 0]
+    if problem.references:
+        # A sum over the row, in another order for each split-K, is part of a logit's gradient.
+        near = [split_k]
     plain = _with_threads(problem, device, group, near)
     # One row per warp exceeds the persistent kernel's 64-register limit.
-    return _rows_candidates(problem, device, grids, group, plain, group < WARP)
+    may_persist = group < WARP and (split_k == 1 or not problem.references)
+    return _rows_candidates(problem, device, grids, group, plain, may_persist)
 
 
 def _with_threads(
@@ -328,9 +351,9 @@ def _choose(candidates: tuple[Candidate, ...], choice: Choice | None) -> tuple[C
 def _forward(case: _Case, candidate: Candidate) -> Launch:
     """The forward kernel."""
     problem = case.problem
-    arguments = ("value", *_points(problem), "output")
     if candidate.kernel == "generic":
-        return _generic(case, "msda_forward_generic", arguments)
+        return _generic(case, "msda_forward_generic", ("value", *_points(problem), "output"))
+    arguments = ("value", *_points(problem), _references(problem), "output")
     if candidate.kernel == "persistent":
         name = "msda_forward_persistent"
         return _persistent(case, "forward.cu", name, candidate.number, arguments)
@@ -401,10 +424,12 @@ def _backward(
     """
     problem, split_k = case.problem, candidate.number
     of_points = ("grad_locations", "grad_weights") if needs_points else (None, None)
-    arguments = ("grad_output", "value", *_points(problem), target, *of_points)
+    inputs = "grad_output", "value", *_points(problem)
     if candidate.kernel == "generic":
         fixed = (_cpp_bool(deterministic),)
-        return _generic(case, "msda_backward_generic", arguments, fixed)
+        return _generic(case, "msda_backward_generic", (*inputs, target, *of_points), fixed)
+    by_location = "by_location" if case.needs_references else None
+    arguments = (*inputs, _references(problem), target, *of_points, by_location)
     if candidate.kernel == "persistent":
         name = "msda_backward_persistent"
         return _persistent(case, "backward.cu", name, candidate.number, arguments)
@@ -420,8 +445,21 @@ def _binned(case: _Case, deterministic: bool, target: str) -> Launch:
     template = (*_shape_arguments(problem), _cpp_bool(deterministic))
     kernel = _kernel(problem, "backward_value_binned.cu", "msda_backward_value_binned", template)
     grid = _grid(problem, -(-problem.num_queries // BINNED_QUERIES))
-    arguments = _with_table(("grad_output", *_points(problem), target), case.table)
+    arguments = ("grad_output", *_points(problem), _references(problem), target)
+    arguments = _with_table(arguments, case.table)
     return Launch(kernel, grid, (BLOCK, 1, 1), arguments, _params_with_grids(case))
+
+
+def _reference_gradient(case: _Case) -> Launch:
+    """The gradient of the reference points of a fused problem, from `by_location`."""
+    problem = case.problem
+    types = _CPP[problem.location_dtype], str(problem.num_heads), _sampling_of_shape(problem)
+    name = f"msda_reference_gradient<{', '.join(types)}>"
+    kernel = Kernel("reference_gradient.cu", name)
+    arguments = "by_location", "locations", "grad_references"
+    grid = -(-_reference_rows(problem) // (BLOCK // WARP)), 1, 1
+    params = _fused(case, _params(problem, NO_TABLE))
+    return Launch(kernel, grid, (BLOCK, 1, 1), arguments, params)
 
 
 def _tiled(case: _Case) -> Launch:
@@ -488,6 +526,25 @@ def _limit(problem: Problem, vector: int) -> str:
     return ""
 
 
+def fused_limit(problem: Problem, deterministic: bool) -> str:
+    """Why no kernels of ours cover a fused problem, which is then composed; empty if they do.
+
+    `deterministic`: its gradient of value is needed, and must be bitwise identical in every run.
+    """
+    if deterministic:
+        return "deterministic"
+    if problem.is_empty:
+        return ""
+    limit = _limit(problem, 16 // _SIZE[problem.value_dtype]) or _limit(problem, 4)
+    if limit:
+        return limit
+    if problem.row_points > _MAX_FUSED_STAGES * problem.head_dim // 4:
+        return f"K = {problem.row_points}"
+    if problem.point_elements >= 2**31:
+        return f"N * Lq * M * K = {problem.point_elements}"
+    return ""
+
+
 def queries(problem: Problem, grids: Grids) -> str:
     """Where the queries lie: on the "levels", on given "grids", or, with nothing known, in "order"."""
     if grids:
@@ -523,9 +580,9 @@ def _has_bins(problem: Problem) -> bool:
 
 
 def is_tiled(problem: Problem) -> bool:
-    """Whether deterministic gradients of value come from backward_value_tiled.cu."""
+    """Whether backward_value_tiled.cu takes the problem, whose deterministic gradients of value then come from it."""
     few = problem.num_queries * max(problem.level_points) <= MAX_POINTS_TILED
-    return few and not _limit(problem, 4) and _num_tiles(problem) < 2**31
+    return few and not problem.references and not _limit(problem, 4) and _num_tiles(problem) < 2**31
 
 
 def _num_tiles(problem: Problem) -> int:
@@ -576,7 +633,8 @@ def _rows(
     kernel = _kernel(problem, file, name, template)
     grid = _grid(problem, -(-problem.num_queries // queries_of_block))
     arguments = _with_table(arguments, case.table)
-    return Launch(kernel, grid, (threads, 1, 1), arguments, _params(problem, case.table))
+    params = _fused(case, _params(problem, case.table))
+    return Launch(kernel, grid, (threads, 1, 1), arguments, params)
 
 
 def _persistent(
@@ -594,6 +652,16 @@ def _points(problem: Problem) -> tuple[str | None, ...]:
     return "locations", "weights", "mask" if problem.has_mask else None
 
 
+def _references(problem: Problem) -> str | None:
+    """The reference points that a specialised kernel reads: a null pointer where the problem is not fused."""
+    return "references" if problem.references else None
+
+
+def _reference_rows(problem: Problem) -> int:
+    """How many (image, query) have reference points of their own."""
+    return problem.references.batch * problem.num_queries if problem.references else 0
+
+
 def _with_table(arguments: tuple[str | None, ...], table: LevelTable) -> tuple[str | None, ...]:
     """The arguments, then the level table: null pointers for what the host knows of it."""
     sizes = "sizes" if table.sizes is None else None
@@ -608,7 +676,17 @@ def _kernel(problem: Problem, file: str, name: str, template: tuple[object, ...]
 
 def _shape_arguments(problem: Problem) -> tuple[object, ...]:
     """The shape among the template arguments: M, D and how points are sampled."""
-    return problem.num_heads, problem.head_dim, _sampling(problem, problem.level_points)
+    return problem.num_heads, problem.head_dim, _sampling_of_shape(problem)
+
+
+def _sampling_of_shape(problem: Problem) -> str:
+    """How a kernel that knows the points of each level samples them, as point.cuh or fused.cuh declares it."""
+    sampling = _sampling(problem, problem.level_points)
+    if problem.references is None:
+        return sampling
+    _, levels, coordinates, dtype = problem.references
+    by_level = _cpp_bool(levels == problem.num_levels)
+    return f"Fused<{sampling}, {_CPP[dtype]}, {coordinates}, {by_level}>"
 
 
 def _sampling(problem: Problem, points: tuple[int, ...] = ()) -> str:
@@ -672,6 +750,16 @@ def _params_with_grids(case: _Case) -> np.ndarray:
     if case.grids:
         params["num_grids"] = len(case.grids)
         params["grids"][: len(case.grids)] = case.grids
+    return _fused(case, params)
+
+
+def _fused(case: _Case, params: np.ndarray) -> np.ndarray:
+    """The same and, of a fused problem, what fused.cuh declares."""
+    if case.problem.references is None:
+        return params
+    params = _extended(params, [("offset_scale", "f4"), ("reference_rows", "i4")])
+    params["offset_scale"] = case.offset_scale
+    params["reference_rows"] = _reference_rows(case.problem)
     return params
 
 
@@ -689,7 +777,7 @@ def _generic_params(case: _Case) -> np.ndarray:
 
 def _extended(params: np.ndarray, further: list[tuple[Any, ...]]) -> np.ndarray:
     """The same with further fields, which are zero."""
-    longer = np.zeros((), [*_SCALARS, ("levels", "i4", params["levels"].shape), *further])
-    for name in (*_SIZES, "levels"):
+    longer = np.zeros((), [*params.dtype.descr, *further])
+    for name in params.dtype.names or ():
         longer[name] = params[name]
     return longer

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from cupy_msda.cuda.compile import fingerprint
 from cupy_msda.cuda.plans import Choice, Device, queries
 from cupy_msda.faults import reason, warn_once
-from cupy_msda.problem import Grids, Problem
+from cupy_msda.problem import Grids, Problem, References
 
 VARIABLE = "CUPY_MSDA_TUNED"
 # An entry holds for problems whose values and rows are at most so many times as many, or as few.
@@ -75,6 +75,8 @@ def _nearest(entries: Sequence[Entry], result: str, problem: Problem, where: str
 def _instantiation(problem: Problem) -> tuple[Any, ...]:
     """What the kernels are instantiated for."""
     heads = problem.num_heads, problem.head_dim
+    if problem.references:  # of one image or of all: the same kernel
+        problem = problem._replace(references=problem.references._replace(batch=0))
     return (*heads, problem.num_levels, problem.num_points, *problem[7:])
 
 
@@ -150,10 +152,15 @@ def _parse(text: str) -> tuple[str | None, Table]:
 
 def _entry(fields: dict[str, Any]) -> Entry:
     """An entry of a table; an error if it is none."""
-    given = dict(fields["problem"])
-    if isinstance(given["num_points"], list):
-        given["num_points"] = tuple(given["num_points"])
-    problem = Problem(**given)
+    given = fields["problem"]
+    points, references = given["num_points"], given.get("references")
+    problem = Problem(
+        **given
+        | {
+            "num_points": tuple(points) if isinstance(points, list) else points,
+            "references": References(*references) if references else None,
+        }
+    )
     sizes = *problem[:6], problem.row_points, *problem.level_points
     if not all(type(size) is int and size >= 0 for size in sizes) or problem.is_empty:
         raise ValueError(f"the sizes of a problem must be positive integers, got {problem}")

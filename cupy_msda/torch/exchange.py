@@ -14,20 +14,26 @@ from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from cupy_msda.cuda import dlpack, launch
 from cupy_msda.cuda.importing import require_cupy
-from cupy_msda.torch.operands import BackwardOperands, Operands
+from cupy_msda.cuda.plans import fused_limit
+from cupy_msda.torch.operands import BackwardOperands, Operands, inputs_of
 
 if TYPE_CHECKING:
+    from cupy_msda.torch.fused_operands import FusedBackwardOperands, FusedOperands
     from cupy_msda.torch.operators import Call
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+FusedGradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _read = dlpack.reader(Tensor, to_dlpack)
 _read_stream = dlpack.stream_reader(Tensor)
 
 # Slots of a thread's arguments.
-_GRAD_OUTPUT, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS, _MASK = (
+_GRAD_OUTPUT, _REFERENCES, _VALUE, _LOCATIONS, _WEIGHTS, _SIZES, _STARTS, _MASK = (
     launch.SLOT[name]
-    for name in ("grad_output", "value", "locations", "weights", "sizes", "starts", "mask")
+    for name in (
+        *("grad_output", "references", "value", "locations", "weights"),
+        *("sizes", "starts", "mask"),
+    )
 )
 # The places of the inputs' data pointers and byte offsets among a thread's words.
 _VALUE_DATA, _LOCATIONS_DATA, _WEIGHTS_DATA = (
@@ -42,9 +48,20 @@ _MASK_DATA, _MASK_OFFSET = (
 _STARTS_WORDS = slice(dlpack.WORDS * _STARTS, dlpack.WORDS * (_STARTS + 1))
 _NO_WORDS: list[Any] = [0] * dlpack.WORDS
 _UNALIGNED = launch.ALIGNMENT - 1  # the bits of an address that must be zero
-_OUTPUT, _GRAD_VALUE, _GRAD_LOCATIONS, _GRAD_WEIGHTS, _ACCUMULATOR = (
+(
+    _OUTPUT,
+    _GRAD_VALUE,
+    _GRAD_LOCATIONS,
+    _GRAD_WEIGHTS,
+    _GRAD_REFERENCES,
+    _ACCUMULATOR,
+    _BY_LOCATION,
+) = (
     launch.SLOT[name]
-    for name in ("output", "grad_value", "grad_locations", "grad_weights", "accumulator")
+    for name in (
+        *("output", "grad_value", "grad_locations", "grad_weights", "grad_references"),
+        *("accumulator", "by_location"),
+    )
 )
 
 
@@ -113,6 +130,91 @@ def backward(call: Call, operands: BackwardOperands, seen: bytes | None = None) 
     return by_value, by_locations, by_weights
 
 
+def fused_forward(call: Call, operands: FusedOperands) -> Tensor | None:
+    """The output of a fused call that its check accepted; None if it must be composed: see `plans.fused_limit`."""
+    given, scale = operands.given, operands.offset_scale
+    value = given.value
+    bound = _bind_fused(call, value, None, scale)
+    if bound is None:
+        return None
+    arguments = launch.thread_arguments()
+    output: Tensor = value.new_empty(call.output_shape)
+    kept = (
+        _read_fused(arguments, call, operands),
+        _read(output, arguments.addresses[_OUTPUT]),
+    )
+    launch.run(bound, arguments, current_stream(bound.device, arguments))
+    del kept
+    return output
+
+
+def fused_backward(call: Call, operands: FusedBackwardOperands) -> FusedGradients | None:
+    """The gradients of value, reference points, offsets and logits, likewise; one not needed has no elements."""
+    forward, needs = operands.forward, operands.needs
+    value, offsets, logits = inputs_of(forward.given)
+    needs_points = needs.points or needs.references
+    deterministic = needs.value and torch.are_deterministic_algorithms_enabled()
+    request = needs.value, needs_points, deterministic, needs.references
+    bound = _bind_fused(call, value, request, forward.offset_scale)
+    if bound is None:
+        return None
+    arguments = launch.thread_arguments()
+    kept: Any = _read_fused(arguments, call, forward)
+    kept = kept, _pass(arguments, _GRAD_OUTPUT, operands.grad_output)
+    results = (
+        _empty(value, needs.value),
+        _empty(forward.reference_points, needs.references),
+        _empty(offsets, needs_points),
+        _empty(logits, needs_points),
+    )
+    written = dict(
+        zip((_GRAD_VALUE, _GRAD_REFERENCES, _GRAD_LOCATIONS, _GRAD_WEIGHTS), results, strict=True)
+    )
+    if bound.plan.workspace:
+        written[_ACCUMULATOR] = value.new_empty(bound.plan.workspace, dtype=torch.uint8)
+    if needs.references:
+        written[_BY_LOCATION] = offsets.new_empty(offsets.shape, dtype=torch.float32)
+    addresses = arguments.addresses
+    kept = kept, [_read(tensor, addresses[slot]) for slot, tensor in written.items()]
+    launch.run(bound, arguments, current_stream(bound.device, arguments))
+    del kept
+    if needs_points and not needs.points:
+        return *results[:2], offsets.new_empty(0), logits.new_empty(0)
+    return results
+
+
+def _bind_fused(
+    call: Call, value: Tensor, request: tuple[bool, bool, bool, bool] | None, scale: float
+) -> launch.Bound | None:
+    """Prepare what a fused call launches, once; None if it must be composed."""
+    key = request, scale
+    if key not in call.bound:
+        deterministic = request is not None and request[2]
+        composed = fused_limit(call.problem, deterministic)
+        call.bound[key] = None if composed else _fused_bound(call, value, request, scale)
+    return call.bound[key]  # type: ignore[no-any-return]
+
+
+def _fused_bound(
+    call: Call, value: Tensor, request: tuple[bool, bool, bool, bool] | None, scale: float
+) -> launch.Bound:
+    """What a fused call launches."""
+    require_cupy(torch.version.cuda)
+    case = call.problem, call.table, call.grids, max(value.get_device(), 0)
+    if request is None:
+        return launch.bind_forward(*case, scale)
+    return launch.bind_backward(*case, *request, scale)
+
+
+def _read_fused(arguments: launch.Arguments, call: Call, operands: FusedOperands) -> Any:
+    """Point to the inputs of a fused call, or to copies; what must be kept for that."""
+    return (
+        _read_inputs(arguments, call, operands.given),
+        _adapt_inputs(arguments, call, operands.given),
+        _pass(arguments, _REFERENCES, operands.reference_points, "reference_points"),
+    )
+
+
 def _empty(tensor: Tensor, needed: bool) -> Tensor:
     """A contiguous tensor for the gradient of another."""
     if needed and tensor.is_contiguous():
@@ -141,9 +243,11 @@ def _read_inputs(arguments: launch.Arguments, call: Call, operands: Operands) ->
         if call.problem.has_mask:
             kept += (_read(operands.value_mask, addresses[_MASK]),)
     except RuntimeError as error:
+        of_points = "sampling_locations, attention_weights"
+        if call.problem.references:
+            of_points = "sampling_offsets, attention_logits"
         raise NoMemoryError(
-            "value, sampling_locations, attention_weights and value_mask must be tensors in memory that DLPack can "
-            f"export, got {error}"
+            f"value, {of_points} and value_mask must be tensors in memory that DLPack can export, got {error}"
         ) from error
     if call.table_on_host:
         return kept
@@ -199,7 +303,7 @@ def _adapt_inputs(arguments: launch.Arguments, call: Call, operands: Operands) -
     return kept
 
 
-def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
+def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor, name: str = "grad_output") -> Any:
     """Point to a tensor, or to a copy if it is not C-contiguous and aligned; what must be kept for that.
 
     A null pointer is of a zero tensor, which torch has not put into memory.
@@ -209,7 +313,7 @@ def _pass(arguments: launch.Arguments, slot: int, tensor: Tensor) -> Any:
         kept = _read(tensor, address)
     except RuntimeError as error:
         raise NoMemoryError(
-            f"grad_output must be in memory that DLPack can export, got {error}"
+            f"{name} must be in memory that DLPack can export, got {error}"
         ) from error
     if (
         not words[data]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch: the fused operator, whose inputs are reference points, offsets and logits.
 
-Where torch transforms, records or shards a call, it is composed: torch computes locations and weights, and the plain
-operator the rest, so that the fused operator can do there whatever both can. Elsewhere it is one operator.
+Where torch transforms or shards a call, or the fused kernels do not take it, it is composed: torch computes locations and
+weights, and the plain operator the rest, so that the fused operator can do there whatever both can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from cupy_msda import contract
 from cupy_msda.cpu import backend
-from cupy_msda.torch import derivatives, flops, functions, operators
+from cupy_msda.torch import derivatives, exchange, flops, functions, operators
 from cupy_msda.torch.fused_operands import (
     FusedBackwardOperands,
     FusedOperands,
@@ -335,7 +335,8 @@ def _forward(operands: FusedOperands) -> Tensor:
         arrays = map(operators.to_numpy, differentiable_of(operands))
         output = backend.fused_forward(call.problem, call.table, *arrays, **_on_host(operands))
         return operators.to_tensor(output, operands.given.value.dtype)
-    return operators.recorded_forward(composed(operands))[0]
+    output = exchange.fused_forward(call, operands)
+    return operators.recorded_forward(composed(operands))[0] if output is None else output
 
 
 def _backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
@@ -343,7 +344,8 @@ def _backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
     call = checked(operands.forward)
     contract.check_grad_output(call.problem, operands.grad_output, operands.forward.given.value)
     if call.on_device:
-        return composed_gradients(operands, operators.backward)
+        gradients = exchange.fused_backward(call, operands)
+        return gradients or composed_gradients(operands, operators.backward)
     inputs = differentiable_of(operands.forward)
     found: tuple[Any, ...] = (None,) * 4
     if any(operands.needs):
