@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch: the fused operator, whose inputs are reference points, offsets and logits.
 
-Where torch transforms or shards a call, or the fused kernels do not take it, it is composed: torch computes locations and
-weights, and the plain operator the rest, so that the fused operator can do there whatever both can.
+Where torch transforms or shards a call, or the fused kernels do not take it, it is composed: torch computes locations
+and weights, and the plain operator the rest, so that the fused operator can do there whatever both can.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -308,24 +309,27 @@ def _argument_gradients(needed: FusedOperands, *results: Any) -> tuple[Any, ...]
 
 def _run(operands: FusedOperands) -> Tensor:
     """The output, by the operator where torch must see the call."""
-    if operators.is_watched() or any(_is_elsewhere(t) for t in differentiable_of(operands)):
-        check(operands)
-        flops.register()
-        return operators.FUSED_FORWARD(*flat(operands))  # type: ignore[no-any-return]
-    return _forward(operands)
-
-
-def _is_elsewhere(tensor: Any) -> bool:
-    """Whether it is a tensor that the dispatcher has to take apart."""
-    return type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta
+    if not operators.is_watched() and all(map(_is_plain, differentiable_of(operands))):
+        with suppress(exchange.NoMemoryError):  # torch's dispatcher unwraps it
+            return _forward(operands)
+    check(operands)
+    flops.register()
+    return operators.FUSED_FORWARD(*flat(operands))  # type: ignore[no-any-return]
 
 
 def _run_backward(operands: FusedBackwardOperands) -> tuple[Tensor, ...]:
     """The gradients, likewise."""
-    if operators.is_watched() or _is_elsewhere(operands.grad_output):
-        flops.register()
-        return operators.FUSED_BACKWARD(*flat_backward(operands))  # type: ignore[no-any-return]
-    return _backward(operands)
+    if not operators.is_watched() and _is_plain(operands.grad_output):
+        with suppress(exchange.NoMemoryError):
+            return _backward(operands)
+    flops.register()
+    return operators.FUSED_BACKWARD(*flat_backward(operands))  # type: ignore[no-any-return]
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether torch's dispatcher has nothing to add: a tensor in memory."""
+    known = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
+    return known and not tensor.is_meta and not tensor.is_neg()
 
 
 def _forward(operands: FusedOperands) -> Tensor:
