@@ -11,6 +11,11 @@ processor fetches them ahead by itself; while one row is summed, the cells of a 
 prefetched. Backward: a task is one (image, level, head), the only one that writes its plane of
 grad_value, so nothing is shared and nothing is atomic.
 
+Fused forward: the locations and weights of a row are computed into scratch when its cells are
+prefetched. Fused backward: three kernels, one after another, work in the arrays that become the
+gradients of offsets and logits: the first writes locations and weights there, the plain backward puts
+their gradients in their place, and the last applies the chain rule, row by row.
+
 An atomic counter hands out tasks to the calling thread and to helper threads, as far as these wake
 in time. Unlike Numba's threading layers this survives fork and calls from several threads at once.
 A task computes the same on every thread: results are bitwise identical for any number of threads.
