@@ -81,8 +81,9 @@ def _backward(
         passes |= {rf"^LDG\.E\.{32 * size}": 4 * part + 1, "STG": 2 * stages}
     interior = Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
     if not coordinates:
-        # A lane without a point makes its descriptor without the load of a weight.
-        return interior._replace(passes=passes | {_loads(size): stages})
+        # A lane without a point makes its descriptor without the load of a weight. In fixed point other loads look so.
+        mark = r"STS\.128" if fixed else _loads(size)
+        return interior._replace(passes=passes | {mark: stages})
     own = _K // _GROUP  # logits of the row that a lane reads for the softmax
     # The gradients of logits need the powers again, which the compiler may have kept.
     kept = coordinates == 2 and split == 1 and architecture >= 100
