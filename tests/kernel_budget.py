@@ -19,6 +19,7 @@ from tests import sass, test_nvrtc
 TABLE = Path(__file__).parents[1] / "kernels" / "BUDGET.md"
 DTYPES = {"f32": 4, "f16": 2, "bf16": 2}  # bytes
 _D, _K, _GROUP = 32, 16, 8  # of the shape "detr"; lanes to a row in the backward
+_POWER = r"MUFU\.EX2"
 _TURN = 8  # corners: two points, which is what the shortest inner loops take at a time
 
 
@@ -55,10 +56,12 @@ class Interior(NamedTuple):
     once: tuple[tuple[str, int], ...] = ()  # what it meets once, whatever the turns
 
 
-def _forward(size: int, split: int) -> Interior:
+def _forward(size: int, split: int, coordinates: int = 0) -> Interior:
     group, part = _D * size // 16, _K // split
-    passes = {r"^LDG\.E\.128": 4 * part, r"STS\.128": -(-part // group), "STG": 1}
-    return Interior(passes, rows=32 / (group * split))
+    stages = -(-part // group)
+    passes = {r"^LDG\.E\.128": 4 * part, r"STS\.128": stages, "STG": 1}
+    interior = Interior(passes, rows=32 / (group * split))
+    return _with_references(interior, size, coordinates, stages)
 
 
 def _backward(
@@ -68,6 +71,7 @@ def _backward(
     value: bool = True,
     points: bool = True,
     fixed: bool = False,
+    coordinates: int = 0,
 ) -> Interior:
     part = _K // split
     stages = -(-part // _GROUP)
@@ -75,20 +79,51 @@ def _backward(
     passes = {r"^REDG?\.": 4 * part * additions} if value else {}
     if points:  # one gather more, of grad_output
         passes |= {rf"^LDG\.E\.{32 * size}": 4 * part + 1, "STG": 2 * stages}
-    passes[r"STS\.128"] = stages
-    return Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
+    interior = Interior(passes, additions if value else 1, value, 32 / (_GROUP * split))
+    if not coordinates:
+        # A lane without a point makes its descriptor without the load of a weight. In fixed point other loads look so.
+        mark = r"STS\.128" if fixed else _loads(size)
+        return interior._replace(passes=passes | {mark: stages})
+    own = _K // _GROUP  # logits of the row that a lane reads for the softmax
+    # The gradients of logits need the powers again, which the compiler may have kept.
+    kept = coordinates == 2 and split == 1 and architecture >= 100
+    powers = own + stages + (stages if points and not kept else 0)
+    interior = interior._replace(passes=passes | {r"STS\.64": stages, _POWER: powers})
+    return _with_references(interior, size, coordinates, stages)
 
 
-def _binned(size: int, architecture: int) -> Interior:
+def _loads(num_bytes: int) -> str:
+    """The pattern of a load of so many bytes."""
+    width = {2: "U16", 4: "CONSTANT", 8: "64", 16: "128"}[num_bytes]
+    return rf"LDG\.E\.{width}"
+
+
+def _with_references(interior: Interior, size: int, coordinates: int, stages: int) -> Interior:
+    """The same and, fused, a load of a reference point in each stage, if it is as wide as a gather."""
+    gather = rf"^{_loads(coordinates * size)}" if coordinates else ""
+    if gather not in interior.passes:
+        return interior
+    passes = interior.passes | {gather: interior.passes[gather] + stages}
+    first = gather == next(iter(passes))
+    return interior._replace(passes=passes, whole_points=interior.whole_points and not first)
+
+
+def _binned(size: int, architecture: int, coordinates: int = 0) -> Interior:
     """Every point in a cell of its own. A turn takes one descriptor of every lane, all turns the points of 16 rows."""
     additions = 1 if architecture >= 90 else 4
-    passes = {r"^REDG?\.": 4 * _GROUP * additions, "LDG": 2}  # location and weight of a later turn
     rows = BINNED_QUERIES // 8  # of the 8 warps
     turns = _K * rows // (4 * _GROUP)  # by the 4 groups of a warp
     own = _K * rows // 32  # points of a lane
     staged = 32 * size * rows // (16 * 32)  # pieces of grad_output that a lane copies
-    once = (("LDG", own + staged + 2), (r"^ATOMS\.", own), (r"STS\.U16", own))
-    return Interior(passes, additions, False, rows, turns, once)
+    # Of a later turn: location and weight; fused, also reference points, which are as wide as offsets.
+    pairs = 2 if coordinates else 1
+    passes = {r"^REDG?\.": 4 * _GROUP * additions, _loads(2 * size): pairs, _loads(size): 1}
+    once = {_loads(2 * size): pairs * (own + 1), _loads(size): 1, _loads(16): staged}
+    once |= {r"^ATOMS\.": own, r"STS\.U16": own}
+    if coordinates:  # the softmax before all turns, and a weight in each
+        passes[_POWER] = 1
+        once |= {_loads(size): own + 1, _POWER: own}
+    return Interior(passes, additions, False, rows, turns, tuple(once.items()))
 
 
 def _binned_fixed_point() -> Interior:
@@ -110,19 +145,8 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
     rounding: dict[str, tuple[Kernel, Interior | None]] = {}
     if dtype in test_nvrtc.ROUNDED:
         rounding["round"] = test_nvrtc.round_kernel(dtype), None
-    interiors = {
-        "forward": _forward(size, 1),
-        "forward-query-tiles": _forward(size, 1),
-        "forward-persistent": _forward(size, 1)._replace(turns=None),
-        "forward-split-k": _forward(size, 32 // (2 * size)),
-        "backward": _backward(size, on),
-        "backward-split-k": _backward(size, on, split=2),
-        "backward-value": _backward(size, on, points=False),
-        "backward-points": _backward(size, on, value=False),
-        "backward-points-persistent": _backward(size, on, value=False)._replace(turns=None),
-    }
     return {
-        **{name: (plain[name], interior) for name, interior in interiors.items()},
+        **{name: (plain[name], interior) for name, interior in _interiors(size, on).items()},
         "fixed-point-scale": (scale, None),
         "backward-fixed-point": (fixed, _backward(size, on, fixed=True)),
         "fixed-point-finish": (finish, None),
@@ -130,7 +154,46 @@ def kernels(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior |
         "backward-value-binned-fixed-point": (binned, _binned_fixed_point()),
         "backward-value-tiled": (test_nvrtc.tiled_kernel("detr", dtype), _tiled()),
         **rounding,
+        **_fused(dtype, on),
     }
+
+
+def _interiors(size: int, on: int, coordinates: int = 0) -> dict[str, Interior]:
+    """The paths through the kernels of rows."""
+    of_points = _backward(size, on, value=False, coordinates=coordinates)
+    persistent = _forward(size, 1, coordinates)._replace(turns=None)
+    return {
+        "forward": _forward(size, 1, coordinates),
+        "forward-query-tiles": _forward(size, 1, coordinates),
+        "forward-persistent": persistent,
+        "forward-split-k": _forward(size, 32 // (2 * size), coordinates),
+        "backward": _backward(size, on, coordinates=coordinates),
+        "backward-split-k": _backward(size, on, split=2, coordinates=coordinates),
+        "backward-value": _backward(size, on, points=False, coordinates=coordinates),
+        "backward-points": of_points,
+        "backward-points-persistent": of_points._replace(turns=None),
+    }
+
+
+def _fused(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior | None]]:
+    """Kernels of fused calls; with boxes, the two that show what these add."""
+    size = DTYPES[dtype]
+    of_coordinates = {
+        coordinates: test_nvrtc.references_of("detr", test_nvrtc.DTYPES[dtype][0], coordinates)
+        for coordinates in (2, 4)
+    }
+    found: dict[str, tuple[Kernel, Interior | None]] = {}
+    for coordinates, references in of_coordinates.items():
+        kernels = test_nvrtc.kernels("detr", dtype, references)
+        paths = _interiors(size, architecture, coordinates)
+        paths["backward-value-binned"] = _binned(size, architecture, coordinates)
+        for name, path in paths.items():
+            if coordinates == 2:
+                found[f"fused-{name}"] = kernels[name], path
+            elif name in ("forward", "backward"):
+                found[f"fused-boxes-{name}"] = kernels[name], path
+    kernel = test_nvrtc.reference_gradient("detr", dtype, of_coordinates[4])
+    return found | {"fused-boxes-reference-gradient": (kernel, None)}
 
 
 def row_keys(dtype: str, architecture: int) -> list[Key]:
@@ -203,7 +266,8 @@ _HEAD = """\
 
 Figures of the machine code that NVRTC {version} generates for M=8, D=32, L=4, P=4 and one dtype for all inputs. CI
 fails if a figure gets worse (`tests/test_kernel_budget.py`); `python -m tests.kernel_budget` writes this file.
-"-split-k": as many groups to a row as there can be. "-fixed-point": the accumulator is in fixed point.
+"-split-k": as many groups to a row as there can be. "-fixed-point": the accumulator is in fixed point. "fused-": from
+reference points for each level, (x, y) or, "-boxes", (x, y, w, h).
 
 * Registers per thread, and bytes that a thread spills.
 * Instructions that a warp issues if all its points are interior: on the cheapest path from entry to exit that takes

@@ -29,7 +29,7 @@ def test_output(inputs: Fused) -> None:
     """Of plain and persistent kernels, which are bitwise identical."""
     problem, _ = inputs.problem
     candidates = plans.forward_candidates(problem, device(1), None)
-    assert {candidate.kernel for candidate in candidates} == {"plain", "persistent"}
+    assert {candidate.kernel for candidate in candidates} == {"plain", "query tiles", "persistent"}
     names = [Choice(str(candidate), "test") for candidate in candidates]
     first, *others = (forward(inputs, grids=None, choice=name) for name in names)
     check_forward(inputs, first)
