@@ -23,6 +23,7 @@ from cupy_msda.problem import (
     INT32_MAX,
     MAX_GRIDS,
     MAX_HOST_LEVELS,
+    MAX_UNEVEN_LEVELS,
     Grids,
     LevelTable,
     Problem,
@@ -135,6 +136,15 @@ def _check_call(
     name, array = next(iter(points.arrays.items()))
     levels = _NumLevels(sizes[5], name, array) if points.of_levels is None else None
     levels = levels or _NumLevels(sizes[5], "num_points", None)
+    if (
+        isinstance(sizes[6], tuple)
+        and len(sizes[6]) > MAX_UNEVEN_LEVELS
+        and place(value).startswith("cuda")
+    ):
+        raise ValueError(
+            f"num_points must be the same for all levels or hold at most {MAX_UNEVEN_LEVELS} of them where "
+            f"value is on a CUDA device, got {short_repr(sizes[6])}"
+        )
     table = _level_table(spatial_shapes, level_start_index, value, levels, traced)
     of_locations, of_weights = map(dtype_name, points.arrays.values())
     dtypes = dtype_name(value), of_locations, of_weights

@@ -19,6 +19,7 @@ from tests.contract.inputs import (  # noqa: E402
     STARTS,
     NumPy,
     check_with,
+    good_inputs,
     pattern,
 )
 
@@ -134,6 +135,29 @@ def test_levels_beyond_what_a_launch_takes_by_value(where):
     )
     with pytest.raises(ValueError, match=pattern(message)):
         check_with(CUDA, **changed)
+
+
+@pytest.mark.parametrize(("levels", "points"), [(16, 3), (17, 2), (17, 3)])
+def test_uneven_points_of_more_levels_than_a_launch_takes(levels, points):
+    n, lq, m, _, _ = SHAPE["attention_weights"]
+    numbers = [points, *[2] * (levels - 1)]
+    changed = {
+        "spatial_shapes": [(0, 0)] * levels,
+        "level_start_index": [0] * levels,
+        "sampling_locations": CUDA.array((n, lq, m, sum(numbers), 2)),
+        "attention_weights": CUDA.array((n, lq, m, sum(numbers))),
+    }
+    inputs = good_inputs(CUDA) | changed
+    del inputs["grad_output"]
+    if levels == 16 or points == 2:
+        contract.check(*inputs.values(), num_points=numbers)
+        return
+    message = (
+        "num_points must be the same for all levels or hold at most 16 of them where value is on a CUDA "
+        "device, got (3, 2, 2, ...)"
+    )
+    with pytest.raises(ValueError, match=pattern(message)):
+        contract.check(*inputs.values(), num_points=numbers)
 
 
 def test_levels_on_the_device_of_another_library():
