@@ -418,8 +418,9 @@ def test_a_dltensor_says_what_the_tensor_says(tensor_type):
         torch.rand(5, dtype=torch.float64)[1:],
         torch.zeros(2, dtype=torch.bfloat16),
     ):
-        kept = read(tensor, arguments.addresses[launch.SLOT["value"]])
-        words = arguments.words[dlpack.WORDS : 2 * dlpack.WORDS]
+        slot = launch.SLOT["value"]
+        kept = read(tensor, arguments.addresses[slot])
+        words = arguments.words[dlpack.WORDS * slot : dlpack.WORDS * (slot + 1)]
         assert words[dlpack.DATA] + words[dlpack.BYTE_OFFSET] == tensor.data_ptr()
         assert words[1] == 1  # kDLCPU, device 0
         assert words[2] & 0xFFFFFFFF == tensor.dim()

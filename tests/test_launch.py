@@ -219,11 +219,12 @@ def test_a_launch_takes_the_threads_slots_and_the_plans_params(calls):
     (call,) = calls
     assert (call.grid, call.block) == (step.grid, step.block)
     assert (call.shared, call.stream, call.extra) == (0, STREAM, 0)
-    assert step.arguments == ("value", "locations", "weights", None, "output", None, None)
+    assert step.arguments == ("value", "locations", "weights", None, None, "output", None, None)
     addresses = launch.thread_arguments().addresses
     inputs_at = [addresses[launch.SLOT[name]] for name in step.arguments[:3]]
     output_at, null = addresses[launch.SLOT["output"]], addresses[len(launch.SLOT)]
-    assert call.pointers == [*inputs_at, null, output_at, null, null, step.params.ctypes.data]
+    expected = [*inputs_at, null, null, output_at, null, null, step.params.ctypes.data]
+    assert call.pointers == expected
     assert [pointer_at(slot) for slot in inputs_at] == [array.ctypes.data for array in arrays]
     assert pointer_at(output_at) == output.ctypes.data
     assert pointer_at(null) is None

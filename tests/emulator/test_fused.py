@@ -62,8 +62,8 @@ SPLIT_K = {
 def test_split_k(inputs: Fused) -> None:
     """A part of the points may begin amid a level; the softmax is that of all."""
     problem, _ = inputs.problem
-    (of_output,) = plans.forward_candidates(problem, device(MANY), ())
-    (of_points,) = plans.backward_candidates(problem, device(MANY), (), False, True, False)
+    of_output, *_ = plans.forward_candidates(problem, device(MANY), ())
+    of_points, *_ = plans.backward_candidates(problem, device(MANY), (), False, True, False)
     assert min(of_output.number, of_points.number) > 1
     check_forward(inputs, forward(inputs, MANY))
     check_backward(inputs, backward(inputs, MANY))

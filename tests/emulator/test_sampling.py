@@ -87,7 +87,7 @@ SPLIT_K = {
 def test_split_k(inputs: Inputs, rules: Rules) -> None:
     """A part of the points may begin amid a level."""
     problem, _ = checked(inputs, rules)
-    (candidate,) = plans.forward_candidates(problem, device(MANY), ())
+    candidate, *_ = plans.forward_candidates(problem, device(MANY), ())
     assert candidate.number > 1
     check_forward(inputs, forward(inputs, MANY, rules=rules), rules)
     check_backward(inputs, backward(inputs, MANY, rules=rules), rules=rules)
