@@ -183,12 +183,12 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def calls(idle_device, monkeypatch):
-    """The driver's launches; of the first eight pointers, whichever the kernel takes."""
+    """The driver's launches; of the first nine pointers, whichever the kernel takes."""
     found = []
 
     def launch_kernel(function, gx, gy, gz, bx, by, bz, shared, stream, table, extra):
         where = (gx, gy, gz), (bx, by, bz), shared, stream, table, extra
-        found.append(Call(*where, list((ctypes.c_void_p * 8).from_address(table))))
+        found.append(Call(*where, list((ctypes.c_void_p * 9).from_address(table))))
 
     monkeypatch.setattr(idle_device.cupy.cuda.driver, "launchKernel", launch_kernel)
     return found
