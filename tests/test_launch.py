@@ -166,12 +166,12 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def calls(idle_device, monkeypatch):
-    """The driver's launches; of the first seven pointers, whichever the kernel takes."""
+    """The driver's launches, with the pointers that the kernel of a forward takes."""
     found = []
 
     def launch_kernel(function, gx, gy, gz, bx, by, bz, shared, stream, table, extra):
         where = (gx, gy, gz), (bx, by, bz), shared, stream, table, extra
-        found.append(Call(*where, list((ctypes.c_void_p * 7).from_address(table))))
+        found.append(Call(*where, list((ctypes.c_void_p * 9).from_address(table))))
 
     monkeypatch.setattr(idle_device.cupy.cuda.driver, "launchKernel", launch_kernel)
     return found
@@ -202,11 +202,13 @@ def test_a_launch_takes_the_threads_slots_and_the_plans_params(calls):
     (call,) = calls
     assert (call.grid, call.block) == (step.grid, step.block)
     assert (call.shared, call.stream, call.extra) == (0, STREAM, 0)
-    assert step.arguments == ("value", "locations", "weights", None, "output", None, None)
+    names = "value", "locations", "weights", None, None, "output", None, None
+    assert step.arguments == names
     addresses = launch.thread_arguments().addresses
     inputs_at = [addresses[launch.SLOT[name]] for name in step.arguments[:3]]
     output_at, null = addresses[launch.SLOT["output"]], addresses[len(launch.SLOT)]
-    assert call.pointers == [*inputs_at, null, output_at, null, null, step.params.ctypes.data]
+    nulls = [null, null]
+    assert call.pointers == [*inputs_at, *nulls, output_at, *nulls, step.params.ctypes.data]
     assert [pointer_at(slot) for slot in inputs_at] == [array.ctypes.data for array in arrays]
     assert pointer_at(output_at) == output.ctypes.data
     assert pointer_at(null) is None
