@@ -90,7 +90,7 @@ def test_any_order_of_the_lanes() -> None:
 
 
 def test_the_nearest_pixel_is_that_of_torch() -> None:
-    """A whole offset from a pixel's centre ends amid two pixels: roundings decide which, one for each operation of torch."""
+    """A whole offset from a pixel's centre ends amid two pixels: the roundings of each operation decide."""
     inputs = CASES["nearest"].copied()
     inputs.logits[:] = 0
     inputs.offsets.round_()
