@@ -86,7 +86,7 @@ def _backward(
         return interior._replace(passes=passes | {mark: stages})
     own = _K // _GROUP  # logits of the row that a lane reads for the softmax
     # The gradients of logits need the powers again, which the compiler may have kept.
-    kept = coordinates == 2 and split == 1 and architecture >= 100
+    kept = split == 1 and architecture >= 100
     powers = own + stages + (stages if points and not kept else 0)
     interior = interior._replace(passes=passes | {r"STS\.64": stages, _POWER: powers})
     return _with_references(interior, size, coordinates, stages)

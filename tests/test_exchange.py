@@ -347,7 +347,8 @@ def test_a_dltensor_says_what_the_tensor_says(tensor_type):
         torch.zeros(2, dtype=torch.bfloat16),
     ):
         kept = read(tensor, arguments.addresses[launch.SLOT["value"]])
-        words = arguments.words[dlpack.WORDS : 2 * dlpack.WORDS]
+        first = dlpack.WORDS * launch.SLOT["value"]
+        words = arguments.words[first : first + dlpack.WORDS]
         assert words[dlpack.DATA] + words[dlpack.BYTE_OFFSET] == tensor.data_ptr()
         assert words[1] == 1  # kDLCPU, device 0
         assert words[2] & 0xFFFFFFFF == tensor.dim()
