@@ -86,7 +86,7 @@ def _backward(
         return interior._replace(passes=passes | {mark: stages})
     own = _K // _GROUP  # logits of the row that a lane reads for the softmax
     # The gradients of logits need the powers again, which the compiler may have kept.
-    kept = coordinates == 2 and split == 1 and architecture >= 100
+    kept = split == 1 and architecture >= 100
     powers = own + stages + (stages if points and not kept else 0)
     interior = interior._replace(passes=passes | {r"STS\.64": stages, _POWER: powers})
     return _with_references(interior, size, coordinates, stages)
@@ -191,9 +191,7 @@ def _fused(dtype: str, architecture: int) -> dict[str, tuple[Kernel, Interior | 
             if coordinates == 2:
                 found[f"fused-{name}"] = kernels[name], path
             elif name in ("forward", "backward"):
-                # From sm_100 on, no path through the backward with boxes is found that has each instruction once.
-                known = name == "forward" or architecture < 100
-                found[f"fused-boxes-{name}"] = kernels[name], path if known else None
+                found[f"fused-boxes-{name}"] = kernels[name], path
     kernel = test_nvrtc.reference_gradient("detr", dtype, of_coordinates[4])
     return found | {"fused-boxes-reference-gradient": (kernel, None)}
 

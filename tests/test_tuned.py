@@ -17,7 +17,7 @@ from cupy_msda.cuda import compile as compiler
 from cupy_msda.cuda import launch, plans, tuned
 from cupy_msda.cuda.plans import Choice, Device
 from cupy_msda.cuda.tuned import Entry
-from cupy_msda.problem import NO_TABLE, Problem
+from cupy_msda.problem import NO_TABLE, Problem, References
 
 H200 = Device(132, "90")
 DINO5 = Problem(1, 89023, 8, 32, 89023, 5, 4, *["float32"] * 3)
@@ -162,6 +162,17 @@ def test_an_entry_holds_for_the_points_of_each_level(write):
     assert candidate_of(uneven) == candidate_of(uneven._replace(batch=3)) == FOUR
     assert candidate_of(uneven._replace(num_points=(3, 6, 3, 0))) is None
     assert candidate_of() is None
+
+
+def test_an_entry_of_a_fused_problem_holds_for_its_own_kernels(write):
+    """Whether all images share their reference points is no matter of the kernel."""
+    fused = ENCODER._replace(references=References(2, 4, 2, "float32"))
+    write([entry(FOUR, problem=fused)])
+    assert candidate_of() is None
+    shared = fused.references._replace(batch=1)
+    assert candidate_of(fused) == candidate_of(fused._replace(references=shared)) == FOUR
+    for change in ({"num_levels": 1}, {"coordinates": 4}, {"dtype": "float16"}):
+        assert candidate_of(fused._replace(references=shared._replace(**change))) is None
 
 
 def test_an_entry_holds_for_its_result_its_queries_and_its_architecture(write):

@@ -15,6 +15,7 @@ from tests.emulator.fused import (
     backward,
     check_backward,
     check_forward,
+    composed,
     forward,
     fused,
 )
@@ -86,6 +87,23 @@ def test_any_order_of_the_lanes() -> None:
     for seed in SEEDS:
         assert same_bits(forward(inputs, seed=seed), output)
         assert all(map(same_bits, backward(inputs, seed=seed)[1:], results[1:]))
+
+
+def test_the_nearest_pixel_is_that_of_torch() -> None:
+    """A whole offset from a pixel's centre ends amid two pixels: the roundings of each operation decide."""
+    inputs = CASES["nearest"].copied()
+    inputs.logits[:] = 0
+    inputs.offsets.round_()
+    centers = [
+        [(column + 0.5) / width, (row + 0.5) / height]
+        for height, width in inputs.sizes
+        for row in range(height)
+        for column in range(width)
+    ]
+    inputs.references[:] = torch.tensor(centers)[None, :, None]
+    expected = composed(inputs)[0]
+    assert torch.allclose(forward(inputs), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(composed(inputs, torch.float64)[0].float(), expected, atol=0.1)
 
 
 # --- the softmax ---------------------------------------------------------------------------------
