@@ -15,6 +15,7 @@ from cupy_msda import __main__, ms_deform_attn, report
 from cupy_msda.bench import cases, gpu_timing, machine, timing, tune
 from cupy_msda.bench.cases import Shape
 from cupy_msda.cuda import launch, plans, tuned
+from cupy_msda.problem import Problem
 from tests.emulated_device import emulated_device, forget
 
 TINY = {"batch": 2, "levels": [[7, 9], [3, 5]], "queries": None, "heads": 2, "channels": 16}
@@ -95,7 +96,7 @@ def test_every_result_gets_its_fastest_candidate_by_median_and_calls_use_it(
         "backward of points": TWO,
     }
     forward = of(entries, "forward")
-    assert forward.problem == (2, 78, 2, 16, 78, 2, 4, *["float32"] * 3)
+    assert forward.problem == Problem(2, 78, 2, 16, 78, 2, 4, *["float32"] * 3)
     assert forward.queries == "levels"
     assert forward.source.startswith("Emulated, 20")
     assert f"sigma 2: persistent, 1 per multiprocessor: 2.0 us; {TWO}: 1.0 us;" in forward.source
