@@ -25,7 +25,7 @@ from cupy_msda import (
 )
 from cupy_msda.budget import assert_within_budget
 from tests.non_finite import non_finite_inputs
-from tests.problems import check_against_reference, random_inputs
+from tests.problems import check_against_reference, flat_points, random_inputs
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     pytest.skip("torch.export is tried with torch 2.13 and later", allow_module_level=True)
@@ -581,6 +581,24 @@ def test_the_module_in_onnxruntime(form, grad, to_onnx):
     for n, lq in (TRACED, *OTHERS):
         others = attention_arguments(n, lq, form)
         torch.testing.assert_close(infer(*others), model(*others).detach())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_points_of_levels_and_masks_in_onnxruntime(interpolation, to_onnx):
+    numbers = [3, 1]
+    inputs = flat_points(random_inputs(SIZES), numbers)
+    mask = torch.rand(inputs.value.shape[:2], generator=torch.Generator().manual_seed(2)) > 0.3
+    rules = {"num_points": numbers, "interpolation": interpolation, "value_mask": mask}
+
+    class Model(nn.Module):
+        def forward(self, value, locations, weights, value_mask):
+            given = value, SIZES, None, locations, weights
+            return ms_deform_attn(*given, **rules | {"value_mask": value_mask})
+
+    output = to_onnx(Model(), (*inputs.tensors, mask))(*inputs.tensors, mask)
+    value, *points = inputs.tensors
+    exact = reference.forward(value.double(), inputs.levels, *(p.double() for p in points), **rules)
+    assert_within_budget(output, reference.forward(value, inputs.levels, *points, **rules), exact)
 
 
 def test_a_fixed_size_in_onnxruntime_and_then_the_kernels_again(to_onnx, monkeypatch):
