@@ -49,6 +49,20 @@ def test_overhead_stands_beside_bare_calls(device, tmp_path):
     assert ("check" in times) == (device == "none")
 
 
+def test_fused_calls_stand_beside_what_they_replace(tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    arguments = ("--device", "cpu", "--seconds", "0.1", "--cases", "dfine-decoder")
+    printed, written = run("fused.py", *arguments, output=tmp_path / "fused.json")
+    case = written["cases"]["dfine-decoder"]
+    names = {"fused", "torch, then cupy_msda", "fused, padded"}
+    assert set(case["microseconds"]) == names
+    assert set(case["peak_bytes"]) == names - {"fused, padded"}
+    for name, of_ways in case["microseconds"].items():
+        assert set(of_ways) == {"forward", "forward+backward"}
+        assert min(of_ways.values()) > 0
+        assert name in printed
+
+
 @pytest.fixture(scope="module")
 def readme_tables():
     """The script, as a module."""
