@@ -185,7 +185,7 @@ def test_the_module_is_exported_with_the_operator_in_one_piece(form, grad, stric
         model, arguments, dynamic_shapes=attention_dynamic(form), strict=strict
     )
     for one in (fixed, program):
-        assert "cupy_msda.ms_deform_attn_forward.default" in targets(one)
+        assert "cupy_msda.ms_deform_attn_fused_forward.default" in targets(one)
         assert torch.equal(one.module()(*arguments), model(*arguments))
     for n, lq in OTHERS:
         others = attention_arguments(n, lq, form)

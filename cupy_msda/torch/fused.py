@@ -194,9 +194,14 @@ def scaled_by_pixel(*inputs: Any) -> Tensor:
 
 
 def _check_here(operands: FusedOperands) -> None:
-    """Check the contract, but in a graph, where the operator does."""
-    if not torch.compiler.is_compiling():
+    """Check the contract, but in a graph, where the operator does, and of DTensors, where the plain one does."""
+    if not torch.compiler.is_compiling() and not _has_dtensors(operands):
         checked(operands)
+
+
+def _has_dtensors(operands: FusedOperands) -> bool:
+    """Whether the call is sharded."""
+    return "DTensor" in [type(tensor).__name__ for tensor in differentiable_of(operands)]
 
 
 def _packed(
@@ -243,8 +248,7 @@ def _must_compose(operands: FusedOperands) -> bool:
         return True
     if torch.compiler.is_compiling():
         return bool(torch.onnx.is_in_onnx_export())
-    tensors = differentiable_of(operands)
-    return "DTensor" in [type(tensor).__name__ for tensor in tensors]
+    return _has_dtensors(operands)
 
 
 def _composed_call(operands: FusedOperands) -> Tensor:
