@@ -153,9 +153,9 @@ __device__ __forceinline__ void backward_stage(Kept& kept, const Walk<T>& walk, 
                                                const PointGradientArrays<typename T::S, Location, Weight>& gradients) {
   const int k = first + member, own = walk.first + padded(member);
   const bool has_point = active && member < COUNT;
-  const int number = T::S::level_of(k);
   LocatedPoint<float> point;
   if (has_point) {
+    const int number = T::S::level_of(k);
     point = points.template locate_point<true>(points.load(k, levels[number], number));
     write_descriptor<T::PIXEL, false, T::FIXED>(descriptors, own, point, walk.weight_factor);
   } else {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void backward_stage(Kept& kept, const Walk<T>& walk, 
   }
   __syncwarp();
   if constexpr (T::S::FUSED && T::POINTS) {
-    kept.add(has_point ? gradients.store_offset(k, number, point, dot, points) : 0.0f);
+    kept.add(has_point ? gradients.store_offset(k, T::S::level_of(k), point, dot, points) : 0.0f);
   } else if (T::POINTS && has_point) {
     gradients.store(k, point, dot);
   }
@@ -279,9 +279,13 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
   visit_rows<G>(scheduler, p, [&](unsigned row, unsigned plane, bool counts) {
     walk.value = reinterpret_cast<const char*>(value + static_cast<size_t>(plane) * D + member * VEC);
     load(walk.grad, grad_output + static_cast<size_t>(row) * D + member * VEC);
-    const size_t index = row;
-    backward_points<T, K>(walk, descriptors, levels, member, counts, 0,
-                          points.of_image(plane / M).template of_row<M, G>(index, member, references, p),
-                          gradients.from(index * K));
+    const auto image = points.of_image(plane / M);
+    if constexpr (S::FUSED) {
+      backward_points<T, K>(walk, descriptors, levels, member, counts, 0,
+                            image.template of_row<M, G>(static_cast<size_t>(row), member, references, p), gradients);
+    } else {
+      const size_t first = static_cast<size_t>(row) * K;  // computed once, or sm_100 spills
+      backward_points<T, K>(walk, descriptors, levels, member, counts, 0, image.from(first), gradients.from(first));
+    }
   });
 }
