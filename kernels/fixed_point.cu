@@ -36,7 +36,7 @@ __device__ inline void keep_largest(int* to, int number) {
 }
 
 template <typename Value, typename Location, typename Weight, typename S>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, 4)
     msda_fixed_point_scale(const Value* __restrict__ grad_output, const Location* __restrict__ locations,
                            const Weight* __restrict__ weights, const unsigned char* __restrict__ mask,
                            FixedPoint* __restrict__ accumulator, const long long* __restrict__ sizes,
