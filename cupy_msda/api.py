@@ -370,7 +370,7 @@ def _points(
     return FusedPoints(references, offsets, logits, sizes, rules["num_points"], offset_scale)
 
 
-def warmup(
+def warmup(  # noqa: PLR0913 - all by keyword but two
     value_shape: Sequence[int],
     sampling_locations_shape: Sequence[int],
     *,
@@ -382,6 +382,7 @@ def warmup(
     interpolation: Any = "bilinear",
     value_mask: bool = False,
     query_order: Any = "auto",
+    reference_points_shape: Sequence[int] | None = None,
 ) -> None:
     """Compile what calls of these shapes and dtypes will run, so that none of them compiles anything.
 
@@ -408,14 +409,19 @@ def warmup(
         As the calls will pass them to `ms_deform_attn`.
     value_mask : bool
         Whether the calls will have one.
+    reference_points_shape : sequence of ints, (N or 1, Lq, L or 1, 2 or 4), or None
+        If given, for calls of `ms_deform_attn_fused`, as `MSDeformAttn` makes them, with reference points in
+        float32 (float64 for float64). `sampling_locations_shape` is then that of `sampling_offsets`, and
+        `points_dtype` the dtype of these and of `attention_logits`.
 
     Raises
     ------
     TypeError, ValueError, KernelCompileError, ImportError
         As `ms_deform_attn`; a ValueError for a device that is none of these.
     """
-    rules = (num_points, interpolation, value_mask)
-    problem = check_described(value_shape, sampling_locations_shape, dtype, points_dtype, *rules)
+    dtypes = dtype, points_dtype
+    rules = (num_points, interpolation, value_mask, reference_points_shape)
+    problem = check_described(value_shape, sampling_locations_shape, *dtypes, *rules)
     grids = check_query_order(query_order, problem.num_queries)
     kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):

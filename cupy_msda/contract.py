@@ -206,19 +206,29 @@ def check_described(
     num_points: Any,
     interpolation: Any,
     has_mask: Any,
+    reference_points_shape: Sequence[int] | None,
 ) -> Problem:
-    """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64."""
+    """Check shapes and dtypes as those of arrays; `points_dtype` None: float32, or float64 for float64.
+
+    With a shape of reference points, in that dtype, it is a fused call, and the locations are offsets.
+    """
     value = Described(_described("value_shape", value_shape), _dtype_of("dtype", dtype))
+    wide = "float64" if value.dtype == "float64" else "float32"
     if points_dtype is None:
-        points_dtype = "float64" if value.dtype == "float64" else "float32"
+        points_dtype = wide
     shape = _described("sampling_locations_shape", sampling_locations_shape)
     locations = Described(shape, _dtype_of("points_dtype", points_dtype))
     weights = Described(shape[:-1], locations.dtype)
     levels = shape[3] if len(shape) > 3 else 0
     if num_points is not None:
         levels = len(check_num_points(num_points) or ())
-    given = value, [(0, 0)] * levels, [0] * levels, locations, weights
-    problem, _ = check(*given, num_points=num_points, interpolation=interpolation)
+    given = value, [(0, 0)] * levels, [0] * levels
+    rules = {"num_points": num_points, "interpolation": interpolation}
+    if reference_points_shape is None:
+        problem, _ = check(*given, locations, weights, **rules)
+    else:
+        references = Described(_described("reference_points_shape", reference_points_shape), wide)
+        problem, _ = check_fused(*given, references, locations, weights, **rules)
     if not isinstance(has_mask, bool):
         raise TypeError(f"value_mask must be True or False, got {short_repr(has_mask)}")
     return problem._replace(has_mask=has_mask)

@@ -195,16 +195,12 @@ class MSDeformAttn(nn.Module):
         given = (value, *table, _widened(reference_points, value), offsets, logits)
         if self.use_4D_normalizer:
             given = (*given[:4], _scaled_by_pixel(*given), logits)
-        if return_locations is not True:  # torch.fx knows its identity alone
-            return self._output(ms_deform_attn_fused(*given, value_mask=mask))
-        locations, weights = locations_and_weights(*given)
-        output = ms_deform_attn(value, *table, locations, weights, value_mask=mask)
-        return self._output(output), locations, weights
-
-    def _output(self, attended: Tensor) -> Tensor:
-        """The last projection."""
-        projected: Tensor = self.output_proj(attended)
-        return projected
+        if return_locations is True:  # torch.fx knows its identity alone
+            locations, weights = locations_and_weights(*given)
+            attended = ms_deform_attn(value, *table, locations, weights, value_mask=mask)
+            return self.output_proj(attended), locations, weights
+        output: Tensor = self.output_proj(ms_deform_attn_fused(*given, value_mask=mask))
+        return output
 
 
 def _widened(reference_points: Tensor, value: Tensor) -> Tensor:

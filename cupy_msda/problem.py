@@ -104,6 +104,12 @@ class Problem(NamedTuple):
         return sum(points) if isinstance(points, tuple) else self.num_levels * points
 
     @property
+    def composed(self) -> Problem:
+        """The plain problem that stands for a fused one, with locations and weights in the dtype to compute in."""
+        wide = "float64" if self.value_dtype == "float64" else "float32"
+        return self._replace(references=None, location_dtype=wide, weight_dtype=wide)
+
+    @property
     def value_elements(self) -> int:
         """N*S*M*D."""
         return self.batch * self.spatial_size * self.num_heads * self.head_dim

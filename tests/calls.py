@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 import cupy_msda.torch  # noqa: F401 - registers the operators
@@ -12,6 +13,16 @@ from cupy_msda import ms_deform_attn
 
 FORWARD = torch.ops.cupy_msda.ms_deform_attn_forward.default
 BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
+
+# torch 2.13's own: it deprecates torch.jit, and its tracers make what it says is not to be made.
+IGNORE_DEPRECATIONS = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        ".*torch.jit.* is deprecated:DeprecationWarning",
+        ".*should not be instantiated:DeprecationWarning",
+        ".*treespec, LeafSpec.* is deprecated:FutureWarning",
+    )
+]
 
 SIZES, STARTS = [(2, 3), (3, 2)], [8, 2]
 ORDERS = {"auto": "auto", "order given": None, "grids": [(1, 2), (3, 1)], "column": [(5, 1)]}

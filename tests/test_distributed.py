@@ -235,32 +235,46 @@ def check_sharded_by(mesh, variant):
         assert_numbers(inputs, output, gradients)
 
 
+def assert_like_one_process_of(call, tensors, placements, grad_output, mesh):
+    """Output and gradients of sharded tensors within the error budget of those of one process; gives the former."""
+
+    def results(tensors, grad_output):
+        output = call(*tensors)
+        return output, *torch.autograd.grad(output, tensors, grad_output(output))
+
+    same, exact = (
+        results(
+            [tensor.detach().to(dtype).requires_grad_() for tensor in tensors],
+            lambda _, dtype=dtype: grad_output.to(dtype),
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    found = results(
+        [leaf(tensor, mesh, [p]) for tensor, p in zip(tensors, placements, strict=True)],
+        lambda output: distribute_tensor(grad_output, mesh, output.placements),
+    )
+    for result, *expected in zip(found, same, exact, strict=True):
+        assert_within_budget(result.full_tensor().detach(), *(e.detach() for e in expected))
+    return found
+
+
 @check(*LAYOUTS)
 def check_points_of_levels_and_masks_sharded_by(mesh, variant):
     value, points, grad_value = LAYOUTS[variant]
-    numbers = [2, 1]
-    inputs = flat_points(random_inputs(**EVEN), numbers)
+    inputs = flat_points(random_inputs(**EVEN), [2, 1])
     mask = torch.rand(inputs.value.shape[:2], generator=torch.Generator().manual_seed(1)) > 0.3
-    rules = {"num_points": numbers, "interpolation": "nearest"}
-    results = []
-    for mesh_or_none in (None, mesh):
-        tensors = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
-        given, grad_output = mask, inputs.grad_output
-        if mesh_or_none is not None:
-            tensors = leaves(inputs, mesh, [value], [points])
-            given = distribute_tensor(mask, mesh, [QUERY])  # of positions: it may lie anyhow
-        output = ms_deform_attn(
-            tensors[0], inputs.sizes, None, *tensors[1:], value_mask=given, **rules
-        )
-        if mesh_or_none is not None:
-            grad_output = distribute_tensor(grad_output, mesh, output.placements)
-        results.append((output, *torch.autograd.grad(output, tensors, grad_output)))
-    assert results[1][1].placements == (grad_value,)
-    for expected, result in zip(*results, strict=True):
-        torch.testing.assert_close(result.full_tensor(), expected)
-    tensors = leaves(inputs, mesh, [value], [points])
+
+    def call(value, *rest, mask=mask, shard=True):
+        if shard and isinstance(value, DTensor):
+            mask = distribute_tensor(mask, mesh, [QUERY])  # of positions: it may lie anyhow
+        rules = {"num_points": [2, 1], "interpolation": "nearest", "value_mask": mask}
+        return ms_deform_attn(value, inputs.sizes, None, *rest, **rules)
+
+    placements = value, points, points
+    found = assert_like_one_process_of(call, inputs.tensors, placements, inputs.grad_output, mesh)
+    assert found[1].placements == (grad_value,)
     with pytest.raises(TypeError, match="value_mask must be a DTensor where any argument is one"):
-        ms_deform_attn(tensors[0], inputs.sizes, None, *tensors[1:], value_mask=mask, **rules)
+        call(*leaves(inputs, mesh, [value], [points]), shard=False)
 
 
 @check(*LAYOUTS)
@@ -269,21 +283,14 @@ def check_fused_calls_sharded_by(mesh, variant):
     inputs = random_inputs(**EVEN)
     n, lq = inputs.locations.shape[:2]
     references = torch.rand(n, lq, 2, 4, generator=torch.Generator().manual_seed(1))
-    tensors = (inputs.value, references, inputs.locations, inputs.weights)
-    of_references = R if points == HEAD else points
-    results = []
-    for placements in (None, (value, of_references, points, points)):
-        parts = [tensor.detach().requires_grad_() for tensor in tensors]
-        grad_output = inputs.grad_output
-        if placements is not None:
-            parts = [leaf(t, mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
-        output = ms_deform_attn_fused(parts[0], inputs.sizes, None, *parts[1:])
-        if placements is not None:
-            assert output.placements == (points,)
-            grad_output = distribute_tensor(grad_output, mesh, output.placements)
-        results.append((output, *torch.autograd.grad(output, parts, grad_output)))
-    for expected, result in zip(*results, strict=True):
-        torch.testing.assert_close(result.full_tensor(), expected)
+    tensors = inputs.value, references, inputs.locations, inputs.weights
+
+    def call(value, *rest):
+        return ms_deform_attn_fused(value, inputs.sizes, None, *rest)
+
+    placements = value, R if points == HEAD else points, points, points
+    output, *_ = assert_like_one_process_of(call, tensors, placements, inputs.grad_output, mesh)
+    assert output.placements == (points,)
 
 
 @check(*(f"{a} and {b}" for a, b in itertools.product(LAYOUTS, repeat=2) if a != "nothing"))

@@ -21,15 +21,10 @@ from cupy_msda import (  # noqa: E402
     reference,
 )
 from cupy_msda.budget import assert_within_budget  # noqa: E402
-from tests.calls import with_grad  # noqa: E402
+from tests.calls import IGNORE_DEPRECATIONS, with_grad  # noqa: E402
 from tests.problems import DTYPES, away_from_edges, flat_points, random_inputs  # noqa: E402
 
-pytestmark = [
-    # torch 2.13's own: it deprecates torch.jit, and Dynamo makes what it says is not to be made.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
-]
+pytestmark = IGNORE_DEPRECATIONS
 
 SIZES = [(5, 7), (3, 4), (2, 2)]
 POINTS = [3, 0, 2]
@@ -226,15 +221,23 @@ def test_the_function_of_transformers_agrees(method):
     ).multi_scale_deformable_attention_v2
     interpolation = {"default": "bilinear", "discrete": "nearest"}[method]
     rules = {"num_points": [3, 1, 2], "interpolation": interpolation, "masked": False}
-    inputs, keywords = problem(rules, (torch.float64, torch.float64))
-    ours, other = with_grad(inputs), with_grad(inputs)
-    value, locations, weights = other.tensors
+    single, keywords = problem(rules)
+    inputs = single.to(torch.float64)
     needed = [0, 2] if method == "discrete" else [0, 1, 2]
-    expected = theirs(value, inputs.sizes, locations, weights, [3, 1, 2], method)
-    output = run(ours, keywords)
-    results = [
-        (out, *torch.autograd.grad(out, [leaves.tensors[i] for i in needed], inputs.grad_output))
-        for out, leaves in ((output, ours), (expected, other))
-    ]
-    for one, other_one in zip(*results, strict=True):
-        torch.testing.assert_close(one, other_one)
+
+    def by_transformers(value, sizes, _, locations, weights, **keywords):
+        return theirs(value, sizes, locations, weights, keywords["num_points"], method)
+
+    def results(inputs, function):
+        leaves = with_grad(inputs)
+        output = run(leaves, keywords, function)
+        wanted = [leaves.tensors[i] for i in needed]
+        return output.detach(), *torch.autograd.grad(output, wanted, inputs.grad_output)
+
+    exact = results(inputs, by_transformers)
+    of_reference = [by_reference(inputs, keywords)[i] for i in (0, *(1 + i for i in needed))]
+    for one, same, other in zip(results(inputs, ms_deform_attn), of_reference, exact, strict=True):
+        assert_within_budget(one, same, other)
+    both = results(single, ms_deform_attn), results(single, by_transformers)
+    for one, same, other in zip(*both, exact, strict=True):
+        assert_within_budget(one, same, other)

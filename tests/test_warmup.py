@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cupy_msda
-from cupy_msda import ms_deform_attn, ms_deform_attn_backward
+from cupy_msda import ms_deform_attn, ms_deform_attn_backward, ms_deform_attn_fused
 from cupy_msda.cuda import plans, tuned
 from cupy_msda.cuda.tuned import Entry
 from cupy_msda.problem import Problem
@@ -79,6 +79,27 @@ def test_calls_on_tensors_find_their_kernels_compiled(
     assert ("msda_backward_value_tiled" in names) == bool(tiled)
     assert ("msda_fixed_point_scale" in names) == (deterministic and not tiled)
     assert ("msda_round" in names) == (not deterministic and dtypes[0].endswith("16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("coordinates", [2, 4])
+def test_fused_calls_find_their_kernels_compiled(device, dtype, coordinates, deterministic):
+    references = (2, 5, 1, coordinates)
+    options = {"dtype": dtype, "points_dtype": dtype, "value_mask": True}
+    compiled = warm(device, VALUE, LOCATIONS, reference_points_shape=references, **options)
+    value = torch.zeros(VALUE, dtype=getattr(torch, dtype))
+    offsets = torch.zeros(LOCATIONS, dtype=value.dtype)
+    of_references = torch.zeros(references, dtype=torch.promote_types(value.dtype, torch.float32))
+    inputs = value, of_references, offsets, offsets[..., 0]
+    mask = torch.ones(VALUE[:2], dtype=torch.bool)
+    for needed in ((0, 1, 2, 3), (0, 2, 3), (0,), (1,), (2, 3)):
+        leaves = [t.clone().requires_grad_(i in needed) for i, t in enumerate(inputs)]
+        output = ms_deform_attn_fused(leaves[0], SIZES, None, *leaves[1:], value_mask=mask)
+        output.backward(torch.zeros_like(output))
+    assert device.compiled == compiled
+    fused = any("Fused<" in kernel.name for kernel, _ in compiled)
+    assert fused == (dtype != "float64")
+    assert ("msda_reference_gradient" in kernels(compiled)) == fused
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])

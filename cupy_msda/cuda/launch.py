@@ -26,6 +26,7 @@ from cupy_msda.cuda.plans import (
     Fill,
     Launch,
     Plan,
+    fused_limit,
     plan_backward,
     plan_forward,
 )
@@ -169,10 +170,18 @@ def warmup(
 ) -> None:
     """Compile what calls will launch on a device, or on CuPy's current one."""
     index = require_cupy().cuda.runtime.getDevice() if device is None else device
-    case = problem, NO_TABLE, grids, index
-    bind_forward(*case)
+    rest = NO_TABLE, grids, index
+
+    def kernels_of(of_value: bool) -> Problem:
+        """The problem, or the plain one that stands for it where there are no fused kernels."""
+        composed = problem.references and fused_limit(problem, of_value and deterministic)
+        return problem.composed if composed else problem
+
+    bind_forward(kernels_of(False), *rest)
     for needs in ((True, True), (True, False), (False, True)) if with_backward else ():
-        bind_backward(*case, *needs, deterministic)
+        bind_backward(kernels_of(needs[0]), *rest, *needs, deterministic)
+    if with_backward and kernels_of(False).references:
+        bind_backward(problem, *rest, False, True, False, needs_references=True)
 
 
 @cache

@@ -296,7 +296,7 @@ def _points_candidates(problem: Problem, device: Device, grids: Grids) -> tuple[
         return (Candidate("generic", limit=limit),)
     group, points = problem.head_dim // 4, problem.row_points
     # A group finishes as many points at once as it has lanes: smaller parts would leave lanes idle. There may
-    # be as many parts as a row has stages, of which the last is not always full.
+    # be as many parts as a row has stages; the last stage is not always full.
     most = min(WARP // group, max(1, -(-points // group)))
     split_k = _split_k(problem, device, group, most)
     near = [k for k in (split_k, split_k // 2, 2 * split_k) if 1 <= k <= most and points % k == 0]

@@ -30,6 +30,7 @@ from cupy_msda.torch.operands import (
     pack,
     pack_traced,
     register_once,
+    sampling_by,
     sampling_of,
     tensors_of,
 )
@@ -83,9 +84,7 @@ def ms_deform_attn(
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    sampling = PLAIN
-    if num_points is not None or value_mask is not None or interpolation is not BILINEAR:
-        sampling = Sampling(num_points, interpolation, value_mask)
+    sampling = sampling_by(num_points, interpolation, value_mask)
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         keywords = sampling._asdict() | {"query_order": query_order}
         return handle_torch_function(ms_deform_attn, inputs, *inputs, **keywords)
@@ -151,7 +150,7 @@ def ms_deform_attn_backward(
     Errors and source: as `ms_deform_attn`.
     """
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    sampling = Sampling(num_points, interpolation, value_mask)
+    sampling = sampling_by(num_points, interpolation, value_mask)
     operands = _packed(inputs, query_order, sampling)
     operators.refuse_undispatchable(operands)
     if not operators.is_dense(grad_output) or grad_output.is_meta:

@@ -49,6 +49,7 @@ from cupy_msda.torch.operands import (
     pack,
     pack_traced,
     register_once,
+    sampling_by,
     sampling_of,
     with_inputs,
 )
@@ -103,7 +104,7 @@ def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to samp
         *(value, spatial_shapes, level_start_index),
         *(reference_points, sampling_offsets, attention_logits),
     )
-    sampling = Sampling(num_points, interpolation, value_mask)
+    sampling = sampling_by(num_points, interpolation, value_mask)
     if has_torch_function(inputs):  # a proxy of torch.fx, say
         keywords = sampling._asdict() | {"offset_scale": offset_scale, "query_order": query_order}
         return handle_torch_function(ms_deform_attn_fused, inputs, *inputs, **keywords)
@@ -162,7 +163,7 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
         *(value, spatial_shapes, level_start_index),
         *(reference_points, sampling_offsets, attention_logits),
     )
-    sampling = Sampling(num_points, interpolation, value_mask)
+    sampling = sampling_by(num_points, interpolation, value_mask)
     forward = _packed(inputs, offset_scale, sampling, query_order)
     if not torch.compiler.is_compiling():
         check(forward, grad_output)

@@ -16,12 +16,12 @@ from cupy_msda.torch.operands import (
     DECLARED,
     BackwardOperands,
     Operands,
+    check_rest,
+    check_rest_traced,
     constants_of,
     given_of,
     inputs_of,
-    order_of,
     sampling_of,
-    skip_unknown_sizes,
     tensors_of,
     with_inputs,
 )
@@ -66,7 +66,7 @@ def flat(operands: FusedOperands) -> tuple[Any, ...]:
 
 
 def fused_operands(flat: Sequence[Any]) -> FusedOperands:
-    """From arguments in that order, of which the last may be left out."""
+    """From arguments in that order; the last may be left out."""
     table, references, rest = flat[:_NUM_TABLE], flat[_NUM_TABLE], flat[_NUM_TABLE + 1 :]
     room = len(Operands._fields) - _NUM_TABLE
     given = Operands(*table, *rest[:room])
@@ -130,6 +130,9 @@ def joined(tensors: Sequence[Any], constants: Sequence[Any]) -> FusedOperands:
 # --- the contract --------------------------------------------------------------------------------
 
 
+_ORIGIN = "sampling_offsets"
+
+
 def _given(operands: FusedOperands) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that `contract.check_fused` takes."""
     value, shapes, start_index, offsets, logits = given_of(operands.given)
@@ -140,25 +143,18 @@ def _given(operands: FusedOperands) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def check(operands: FusedOperands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
     arguments, keywords = _given(operands)
-    problem, table = contract.check_fused(*arguments, **keywords)
-    order, origin = order_of(operands.given), "sampling_offsets"
-    grids = contract.check_query_order(order, problem.num_queries, origin)
-    if grad_output is not None:
-        contract.check_grad_output(problem, grad_output, operands.given.value)
-    return problem, table, grids
+    found = contract.check_fused(*arguments, **keywords)
+    return check_rest(operands.given, grad_output, found, _ORIGIN)
 
 
-@skip_unknown_sizes
 def check_traced(operands: FusedOperands, grad_output: Any = None) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
     arguments, keywords = _given(operands)
-    problem, _ = contract.check_fused(*arguments, **keywords, traced=True)
-    numbers = (problem.num_queries, *(operands.given.query_order or ()))
-    if all(isinstance(number, int) for number in numbers):
-        order, origin = order_of(operands.given), "sampling_offsets"
-        contract.check_query_order(order, problem.num_queries, origin)
-    if grad_output is not None:
-        contract.check_grad_output(problem, grad_output, operands.given.value)
+
+    def check() -> tuple[Problem, LevelTable]:
+        return contract.check_fused(*arguments, **keywords, traced=True)
+
+    check_rest_traced(operands.given, grad_output, check, _ORIGIN)
 
 
 # --- the composition -----------------------------------------------------------------------------

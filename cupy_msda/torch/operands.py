@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import wraps
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -54,6 +53,14 @@ class Sampling(NamedTuple):
 
 
 PLAIN = Sampling()
+
+
+def sampling_by(num_points: Any, interpolation: Any, value_mask: Any) -> Sampling:
+    """These rules; `PLAIN` itself, which costs no further look, where all are the defaults."""
+    if num_points is None and value_mask is None and interpolation is BILINEAR:
+        return PLAIN
+    return Sampling(num_points, interpolation, value_mask)
+
 
 _TYPES = Operands(
     value="Tensor",
@@ -400,35 +407,45 @@ def _pairs(flat: Sequence[Any] | None) -> list[tuple[Any, Any]] | None:
 
 def check(operands: Operands, grad_output: Any = None) -> tuple[Problem, LevelTable, Grids]:
     """Check the contract."""
-    problem, table = contract.check(*given_of(operands), **sampling_of(operands))
-    grids = contract.check_query_order(order_of(operands), problem.num_queries)
+    found = contract.check(*given_of(operands), **sampling_of(operands))
+    return check_rest(operands, grad_output, found)
+
+
+def check_rest(
+    operands: Operands,
+    grad_output: Any,
+    found: tuple[Problem, LevelTable],
+    origin: str = "sampling_locations",
+) -> tuple[Problem, LevelTable, Grids]:
+    """Check what `contract.check` does not see, beside what it has found; `origin`: the argument that has Lq."""
+    problem, table = found
+    grids = contract.check_query_order(order_of(operands), problem.num_queries, origin)
     if grad_output is not None:
         contract.check_grad_output(problem, grad_output, operands.value)
     return problem, table, grids
 
 
-def skip_unknown_sizes(check: Callable[..., None]) -> Callable[..., None]:
-    """End a check at a size that is known only when the operator runs, which checks it."""
-
-    @wraps(check)
-    def checked(*arguments: Any) -> None:
-        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-        with suppress(GuardOnDataDependentSymNode):
-            check(*arguments)
-
-    return checked
-
-
-@skip_unknown_sizes
 def check_traced(operands: Operands, grad_output: Any = None) -> None:
     """Check the contract as far as it needs no number of a tensor and no symbolic size."""
-    problem, _ = contract.check(*given_of(operands), **sampling_of(operands), traced=True)
-    numbers = (problem.num_queries, *(operands.query_order or ()))
-    if all(isinstance(number, int) for number in numbers):
-        contract.check_query_order(order_of(operands), problem.num_queries)
-    if grad_output is not None:
-        contract.check_grad_output(problem, grad_output, operands.value)
+    given, rules = given_of(operands), sampling_of(operands)
+    check_rest_traced(operands, grad_output, lambda: contract.check(*given, **rules, traced=True))
+
+
+def check_rest_traced(
+    operands: Operands,
+    grad_output: Any,
+    check: Callable[[], tuple[Problem, LevelTable]],
+    origin: str = "sampling_locations",
+) -> None:
+    """`check`, then `check_rest`, up to a size that is known only when the operator runs, which checks it."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    with suppress(GuardOnDataDependentSymNode):
+        found = check()
+        numbers = (found[0].num_queries, *(operands.query_order or ()))
+        if not all(isinstance(number, int) for number in numbers):
+            operands = operands._replace(query_order=None)
+        check_rest(operands, grad_output, found, origin)
 
 
 def levels_of(operands: Operands) -> list[Level]:
