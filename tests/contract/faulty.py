@@ -229,6 +229,7 @@ TAKEN = {
     "input_padding_mask": {"None"},
     "query_order": {"None"},
     "num_points": {"None"},
+    "reference_points_shape": {"None"},
     "value_mask": {"None"},
     "offset_scale": {
         "int",
@@ -254,10 +255,14 @@ OTHER_NAMES = {
     "input_level_start_index": "level_start_index",
     "value_shape": "value",
     "sampling_locations_shape": "sampling_locations",
+    "reference_points_shape": "reference_points",
     "points_dtype": "dtype",
 }
 
-KEYWORDS = ("query_order", "num_points", "interpolation", "value_mask", "offset_scale")
+KEYWORDS = (
+    *("query_order", "num_points", "interpolation", "value_mask", "offset_scale"),
+    "reference_points_shape",
+)
 
 # --- functions -------------------------------------------------------------------------------------
 
@@ -355,6 +360,7 @@ def _warmup_arguments() -> dict[str, Any]:
         "device": "cpu",
         **_rules(),
         "value_mask": False,
+        "reference_points_shape": None,
     }
 
 
