@@ -567,7 +567,7 @@ def test_what_is_compiled_ahead_is_not_compiled_again(
 ) -> None:
     case = make(DETR, d=19, interpolation=interpolation, valid=valid)
     shapes = case.value.shape, case.locations.shape, "float32", None
-    rules = None, interpolation, valid is not None
+    rules = None, interpolation, valid is not None, None
     backend.compile_ahead(contract.check_described(*shapes, *rules), with_backward=True)
     monkeypatch.delattr(kernels, "_compiled")
     check(case)
