@@ -23,8 +23,9 @@ from cupy_msda.contract import (
 )
 from cupy_msda.cpu import backend
 from cupy_msda.cuda import launch
+from cupy_msda.cuda.plans import fused_limit
 from cupy_msda.fused import FusedPoints, gradients, locations_and_weights
-from cupy_msda.problem import LevelTable, Problem
+from cupy_msda.problem import Grids, LevelTable, Problem
 
 
 class MSDeformAttnGradients(NamedTuple):
@@ -128,10 +129,10 @@ def ms_deform_attn(
         return cupy_msda.torch.ms_deform_attn(*inputs, **sampling, query_order=query_order)
     problem, table = check(*inputs, **sampling)
     grids = check_query_order(query_order, problem.num_queries)
-    arrays = (value, sampling_locations, attention_weights)
+    given = {"value": value, "locations": sampling_locations, "weights": attention_weights}
     if on_host(value):
-        return _like(value, backend.forward(problem, table, *arrays, mask=value_mask))
-    return _like(value, launch.forward_arrays(problem, table, grids, *arrays, mask=value_mask))
+        return _like(value, backend.forward(problem, table, *given.values(), mask=value_mask))
+    return _like(value, launch.forward_arrays(problem, table, grids, given, mask=value_mask))
 
 
 @refuse_scripting
@@ -189,13 +190,13 @@ def ms_deform_attn_backward(
     problem, table = check(*inputs, **sampling)
     grids = check_query_order(query_order, problem.num_queries)
     check_grad_output(problem, grad_output, value)
-    arrays = (value, sampling_locations, attention_weights)
+    given = {"value": value, "locations": sampling_locations, "weights": attention_weights}
+    arrays = tuple(given.values())
     if on_host(value):
-        gradients = backend.backward(problem, table, grad_output, *arrays, mask=value_mask)
+        found = backend.backward(problem, table, grad_output, *arrays, mask=value_mask)
     else:
-        given = problem, table, grids, grad_output, *arrays
-        gradients = launch.backward_arrays(*given, mask=value_mask)
-    return MSDeformAttnGradients(*map(_like, arrays, gradients))
+        found = launch.backward_arrays(problem, table, grids, grad_output, given, mask=value_mask)
+    return MSDeformAttnGradients(*map(_like, arrays, found))
 
 
 class MSDeformAttnFusedGradients(NamedTuple):
@@ -264,11 +265,13 @@ def ms_deform_attn_fused(  # noqa: PLR0913 - a module's tensors, and how to samp
         return cupy_msda.torch.ms_deform_attn_fused(
             *inputs, **rules, offset_scale=offset_scale, query_order=query_order
         )
-    problem, table = _check_fused(inputs, rules, offset_scale, query_order)
+    problem, table, grids = _check_fused(inputs, rules, offset_scale, query_order)
+    keywords = {"offset_scale": offset_scale, "mask": value_mask}
+    given = _by_name(inputs)
     if on_host(value):
-        keywords = {"offset_scale": offset_scale, "mask": value_mask}
-        arrays = (value, *inputs[3:])
-        return _like(value, backend.fused_forward(problem, table, *arrays, **keywords))
+        return _like(value, backend.fused_forward(problem, table, *given.values(), **keywords))
+    if not fused_limit(problem, deterministic=False):
+        return _like(value, launch.forward_arrays(problem, table, grids, given, **keywords))
     points = _points(problem, table, inputs, rules, offset_scale)
     plain = (value, spatial_shapes, level_start_index, *locations_and_weights(points))
     return ms_deform_attn(*plain, **rules, query_order=query_order)
@@ -324,13 +327,17 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
         keywords = {"offset_scale": offset_scale, "query_order": query_order, **rules}
         found = cupy_msda.torch.ms_deform_attn_fused_backward(grad_output, *inputs, **keywords)
         return MSDeformAttnFusedGradients(*found)
-    problem, table = _check_fused(inputs, rules, offset_scale, query_order)
+    problem, table, grids = _check_fused(inputs, rules, offset_scale, query_order)
     check_grad_output(problem, grad_output, value)
-    given = (value, reference_points, sampling_offsets, attention_logits)
+    keywords = {"offset_scale": offset_scale, "mask": value_mask}
+    given = _by_name(inputs)
+    arrays = tuple(given.values())
     if on_host(value):
-        keywords = {"offset_scale": offset_scale, "mask": value_mask}
-        found = backend.fused_backward(problem, table, grad_output, *given, **keywords)
-        return MSDeformAttnFusedGradients(*map(_like, given, found))
+        found = backend.fused_backward(problem, table, grad_output, *arrays, **keywords)
+        return MSDeformAttnFusedGradients(*map(_like, arrays, found))
+    if not fused_limit(problem, deterministic=False):
+        found = launch.backward_arrays(problem, table, grids, grad_output, given, **keywords)
+        return MSDeformAttnFusedGradients(*map(_like, arrays, found))
     points = _points(problem, table, inputs, rules, offset_scale)
     locations, weights = locations_and_weights(points)
     plain = (value, spatial_shapes, level_start_index, locations, weights)
@@ -338,16 +345,22 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
         grad_output, *plain, **rules, query_order=query_order
     )
     found = (by_value, *gradients(points, weights, *by_points))
-    return MSDeformAttnFusedGradients(*map(_like, given, found))
+    return MSDeformAttnFusedGradients(*map(_like, arrays, found))
 
 
 def _check_fused(
     inputs: tuple[Any, ...], rules: dict[str, Any], offset_scale: Any, query_order: Any
-) -> tuple[Problem, LevelTable]:
+) -> tuple[Problem, LevelTable, Grids]:
     """Check a fused call."""
-    checked = check_fused(*inputs, **rules, offset_scale=offset_scale)
-    check_query_order(query_order, checked[0].num_queries, "sampling_offsets")
-    return checked
+    problem, table = check_fused(*inputs, **rules, offset_scale=offset_scale)
+    grids = check_query_order(query_order, problem.num_queries, "sampling_offsets")
+    return problem, table, grids
+
+
+def _by_name(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """What has a gradient, by its name in plans, in the order in which gradients are returned."""
+    value, _, _, references, offsets, logits = inputs
+    return {"value": value, "references": references, "locations": offsets, "weights": logits}
 
 
 def _points(

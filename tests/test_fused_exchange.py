@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a fused call on the way to its CUDA kernels and back, on an emulated device."""
+"""Tensors and arrays of a fused call on the way to its CUDA kernels and back, on an emulated device."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from cupy_msda import ms_deform_attn_fused, ms_deform_attn_fused_backward
 from cupy_msda.contract import check_fused
 from cupy_msda.torch import exchange
 from cupy_msda.torch.fused_operands import FusedBackwardOperands, FusedOperands, Needs, check
@@ -55,6 +57,29 @@ def test_tensors_reach_the_kernels_and_results_come_back(name, table, driver_dev
     check_forward(inputs, exchange.fused_forward(*prepared(inputs, table)))
     check_backward(inputs, gradients(inputs, table=table))
     assert driver_device.streams == {STREAM}
+
+
+@pytest.mark.parametrize("name", ["points", "uneven-boxes", "nearest-boxes", "one-level"])
+def test_arrays_of_other_libraries_reach_the_same_kernels(name, driver_device):
+    inputs = CASES[name]
+    value, *points = (tensor.numpy() for tensor in inputs.tensors)
+    given = value, inputs.sizes, None, *points
+    rules = {name: as_array(rule) for name, rule in inputs.rules.items()}
+    rules["offset_scale"] = inputs.offset_scale
+    output = ms_deform_attn_fused(*given, **rules)
+    check_forward(inputs, torch.from_numpy(np.asarray(output)))
+    found = ms_deform_attn_fused_backward(inputs.grad_output.numpy(), *given, **rules)
+    check_backward(inputs, [torch.from_numpy(np.asarray(array)) for array in found])
+    by_arrays = driver_device.launched.copy()
+    driver_device.launched.clear()
+    exchange.fused_forward(*prepared(inputs))
+    gradients(inputs)
+    assert by_arrays == driver_device.launched
+
+
+def as_array(rule):
+    """A rule of sampling with an array for a tensor."""
+    return rule.numpy() if isinstance(rule, torch.Tensor) else rule
 
 
 def test_strided_and_misaligned_tensors_are_copied_for_the_kernels(driver_device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No kernel costs more than kernels/BUDGET.md says, by the machine code that NVRTC makes of it."""
+"""No kernel of those measured costs more than kernels/BUDGET.md says, by the machine code that NVRTC makes of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from tests.test_nvrtc import ARCHITECTURES
 WITHOUT_DISASSEMBLER = "needs nvdisasm of the wheel nvidia-cuda-nvdisasm to count instructions"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", DTYPES)
+# A row of the table takes about a second to measure. The machine code of sm_86 and sm_89 is that of sm_80 but for a few
+# instructions, and that of 16-bit dtypes differs from one to another in the conversions only.
+MEASURED = [
+    *(("f32", architecture) for architecture in (75, 80, 90, 100, 120)),
+    *(("f16", 80), ("f16", 90), ("bf16", 75), ("bf16", 90)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "architecture"), MEASURED)
 def test_no_figure_is_worse_than_in_the_table(dtype: str, architecture: int) -> None:
     measured = kernel_budget.measure(dtype, architecture)
     version, budget = kernel_budget.read_table()

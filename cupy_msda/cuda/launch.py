@@ -268,20 +268,23 @@ def forward_arrays(
     problem: Problem,
     table: LevelTable,
     grids: Grids,
-    value: Any,
-    locations: Any,
-    weights: Any,
+    given: dict[str, Any],
     *,
     mask: Any = None,
+    offset_scale: float = 0.5,
 ) -> Any:
-    """The output for CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array."""
+    """The output for CUDA arrays of any library but torch, on CuPy's current stream, as a CuPy array.
+
+    `given` has them by their names in plans: value, locations, weights; of a fused call value, references, and offsets
+    and logits as locations and weights.
+    """
     cupy = require_cupy()
-    device = value.__dlpack_device__()[1]
+    device = given["value"].__dlpack_device__()[1]
     with cupy.cuda.Device(device):
-        given = {"value": value, "locations": locations, "weights": weights}
         arrays = {name: _aligned(array) for name, array in given.items()}
         arrays["output"] = cupy.empty(problem.output_shape, arrays["value"].dtype)
-        _run_arrays(bind_forward(problem, table.on_host, grids, device), arrays, table, mask)
+        bound = bind_forward(problem, table.on_host, grids, device, offset_scale)
+        _run_arrays(bound, arrays, table, mask)
     return arrays["output"]
 
 
@@ -290,24 +293,26 @@ def backward_arrays(
     table: LevelTable,
     grids: Grids,
     grad_output: Any,
-    value: Any,
-    locations: Any,
-    weights: Any,
+    given: dict[str, Any],
     *,
     mask: Any = None,
-) -> tuple[Any, Any, Any]:
-    """The three gradients for CUDA arrays of any library but torch, as CuPy arrays."""
+    offset_scale: float = 0.5,
+) -> tuple[Any, ...]:
+    """The gradients of what is given, in that order, likewise."""
     cupy = require_cupy()
-    device = value.__dlpack_device__()[1]
+    device = given["value"].__dlpack_device__()[1]
     with cupy.cuda.Device(device):
-        given = {"grad_output": grad_output, "value": value}
-        given |= {"locations": locations, "weights": weights}
-        arrays = {name: _aligned(array) for name, array in given.items()}
-        gradients = {f"grad_{name}": cupy.empty_like(arrays[name]) for name in list(given)[1:]}
-        bound = bind_backward(problem, table.on_host, grids, device, True, True, False)
+        every = {"grad_output": grad_output} | given
+        arrays = {name: _aligned(array) for name, array in every.items()}
+        gradients = {f"grad_{name}": cupy.empty_like(arrays[name]) for name in given}
+        fused = problem.references is not None
+        if fused:
+            arrays["by_location"] = cupy.empty(arrays["locations"].shape, "float32")
+        bound = bind_backward(
+            *(problem, table.on_host, grids, device, True, True, False, fused, offset_scale)
+        )
         _run_arrays(bound, arrays | gradients, table, mask)
-    by_value, by_locations, by_weights = gradients.values()
-    return by_value, by_locations, by_weights
+    return tuple(gradients.values())
 
 
 def _run_arrays(bound: Bound, arrays: dict[str, Any], table: LevelTable, mask: Any) -> None:
