@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cupy_msda import ms_deform_attn, ms_deform_attn_fused
+from cupy_msda.bench import machine
 from cupy_msda.bench.cases import SHAPES, consecutive
 from cupy_msda.bench.timing import Limits, in_turns
 
@@ -189,8 +190,8 @@ def main() -> None:
     if options.peak:
         print(peak_bytes(options.peak[0], options.device, options.peak[1]))
         return
-    result: dict[str, Any] = {"machine": platform.processor() or platform.machine()}
-    result |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "cases": {}}
+    result: dict[str, Any] = {"date": date.today().isoformat()}
+    result |= {"machine": machine.describe(options.device), "cases": {}}
     for case in options.cases:
         times = time_case(case, options.device, options.seconds)
         memory = {
@@ -205,6 +206,7 @@ def main() -> None:
             )
             peak = f"  {memory[name] / 2**20:6.1f} MiB" if name in memory else ""
             print(f"{case:16} {name:34} {figures}{peak}", flush=True)
+    result["machine"]["load_average_after"] = machine.load()
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

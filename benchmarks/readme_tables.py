@@ -220,6 +220,27 @@ def cpu(results: Results) -> str:
     return f"{tables.caption(results)}\n\n{tables.table(results)}"
 
 
+def fused(results: Results) -> str:
+    """Fused calls beside what they replace."""
+    names = ("fused", "torch, then cupy_msda", "torch, then torch-ms-deform-attn", "fused, padded")
+    rows = []
+    for case, found in results["cases"].items():
+        times, peaks = found["microseconds"], found["peak_bytes"]
+        for way in ("forward", "forward+backward"):
+            ours = times[names[0]][way]
+            cells = [_compared(times[name][way], ours) if name in times else "" for name in names]
+            rows.append((case, way, *cells))
+        memory = [f"{peaks[name] / 2**20:.1f} MiB" if name in peaks else "" for name in names]
+        rows.append((case, "peak memory", *memory))
+    return f"{tables.caption(results)}\n\n{markdown(('case', '', *names), rows)}"
+
+
+def _compared(time_us: float, ours_us: float) -> str:
+    """A time, and its ratio to ours."""
+    ratio = f", {time_us / ours_us:.2f}x" if time_us != ours_us else ""
+    return f"{digits(time_us / 1e3)} ms{ratio}"
+
+
 def kernel_model(results: Results) -> str:
     """The time of each kernel by the model, as measured, their ratio and the limit; then what the model misses."""
     kernels = ("plain", "persistent", "points", "direct", "binned")
@@ -266,6 +287,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "kernel_forecast": kernel_forecast,
     "cpu_summary": cpu_summary,
     "cpu": cpu,
+    "fused": fused,
 }
 
 
