@@ -265,7 +265,8 @@ _HEAD = """\
 # What the specialised kernels cost
 
 Figures of the machine code that NVRTC {version} generates for M=8, D=32, L=4, P=4 and one dtype for all inputs. CI
-measures a part and fails if a figure gets worse (`tests/test_kernel_budget.py`); `python -m tests.kernel_budget` writes this file.
+measures a part of them (`tests/test_kernel_budget.py`) and fails if one gets worse; `python -m tests.kernel_budget`
+writes this file.
 "-split-k": as many groups to a row as there can be. "-fixed-point": the accumulator is in fixed point. "fused-": from
 reference points for each level, (x, y) or, "-boxes", (x, y, w, h).
 
