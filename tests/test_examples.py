@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "examples"
 SAYS = {
     "deformable_detr_fork.py": r"output \(2, 50, 256\) gradient of value \(2, 750, 8, 32\)",
     "numpy_arrays.py": r"output \(1, 100, 256\) float32\n(gradient of \w+ \(.*\) float32\n){3}",
+    "serving.py": r"output \(1, 300, 256\) on \w+\nfirst request [\d.]+ ms, median of the others [\d.]+ ms\n$",
     "torch_training.py": r"mean loss on \w+: 0\.\d+ in the first ten steps, 0\.0\d+ in the last ten",
 }
 
