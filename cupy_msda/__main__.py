@@ -150,7 +150,7 @@ def _report() -> int:
     """Print the environment, the plans of typical problems and the self-check."""
     from cupy_msda import report
 
-    for lines in (report.environment(), report.plans()):
+    for lines in (report.environment(), report.integrations(), report.plans()):
         for label, text in lines:
             print(f"{label:17}{text}".rstrip())
     print()

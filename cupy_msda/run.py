@@ -33,7 +33,7 @@ def run(program: str, arguments: Sequence[str], is_module: bool, patches: str | 
     if not is_module and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
         sys.path[0] = os.path.dirname(os.path.realpath(program))
     try:
-        chosen = names.installed() if patches is None else patches.split(",")
+        chosen = names.everything() if patches is None else patches.split(",")
         names.check(chosen)
         code, attributes = _script(program) if not is_module else (None, {})
     except (OSError, ValueError) as error:

@@ -113,6 +113,7 @@ def test_a_package_is_patched_by_its_name(patches, tmp_path):
     """Where the package of a port is installed, here a stand-in."""
     inside = tmp_path / "dfine_seg" / "model" / "arch"
     inside.mkdir(parents=True)
+    (tmp_path / "dfine_seg" / "__init__.py").write_text("")
     (inside / "utils.py").write_text(STAND_IN)
     name = "deformable_attention_core_func_v2"
     (tmp_path / "script.py").write_text(

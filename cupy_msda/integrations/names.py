@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import pkgutil
+import re
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cupy_msda import integrations
 from cupy_msda.integrations import deformable_detr
-from cupy_msda.integrations.packages import is_installed
+from cupy_msda.integrations.packages import Target, is_installed
 from cupy_msda.integrations.patching import Patch
 
 _EXTENSION = "deformable_detr"
+_distributions = cache(packages_distributions)  # it reads the files of each
 
 
 def integration_of() -> dict[str, ModuleType]:
@@ -55,5 +62,38 @@ def patch(name: str) -> Patch | str:
 
 
 def installed() -> list[str]:
-    """The names that `patch` can take here."""
-    return [_EXTENSION, *filter(is_installed, integration_of())]
+    """The packages among these names that are installed."""
+    return [name for name in integration_of() if is_installed(name)]
+
+
+def everything() -> list[str]:
+    """What `patch` can take here: the extension module, and the packages that are installed."""
+    return [_EXTENSION, *installed()]
+
+
+def describe(package: str) -> str:
+    """The distribution of an installed package, and which functions a patch would replace; it is not imported."""
+    distributions = [
+        f"{name} {version(name)}" for name in dict.fromkeys(_distributions().get(package, ()))
+    ]
+    module = integration_of()[package]
+    named = [each for each in getattr(module, "TARGETS", ()) if each.package == package]
+    counts = Counter(each.name for each in named if _holds(package, each))
+    functions = [f"{name} ({count}x)" if count > 1 else name for name, count in counts.items()]
+    what = ", ".join(functions) or ("nothing: another version" if named else "its attention")
+    return f"{' and '.join(distributions) or 'installed'}, patch: {what}"
+
+
+def _holds(package: str, target: Target) -> bool:
+    """Whether the files of a package define a target."""
+    spec = find_spec(package)
+    inside = target.module.split(".")[1:]
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder, *inside[:-1], f"{inside[-1]}.py")
+        if file.is_file():
+            owner = target.name.partition(".")[0]
+            text = file.read_text(encoding="utf-8", errors="replace")
+            return re.search(rf"^(class|def) {owner}\b", text, re.MULTILINE) is not None
+        if any(file.parent.glob(f"{file.stem}.*")):  # compiled
+            return True
+    return False

@@ -92,8 +92,11 @@ def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package has been imported or can be found; it is not imported."""
-    return package in sys.modules or find_spec(package) is not None
+    """Whether a package has been imported or can be found; it is not imported. A mere folder of that name is none."""
+    if package in sys.modules:
+        return True
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def _imported(name: str, strict: bool) -> ModuleType | None:
