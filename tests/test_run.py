@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cupy_msda import __main__
-from cupy_msda.integrations import deformable_detr
+from cupy_msda.integrations import deformable_detr, names, ports
 from tests.processes import ROOT
 
 # All that a program can see of how it was started; argv[0] apart, since -m makes it a path.
@@ -156,3 +156,21 @@ def test_what_cannot_run_is_named(arguments, status, message, tmp_path, monkeypa
     assert end.value.code == status
     last = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(f"python -m cupy_msda run: {message}.*", last), last
+
+
+def test_without_names_what_cannot_be_patched_is_passed_over(tmp_path, monkeypatch, capsys):
+    """Of all that is installed, here a stand-in that does not import."""
+    (tmp_path / "broken_package.py").write_text("raise OSError('no library')")
+    (tmp_path / "script.py").write_text("print('ran')")
+    monkeypatch.setattr(names, "installed", lambda: ["broken_package"])
+    monkeypatch.setattr(names, "integration_of", lambda: {"broken_package": ports})
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "argv", sys.argv.copy())
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    monkeypatch.setitem(sys.modules, EXTENSION, deformable_detr)
+    with pytest.raises(SystemExit) as end:
+        __main__.main(["run", str(tmp_path / "script.py")])
+    assert end.value.code == 0
+    said = capsys.readouterr()
+    assert said.out == "ran\n"
+    assert "run: broken_package: not patched: OSError: no library" in said.err

@@ -63,7 +63,11 @@ def patch(name: str) -> Patch | str:
 
 def installed() -> list[str]:
     """The packages among these names that are installed."""
-    return [name for name in integration_of() if is_installed(name)]
+    return [
+        name
+        for name, module in integration_of().items()
+        if is_installed(name) and (_targets(name) or not hasattr(module, "TARGETS"))
+    ]
 
 
 def everything() -> list[str]:
@@ -72,16 +76,26 @@ def everything() -> list[str]:
 
 
 def describe(package: str) -> str:
-    """The distribution of an installed package, and which functions a patch would replace; it is not imported."""
+    """The distribution of an installed package, and what a patch would replace in it; it is not imported."""
     distributions = [
         f"{name} {version(name)}" for name in dict.fromkeys(_distributions().get(package, ()))
     ]
+    text = f"{' and '.join(distributions) or 'installed'}, patch: "
     module = integration_of()[package]
-    named = [each for each in getattr(module, "TARGETS", ()) if each.package == package]
-    counts = Counter(each.name for each in named if _holds(package, each))
+    integration = module.__name__.rpartition(".")[2]
+    if not hasattr(module, "TARGETS"):
+        return f"{text}{integration}.patch()"
+    counts = Counter(each.name for each in _targets(package) if _holds(package, each))
     functions = [f"{name} ({count}x)" if count > 1 else name for name, count in counts.items()]
-    what = ", ".join(functions) or ("nothing: another version" if named else "its attention")
-    return f"{' and '.join(distributions) or 'installed'}, patch: {what}"
+    if not functions:
+        return f"{text}none, since this version has nothing that is known"
+    return f"{text}{integration}.patch() replaces {', '.join(functions)}"
+
+
+def _targets(package: str) -> list[Target]:
+    """What is known of a package."""
+    targets: Sequence[Target] = getattr(integration_of()[package], "TARGETS", ())
+    return [each for each in targets if each.package == package]
 
 
 def _holds(package: str, target: Target) -> bool:

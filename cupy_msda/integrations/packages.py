@@ -93,7 +93,7 @@ def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool
 
 def is_installed(package: str) -> bool:
     """Whether a package has been imported or can be found; it is not imported. A mere folder of that name is none."""
-    if package in sys.modules:
+    if sys.modules.get(package) is not None:
         return True
     spec = find_spec(package)
     return spec is not None and spec.origin is not None

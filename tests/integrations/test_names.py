@@ -43,7 +43,7 @@ def test_the_report_names_what_a_patch_would_replace(site):
     (site / "rf_detr-1.2.dist-info").mkdir()
     (site / "rf_detr-1.2.dist-info" / "METADATA").write_text(VERSION)
     (site / "rf_detr-1.2.dist-info" / "top_level.txt").write_text("rfdetr\n")
-    assert said()["rfdetr"] == "rf-detr 1.2, patch: MSDeformAttn.forward"
+    assert said()["rfdetr"] == "rf-detr 1.2, patch: rfdetr.patch() replaces MSDeformAttn.forward"
     assert "rfdetr" not in sys.modules
 
 
@@ -52,15 +52,26 @@ def test_the_report_counts_copies_and_finds_compiled_modules(site):
         write(site, f"libreyolo.models.{name}", "def deformable_attention_core_func_v2(): ...")
     write(site, "mmcv._ext", "")
     (site / "mmcv" / "_ext.py").rename(site / "mmcv" / "_ext.cpython-311.so")
-    assert said()["libreyolo"] == "installed, patch: deformable_attention_core_func_v2 (2x)"
-    assert said()["mmcv"] == "installed, patch: ms_deform_attn_forward, ms_deform_attn_backward"
+    start = "installed, patch: "
+    said = dict(report.integrations())
+    assert (
+        said["libreyolo"] == f"{start}ports.patch() replaces deformable_attention_core_func_v2 (2x)"
+    )
+    assert (
+        said["mmcv"]
+        == f"{start}mmcv.patch() replaces ms_deform_attn_forward, ms_deform_attn_backward"
+    )
 
 
 def test_the_report_says_that_another_version_has_nothing(site):
     write(site, "ultralytics.nn", "")
     (site / "dfine").mkdir()  # a folder of the user's, no package
-    assert said()["ultralytics"] == "installed, patch: nothing: another version"
-    assert "dfine" not in said()
+    write(site, "ports", "")  # a module of the user's
+    assert (
+        said()["ultralytics"]
+        == "installed, patch: none, since this version has nothing that is known"
+    )
+    assert not {"dfine", "ports"} & set(said())
 
 
 def test_the_report_passes_over_a_torch_that_does_not_import(monkeypatch, site):

@@ -212,6 +212,7 @@ def test_another_version_without_it_is_named(monkeypatch):
 def test_a_package_that_does_not_import_is_no_silent_loss(monkeypatch, tmp_path):
     folder = tmp_path / "rfdetr" / "models"
     folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
     (folder / "__init__.py").write_text("import no_such_dependency")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
