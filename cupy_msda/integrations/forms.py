@@ -157,6 +157,28 @@ def attend(
     return output
 
 
+def attend_boxes(module: Any, query: Tensor, references: Tensor, value: Any, sizes: Any) -> Tensor:
+    """What D-FINE's module returns, (N, Lq, M*D), for boxes (N, Lq, 1, 4) and value as `ragged` takes it."""
+    m, numbers = module.num_heads, list(module.num_points_list)
+    points = m, sum(numbers)
+    if not isinstance(value, Tensor):
+        value = _joined(value, sizes, len(query), m)
+    offsets = module.sampling_offsets(query).unflatten(-1, (*points, 2))
+    logits = module.attention_weights(query).unflatten(-1, points)
+    # Theirs multiplies by a buffer that holds 1 / P, rounded, and comes with a checkpoint; the operator divides by P.
+    scales = module.num_points_scale.to(query.dtype).split(numbers)
+    factors = [scale * number for scale, number in zip(scales, numbers, strict=True)]
+    offsets = offsets * torch.cat(factors)[:, None]
+    boxes = references.to(torch.promote_types(value.dtype, torch.float32))
+    output = ms_deform_attn_fused(
+        *(value, sizes, None, boxes, offsets, logits),
+        num_points=numbers,
+        offset_scale=getattr(module, "offset_scale", 0.5),
+    )
+    dtype = torch.promote_types(value.dtype, references.dtype)
+    return output.to(torch.promote_types(dtype, query.dtype))
+
+
 def detr_forward(original: _Function) -> _Function:
     """`MSDeformAttn.forward` of Deformable-DETR, LW-DETR and RF-DETR.
 

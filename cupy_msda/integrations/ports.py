@@ -7,11 +7,12 @@
 
     ports.patch()  # every installed package of `TARGETS`
     ports.patch(src.zoo.dfine.utils)  # the module of a repository that defines deformable_attention_core_func_v2
-    ports.patch(model)  # a model that was built before: each of its attention modules keeps the function
+    ports.patch(model)  # one model
 
-These models compute their locations themselves, from points, boxes or, in Intel's, boxes with four
-half-widths; what is replaced is the function that samples. Where "discrete" sampling reads levels that are
-not square, it limits both coordinates to H - 1: those calls remain theirs, as do arguments that are not known here.
+Replaced is the function that samples, and D-FINE's module around it. Other modules bind the function when
+they are built: patch before that, or patch the model. They compute their locations themselves, from points,
+boxes or, in getitune, boxes with four half-widths. Where "discrete" sampling reads levels that are not square,
+it limits both coordinates to H - 1: those calls remain theirs, as do arguments that are not known here.
 
 Written for dfine-seg 0.6.2, pydfine 0.2.1, lightly-train 0.18.0, getitune 0.4.0 and libreyolo 1.6.0.
 """
@@ -25,30 +26,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cupy_msda.integrations.forms import detr_forward, plain, ragged, transposed
+from cupy_msda.integrations.forms import attend_boxes, detr_forward, plain, ragged, transposed
 from cupy_msda.integrations.packages import Target, of_model, ours_for, patch_targets
 from cupy_msda.integrations.patching import Patch, Replacement, apply, standing_for
 
 _CORES = {"deformable_attention_core_func": plain, "deformable_attention_core_func_v2": ragged}
 _CORE, _CORE_V2 = _CORES
+_MODULE = "MSDeformableAttention.forward"
 
 
-def _inline_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`MSDeformableAttentionV2.forward` of getitune, which samples without a function of its own."""
-    sample = ragged(original)
+def _box_forward(original: Callable[..., Tensor]) -> Callable[..., Any]:
+    """`forward` of D-FINE's module, whose value is projected outside, with offsets and logits in one call.
+
+    Other calls than those of its decoders, with one box for all levels, are theirs, and so is "discrete" sampling.
+    """
 
     def forward(
         self: Any, query: Tensor, reference_points: Tensor, value: Any, value_spatial_shapes: Any
     ) -> Any:
-        if reference_points.shape[-1] != 4 or len(query) == 0:
-            return original(self, query, reference_points, value, value_spatial_shapes)
-        points = self.num_heads, sum(self.num_points_list)
-        offsets = self.sampling_offsets(query).unflatten(-1, (*points, 2))
-        weights = self.attention_weights(query).unflatten(-1, points).softmax(-1)
-        boxes = reference_points[:, :, None]  # N, Lq, 1, 1, (x, y, w, h)
-        scale = self.num_points_scale.to(query).unsqueeze(-1)
-        locations = boxes[..., :2] + offsets * scale * boxes[..., 2:] * 0.5
-        return sample(value, value_spatial_shapes, locations, weights, self.num_points_list)
+        given = query, reference_points, value, value_spatial_shapes
+        is_default = getattr(self, "method", "default") == "default"
+        if not is_default or reference_points.shape[2:] != (1, 4) or len(query) == 0:
+            return original(self, *given)
+        return attend_boxes(self, *given)
 
     return forward
 
@@ -56,10 +56,11 @@ def _inline_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _libreyolo() -> Iterator[Target]:
     """What libreyolo has of each model."""
     models = "libreyolo.models"
-    for name in ("deim.ms_deform", "dfine.ms_deform", "ec.utils", "gtr.utils"):
+    for name in ("deim.ms_deform", "dfine.ms_deform", "ec.utils", "gtr.utils", "rtdetrv2.utils"):
         yield Target(f"{models}.{name}", _CORE_V2, ragged)
-    yield Target(f"{models}.rtdetrv2.utils", _CORE_V2, ragged)
     yield Target(f"{models}.openvocab.ovdeim.decoder", _CORE_V2, ragged)
+    for name in ("deim", "dfine", "ec", "openvocab.ovdeim"):
+        yield Target(f"{models}.{name}.decoder", _MODULE, _box_forward)
     yield Target(f"{models}.rtdetr.utils", _CORE, plain)
     yield Target(f"{models}.ec.decoder", "_ms_deform_attn_core_pytorch_pose", plain)
     yield Target(f"{models}.grounding_dino.nn", "_msda", plain)
@@ -72,16 +73,19 @@ def _libreyolo() -> Iterator[Target]:
         yield Target(f"{models}.{name}", "ms_deform_attn_core_pytorch", form)
 
 
-_LIGHTLY = "lightly_train._task_models.object_detection_components.utils"
+_LIGHTLY = "lightly_train._task_models.object_detection_components"
 _GETITUNE = "getitune.backend.lightning.models"
 _GETITUNE_LAYERS = f"{_GETITUNE}.common.layers.transformer_layers"
 TARGETS = (
     Target("dfine_seg.model.arch.utils", _CORE_V2, ragged),
+    Target("dfine_seg.model.arch.dfine_decoder", _MODULE, _box_forward),
     Target("dfine.backends.native.ops", _CORE_V2, ragged),
-    Target(_LIGHTLY, _CORE, plain),
-    Target(_LIGHTLY, _CORE_V2, ragged),
+    Target("dfine.backends.native.dfine_decoder", _MODULE, _box_forward),
+    Target(f"{_LIGHTLY}.utils", _CORE, plain),
+    Target(f"{_LIGHTLY}.utils", _CORE_V2, ragged),
+    Target(f"{_LIGHTLY}.dfine_decoder", _MODULE, _box_forward),
     Target(f"{_GETITUNE}.modules.transformer", _CORE, plain),
-    Target(_GETITUNE_LAYERS, "MSDeformableAttentionV2.forward", _inline_forward),
+    Target(_GETITUNE_LAYERS, "MSDeformableAttentionV2.forward", _box_forward),
     *_libreyolo(),
 )
 

@@ -213,48 +213,71 @@ def test_the_module_of_a_repository_can_be_patched(install):
         ports.patch(torch.nn)
 
 
-class MSDeformableAttentionV2(nn.Module):
-    """getitune's, which samples in its own forward."""
+class Module(nn.Module):
+    """D-FINE's, and getitune's, which samples in its own forward and whose offsets are always in halves of a box."""
 
-    def __init__(self, points):
+    def __init__(self, points, offset_scale, method="default"):
         super().__init__()
-        self.num_heads, self.num_points_list = M, points
+        self.num_heads, self.num_points_list, self.method = M, points, method
         scale = torch.tensor([1 / n for n in points for _ in range(n)])
         self.register_buffer("num_points_scale", scale)
         self.sampling_offsets = nn.Linear(M * D, 2 * M * sum(points))
         self.attention_weights = nn.Linear(M * D, M * sum(points))
+        if offset_scale is not None:
+            self.offset_scale = offset_scale
 
     def forward(self, query, reference_points, value, value_spatial_shapes):
-        OWN.append("default")
+        OWN.append(self.method)
         points = M, sum(self.num_points_list)
         offsets = self.sampling_offsets(query).unflatten(-1, (*points, 2))
         weights = self.attention_weights(query).unflatten(-1, points).softmax(-1)
         boxes = reference_points[:, :, None]
-        offsets = offsets * self.num_points_scale[:, None] * boxes[..., 2:] * 0.5
-        locations = boxes[..., :2] + offsets
-        value = whole(value, M)
-        return stand_ins.sampled(
-            value, value_spatial_shapes, locations, weights, self.num_points_list
-        )
+        scale = getattr(self, "offset_scale", 0.5) * self.num_points_scale[:, None]
+        locations = boxes[..., :2] + offsets * scale * boxes[..., 2:]
+        rest = self.num_points_list, self.method == "discrete"
+        return stand_ins.sampled(whole(value, M), value_spatial_shapes, locations, weights, *rest)
 
 
-def test_the_module_of_getitune_gives_the_same(install, monkeypatch):
-    kind = type("Copy", (MSDeformableAttentionV2,), {"forward": MSDeformableAttentionV2.forward})
-    module, name = next(each for each in TARGETS if each[1].startswith("MSDeformableAttentionV2"))
+MODULES = [each for each in TARGETS if each[1].startswith("MSDeformableAttention")]
+
+
+@pytest.fixture(params=MODULES)
+def box_module(request, install):
+    """A copy of the class in the place of one of these, and the scale that its offsets may have."""
+    module, name = request.param
+    kind = type("Copy", (Module,), {"forward": Module.forward})
     install(module, **{name.partition(".")[0]: kind})
-    attention = kind([3, 1, 2]).double()
-    query, references, features = stand_ins.module_inputs(4, levels=1)
+    return kind, None if module.startswith("getitune") else 0.25
 
-    def call():
-        return results(
-            lambda q, r, v: attention(
-                q, r, levels(v.unflatten(-1, (M, D)), SIZES, "levels"), SIZES
-            ),
-            [query, references, features],
-            *attention.parameters(),
-        )
 
-    for patch in (ports.patch, lambda: ports.patch(attention)):
+def call_module(module, inputs, sizes=SIZES, form="levels"):
+    return results(
+        lambda q, r, v: module(q, r, levels(v.unflatten(-1, (M, D)), sizes, form), sizes),
+        inputs,
+        *module.parameters(),
+    )
+
+
+@pytest.mark.parametrize("form", ["levels", "whole"])
+def test_the_module_around_it_gives_the_same(form, box_module):
+    kind, scale = box_module
+    module = kind([3, 1, 2], scale).double()
+    module.num_points_scale[1] *= 1.5  # a checkpoint may have anything there
+    inputs = stand_ins.module_inputs(4, levels=1)
+    for patch in (ports.patch, lambda: ports.patch(module)):
         OWN.clear()
-        check(patch, call)
+        check(patch, lambda: call_module(module, inputs, form=form))
         assert len(OWN) == 2
+
+
+def test_discrete_sampling_and_boxes_of_points_are_theirs(box_module):
+    kind, scale = box_module
+    points = [2, 1, 1]
+    query, references, features = stand_ins.module_inputs(4, levels=4)  # a box for each point
+    with ports.patch():
+        call_module(kind(points, scale).double(), [query, references, features])
+        sizes = [(h, max(h, w)) for h, w in SIZES]
+        features = torch.randn(N, sum(h * w for h, w in sizes), M * D, dtype=torch.float64)
+        module = kind(points, scale, "discrete").double()
+        call_module(module, [query, references[:, :, :1], features], sizes)
+    assert OWN == ["default", "discrete"]
