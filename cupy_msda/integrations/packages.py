@@ -46,6 +46,7 @@ class Target(NamedTuple):
 def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool = True) -> Patch:
     """Replace what is found of the targets.
 
+    A module that does not import, for want of what the package needs there, is passed over: no model uses it.
     Code that has imported a function's name before is served as well; what kept the function in another
     way, such as a model that bound it when it was built, only where the integration says so.
 
@@ -55,7 +56,7 @@ def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool
         None: in every package of the targets that is installed; it is imported. A package or a module
         of one: there alone. A model: its attention modules alone, other models stay as they are.
     strict : bool
-        Whether it is an error if nothing is found. If not, a package that does not import is passed over.
+        Whether it is an error if nothing is found.
 
     Returns
     -------
@@ -67,9 +68,9 @@ def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool
     ModuleNotFoundError
         `strict`, no `target`, and none of the packages is installed.
     ImportError, or what else the import of a package raises
-        `strict`, and it does not import.
+        `strict`, and nothing is found since it does not import.
     LookupError
-        `strict`, and there is nothing to replace.
+        `strict`, and nothing is found.
     TypeError
         `target` is something else.
     """
@@ -87,8 +88,12 @@ def patch_targets(targets: Sequence[Target], target: Any = None, *, strict: bool
         raise TypeError(
             f"target must be None, a module or a torch module, got {type(target).__name__}"
         )
-    found = [(_imported(each.module, strict), each) for each in chosen]
-    return apply(_replacements(found), subject, strict)
+    failures: list[Exception] = []
+    modules = [(_imported(each.module, failures), each) for each in chosen]
+    found = list(_replacements(modules))
+    if strict and failures and not found:
+        raise failures[0]
+    return apply(found, subject, strict)
 
 
 def is_installed(package: str) -> bool:
@@ -99,14 +104,14 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _imported(name: str, strict: bool) -> ModuleType | None:
-    """A module; None if the installed version of its package has none of that name."""
+def _imported(name: str, failures: list[Exception]) -> ModuleType | None:
+    """A module; None if it does not import, a failure unless the installed version has none of that name."""
     try:
         return import_module(name)
     except Exception as error:  # a package may raise anything
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
-        if strict and (absent is None or not f"{name}.".startswith(f"{absent}.")):
-            raise
+        if absent is None or not f"{name}.".startswith(f"{absent}."):
+            failures.append(error)
         return None
 
 

@@ -7,6 +7,7 @@ The packages need torchvision, lightning or more: these are stand-ins with the s
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -113,6 +114,19 @@ def test_every_copy_of_the_second_version_is_found(module, install):
         assert getattr(user, CORE_V2) is getattr(place, CORE_V2)
         assert ports.patch(place).replaced == ()  # nothing is wrapped twice
     assert getattr(user, CORE_V2) is getattr(place, CORE_V2)
+
+
+def test_a_module_that_does_not_import_is_passed_over(install, tmp_path, monkeypatch):
+    """Since no model uses it here: packages have parts that need more than is installed."""
+    install("libreyolo.models.dfine.ms_deform", **{CORE_V2: core_v2()})
+    broken = install("libreyolo.models.deim")
+    broken.__path__ = [str(tmp_path)]
+    (tmp_path / "ms_deform.py").write_text("raise ImportError('no such extra')")
+    with ports.patch() as done:
+        assert str(done) == f"<Patch of libreyolo.models.dfine.ms_deform.{CORE_V2}>"
+    monkeypatch.delitem(sys.modules, "libreyolo.models.dfine.ms_deform")
+    with pytest.raises(ImportError, match="no such extra"):
+        ports.patch()
 
 
 @pytest.mark.parametrize("form", ["whole", "levels", "maps"])
