@@ -47,14 +47,18 @@ def test_a_module_has_the_dtype_of_theirs_under_autocast(dtype, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
-def test_a_graph_holds_the_function_whole():
-    function = forms.ragged(theirs)
+@pytest.mark.parametrize("form", ["plain", "ragged"])
+def test_a_graph_holds_the_function_whole(form):
+    if form == "ragged" and torch.__version__ < (2, 5):
+        pytest.skip("torch 2.4 breaks a graph before any call with num_points")
+    points = POINTS if form == "ragged" else None
+    function, rest = getattr(forms, form)(theirs), [points] * (form == "ragged")
 
     def call(value, locations, weights):
         levels = value.permute(0, 2, 3, 1).split([h * w for h, w in SIZES], dim=-1)
-        return function(levels, SIZES, locations, weights, POINTS)
+        return function(levels, SIZES, locations, weights, *rest)
 
-    inputs = arrays(POINTS)
+    inputs = arrays(points)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    expected = results(lambda v, x, w: theirs(v, SIZES, x, w, POINTS), inputs)
+    expected = results(lambda v, x, w: theirs(v, SIZES, x, w, points), inputs)
     assert_equal(results(compiled, inputs), expected)
