@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m cupy_msda`` reports the environment and checks it; its commands are ``demo``, ``bench`` and ``tune``."""
+"""``python -m cupy_msda`` reports the environment and checks it; its commands are ``run``, ``demo``, ``bench`` and
+``tune``."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 from cupy_msda.faults import reason
 
 _NEEDS = {
+    "run": {"torch": "torch"},
     "demo": {"torch": "torch", "matplotlib": "matplotlib", "pillow": "PIL"},
     "bench": {"torch": "torch"},
     "tune": {"torch": "torch"},
@@ -23,20 +25,19 @@ _NEEDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status of the process: 0, or 1 if a check failed."""
-    # Pictures go to files. In a notebook a command inherits the notebook's backend, which need not be installed here.
-    os.environ["MPLBACKEND"] = "agg"
     parser = argparse.ArgumentParser(
         prog="python -m cupy_msda",
         description="Without a command: report the environment and the backend of each kind of array, and check "
         "each backend.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_run(commands)
     _add_demo(commands)
     _add_bench(commands)
     _add_tune(commands)
     options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
+    if options.command != "run":  # whose program finds the process as without it
+        _prepare()
     if options.command is None:
         return _report()
     needs = _NEEDS[options.command]
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from cupy_msda.bench import runner
         elif options.command == "tune":
             from cupy_msda.bench import tune
+        elif options.command == "run":
+            from cupy_msda import run
         else:
             from cupy_msda import demo
     except Exception as error:
@@ -58,7 +61,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return runner.run(options.device, options.quick, options.output)
     if options.command == "tune":
         return tune.run(options.shapes, options.output)
+    if options.command == "run":  # past what follows the other commands
+        given = options.program, options.arguments, options.is_module, options.patch
+        raise SystemExit(run.run(*given))
     return demo.run(options.image, options.output)
+
+
+def _prepare() -> None:
+    """What all our own output needs."""
+    # Pictures go to files. In a notebook a command inherits the notebook's backend, which need not be installed here.
+    os.environ["MPLBACKEND"] = "agg"
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
+
+
+def _add_run(commands: Any) -> None:
+    """The options of a program to patch."""
+    run = commands.add_parser(
+        "run",
+        help="a program that cannot be edited, on the kernels of this package",
+        description="Replace the attention of other packages, then run a script or module as Python itself would: "
+        "with its arguments, as __main__, with its exit status. Processes that it starts anew are not patched.",
+    )
+    names = "integrations or packages (default: whatever is installed; it is imported, which takes time)"
+    run.add_argument("--patch", metavar="NAME,...", help=names)
+    run.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module")
+    run.add_argument("program", metavar="PROGRAM", help="a script, or with -m the name of a module")
+    run.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def _add_demo(commands: Any) -> None:
@@ -121,7 +150,7 @@ def _report() -> int:
     """Print the environment, the plans of typical problems and the self-check."""
     from cupy_msda import report
 
-    for lines in (report.environment(), report.plans()):
+    for lines in (report.environment(), report.integrations(), report.plans()):
         for label, text in lines:
             print(f"{label:17}{text}".rstrip())
     print()
@@ -138,6 +167,8 @@ if __name__ == "__main__":
         status = main()
         print(end="", flush=True)
     except BrokenPipeError:  # the reader has left, as `head` does
+        if vars(sys.modules["__main__"]) is not globals():  # an error of the program of `run`
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status)

@@ -298,6 +298,19 @@ def plans() -> Iterator[tuple[str, str]]:
             yield f"{name} {way}", f"{', '.join(kernels)}: {plan.reason}"
 
 
+def integrations() -> Iterator[tuple[str, str]]:
+    """Label and text: each installed package whose attention can be replaced, and which functions; none is imported."""
+    try:
+        from cupy_msda.integrations import names
+    except Exception:  # torch is missing or does not work, as its own line says
+        return
+    installed = names.installed()
+    if installed:
+        yield "", ""
+    for package in installed:
+        yield package, _told(names.describe, package)
+
+
 class _Case(NamedTuple):
     """A problem in float32 NumPy arrays, with a gradient of its output."""
 

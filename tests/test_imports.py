@@ -105,7 +105,7 @@ LAYERS = {
     "distributed": {"modules", "torch"},
     "api": {"torch", "cuda", "cpu", "fused", "contract", "problem", "arrays"},
 }
-COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
+COMMANDS = {"__main__", "report", "run", "demo", "bench", "integrations"}
 # The same inside torch.
 TORCH_LAYERS = {
     "operands": set(),

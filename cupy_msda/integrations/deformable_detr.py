@@ -8,11 +8,15 @@ two functions below. Call `install` before that import; their code then runs wit
 
     deformable_detr.install()
     import models.ops.functions  # the fork's own autograd Function
+
+Descendants have the same two functions under another name: ``install("groundingdino._C")``,
+``install("detrex._C")``, ``install("vis4d_cuda_ops")``.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +27,17 @@ from cupy_msda import torch as _torch
 MODULE_NAME = "MultiScaleDeformableAttention"
 
 
-def install() -> ModuleType:
-    """Let ``import MultiScaleDeformableAttention`` find this module from now on.
+def install(name: str = MODULE_NAME) -> ModuleType:
+    """Let an import of the extension module `name` find this module from now on.
 
-    A compiled extension of that name that is installed but not imported yet stays unused. Calling
-    this again changes nothing.
+    A compiled extension of that name that is installed but not imported yet stays unused, with whatever
+    other functions it has. Calling this again changes nothing.
+
+    Parameters
+    ----------
+    name : str
+        The name that the code imports. The package of a dotted name is imported: ``install("pkg._C")``
+        imports `pkg` and gives it the attribute `_C`.
 
     Returns
     -------
@@ -37,20 +47,28 @@ def install() -> ModuleType:
     Raises
     ------
     ImportError
-        Another module of that name has been imported: code that holds it would go on using it.
+        Another module of that name has been imported: code that holds it would go on using it. Or
+        the package of a dotted name cannot be imported.
 
     References
     ----------
     https://github.com/fundamentalvision/Deformable-DETR, `models/ops`.
     """
     own = sys.modules[__name__]
-    found = sys.modules.setdefault(MODULE_NAME, own)
+    found = sys.modules.setdefault(name, own)
     if found is not own:
         where = getattr(found, "__file__", None) or repr(found)
         raise ImportError(
-            f"{MODULE_NAME} must not be imported before install() is called, and was, from {where}",
-            name=MODULE_NAME,
+            f"{name} must not be imported before install() is called, and was, from {where}",
+            name=name,
         )
+    package, _, attribute = name.rpartition(".")
+    if package:
+        try:  # only now, since the package may import its extension
+            setattr(import_module(package), attribute, own)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return own
 
 
@@ -60,7 +78,7 @@ def ms_deform_attn_forward(
     level_start_index: Tensor,
     sampling_loc: Tensor,
     attn_weight: Tensor,
-    im2col_step: Any,
+    im2col_step: Any = None,
 ) -> Tensor:
     """`cupy_msda.ms_deform_attn` with the extension's argument names.
 
@@ -72,7 +90,7 @@ def ms_deform_attn_forward(
     sampling_loc : Tensor, shape (N, Lq, M, L, P, 2), (x, y) as fractions of the level
     attn_weight : Tensor, shape (N, Lq, M, L, P)
     im2col_step : int
-        No effect: batches are never split.
+        No effect: batches are never split. Some forks leave it out.
 
     Returns
     -------
@@ -93,7 +111,7 @@ def ms_deform_attn_backward(
     sampling_loc: Tensor,
     attn_weight: Tensor,
     grad_output: Tensor,
-    im2col_step: Any,
+    im2col_step: Any = None,
 ) -> list[Tensor]:
     """`cupy_msda.ms_deform_attn_backward` with the extension's argument names and order.
 
