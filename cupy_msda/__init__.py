@@ -60,13 +60,15 @@ __all__ = [
     "warmup",
 ]
 
+_SUBMODULES = ("export", "torch")  # whose imports need more than NumPy
+
 
 def __getattr__(name: str) -> Any:
-    if name == "torch":  # the submodule, whose import needs torch
-        return import_module("cupy_msda.torch")
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        if name in _SUBMODULES:
+            return import_module(f"cupy_msda.{name}")
         value = getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "torch": {
         "torch",
         "distributed.py",
+        "export.py",
         "modules.py",
         "report.py",
         "demo.py",
@@ -103,6 +104,7 @@ LAYERS = {
     "torch": {"cuda", "cpu", "reference", "fused", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
+    "export": {"torch"},
     "api": {"torch", "cuda", "cpu", "fused", "contract", "problem", "arrays"},
 }
 COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
@@ -116,6 +118,7 @@ TORCH_LAYERS = {
     "operators": {"exchange", "dtensor", "flops", "operands", "fused_operands"},
     "derivatives": {"operators", "flops", "operands"},
     "export": {"operators", "operands", "fused_operands"},
+    "tensorrt": {"operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
     "fused": {
         "functions",
@@ -352,7 +355,10 @@ def test_without_numba_the_reference_runs():
 
 @pytest.mark.parametrize(
     "name",
-    ["MSDeformAttn", "MSDeformAttnFunction", "decompositions", "ms_deform_attn_core_pytorch"],
+    [
+        *("MSDeformAttn", "MSDeformAttnFunction", "decompositions", "export"),
+        *("ms_deform_attn_core_pytorch",),
+    ],
 )
 def test_names_that_need_torch_say_so(name):
     finished = run(f"from cupy_msda import {name}", "torch")
