@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "distributed.py",
         "export.py",
         "modules.py",
+        "recording.py",
         "report.py",
         "demo.py",
         "bench",
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "cupy": {"cuda", "report.py", "bench"},
     "numba": {"cpu"},
     "llvmlite": {"cpu"},
-    "matplotlib": {"demo.py", "bench"},
+    "matplotlib": {"plot.py", "bench"},
     "PIL": {"demo.py"},
 }
 HEAVY = [*MAY_IMPORT, "cupy_backends"]
@@ -105,6 +106,8 @@ LAYERS = {
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
     "export": {"torch"},
+    "recording": {"torch"},
+    "plot": {"api", "contract"},
     "api": {"torch", "cuda", "cpu", "fused", "contract", "problem", "arrays"},
 }
 COMMANDS = {"__main__", "report", "demo", "bench", "integrations"}
@@ -357,7 +360,7 @@ def test_without_numba_the_reference_runs():
     "name",
     [
         *("MSDeformAttn", "MSDeformAttnFunction", "decompositions", "export"),
-        *("ms_deform_attn_core_pytorch",),
+        *("ms_deform_attn_core_pytorch", "record"),
     ],
 )
 def test_names_that_need_torch_say_so(name):
