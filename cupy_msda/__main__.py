@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Without a command: report the environment and the backend of each kind of array, and check "
         "each backend.",
     )
+    parser.add_argument("--json", action="store_true", help="the report as JSON, for bug reports")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_bench(commands)
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
     if options.command is None:
-        return _report()
+        return _report_as_json() if options.json else _report()
     needs = _NEEDS[options.command]
     missing = [name for name, module in needs.items() if find_spec(module) is None]
     if missing:
@@ -131,6 +133,15 @@ def _report() -> int:
         print(f"{'self-check':17}{backend}: {verdict}\n{'':17}{figures}")
         failed |= not passed
     return int(failed)
+
+
+def _report_as_json() -> int:
+    """Print the same as JSON."""
+    from cupy_msda import report
+
+    data = report.as_data()
+    print(json.dumps(data, indent=2))
+    return int(not all(row["passed"] for row in data["self_check"]))
 
 
 if __name__ == "__main__":
