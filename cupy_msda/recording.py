@@ -45,7 +45,7 @@ def record(model: nn.Module | None = None) -> Iterator[list[Call]]:
 
     Recorded is what this thread calls eagerly with torch tensors, also by `MSDeformAttn`, `MSDeformAttnFunction`,
     a patch of another package or an exported program. Not seen are calls of other threads (`nn.DataParallel` has
-    them) and replays of a CUDA graph. A layer that activation checkpointing computes again is recorded again.
+    them) and replays of a CUDA graph; what activation checkpointing computes again may be recorded again.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def record(model: nn.Module | None = None) -> Iterator[list[Call]]:
         `model` is no module, or `torch.compile` has compiled it or a part of it.
     RuntimeError
         In the block, torch.export traces a call, or a transform of `torch.func` runs it. What torch.compile has
-        compiled runs eagerly and is recorded; with ``fullgraph=True`` it raises an error of torch's own.
+        compiled runs eagerly and is recorded; with ``fullgraph=True`` newer versions of torch raise their own error.
     """
     calls: list[Call] = []
     names: list[str] = []
@@ -107,7 +107,9 @@ class _Recorder(TorchFunctionMode):
         output = func(*args, **kwargs)  # first, since it checks the arguments
         with torch.no_grad():
             call = seen(*args, **kwargs)
-        self._calls.append(call._replace(name=self._names[-1]))
+        # The compiler of torch 2.4 tries its graph inside of modes, with tensors that hold nothing.
+        if type(call.sampling_locations).__name__ != "FakeTensor":
+            self._calls.append(call._replace(name=self._names[-1]))
         return output
 
 

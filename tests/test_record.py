@@ -172,10 +172,14 @@ def test_errors_leave_no_names_behind():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="torch.export is tried with torch 2.13 and later",
+)
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
 def test_an_exported_program():
     module, given = Layer().attention.eval(), arguments()
-    program = torch.export.export(module, (*given, SIZES, None)).module()
+    program = torch.export.export(module, (*given, SIZES, None), strict=False).module()
     with record(program) as calls:
         program(*given, SIZES, None)
     _, locations, weights = module(*given, SIZES, None, return_locations=True)
@@ -263,8 +267,15 @@ def test_a_compiled_function_runs_eagerly_or_is_refused():
     with record() as calls:
         assert torch.equal(compiled(value, *points), expected)
     assert len(calls) == 1
-    torch.compiler.reset()
-    whole = torch.compile(function, backend="eager", fullgraph=True)
-    with record() as calls, pytest.raises(torch._dynamo.exc.Unsupported, match="record must see"):
-        whole(value, *points)
-    assert calls == []
+    for first in (True, False):
+        torch.compiler.reset()
+        whole = torch.compile(function, backend="eager", fullgraph=True)
+        if first:
+            whole(value, *points)
+        with record() as calls:
+            try:  # torch 2.4 runs it eagerly, too
+                whole(value, *points)
+            except torch._dynamo.exc.Unsupported as error:
+                assert "record must see" in str(error)  # noqa: PT017 - or else it is recorded
+            else:
+                assert len(calls) == 1
