@@ -193,6 +193,18 @@ def test_boxes_and_points_of_levels_in_a_fused_call():
     torch.testing.assert_close(output, Boxes()(*tensors))
 
 
+def test_the_node_is_on_the_device_of_the_model():
+    """torch takes the output of a node of no standard to be on the CPU."""
+
+    class Sum(nn.Module):
+        def forward(self, value, locations, weights):
+            output = ms_deform_attn(value, SIZES, None, locations, weights)
+            return output + value.flatten(2).sum(1, keepdim=True)
+
+    inputs = random_inputs(SIZES, device="meta")
+    assert len(plugin_nodes(exported(Sum(), inputs.tensors))) == 1
+
+
 @pytest.mark.parametrize("starts", [None, [0, 35]])
 def test_a_level_table_that_is_an_input(starts):
     class Table(nn.Module):
@@ -290,25 +302,26 @@ def test_the_file_is_written_where_it_is_asked(tmp_path):
     assert len(plugin_nodes(onnx.load(tmp_path / "model.onnx"))) == 1
 
 
-# The plain operator as a node that a runtime of the user's has.
+# An operator as a node that a runtime of the user's has.
 _THEIRS = onnxscript.values.Opset("theirs", 1)
 
 
-def theirs(value, shapes, starts, sizes, level_starts, locations, weights, *rest):
+def theirs(value, shapes, starts, sizes, level_starts, *points):
     parameter = onnx.defs.OpSchema.FormalParameter
-    inputs = [parameter(name, "tensor(float)") for name in ("value", "locations", "weights")]
+    inputs = [parameter(name, "tensor(float)") for name in ("value", "first", "second")]
     outputs = [parameter("output", "tensor(float)")]
     schema = onnx.defs.OpSchema("Attention", "theirs", 1, inputs=inputs, outputs=outputs)
-    return onnxscript.values.Op(_THEIRS, "Attention", schema)(value, locations, weights)
+    return onnxscript.values.Op(_THEIRS, "Attention", schema)(value, *points[:2])
 
 
-@pytest.mark.parametrize("plugin", [None, "tensorrt"])
+@pytest.mark.parametrize("operator", ["ms_deform_attn_forward", "ms_deform_attn_fused_forward"])
 @pytest.mark.parametrize("form", ["module", "program"])
-def test_a_table_of_the_user_translates_the_operator(form, plugin):
+def test_a_table_of_the_user_translates_the_operator(form, operator):
+    """Whatever the plugin."""
     model, arguments = Layers().eval(), layer_arguments()
     given = model if form == "module" else torch.export.export(model, arguments)
-    table = {torch.ops.cupy_msda.ms_deform_attn_forward.default: theirs}
-    options = {"custom_translation_table": table, "plugin": plugin, "verbose": False}
+    table = {getattr(torch.ops.cupy_msda, operator).default: theirs}
+    options = {"custom_translation_table": table, "plugin": "tensorrt", "verbose": False}
     found = export.onnx(given, arguments, **options).model_proto
     custom = [node.op_type for node in found.graph.node if node.domain]
     assert custom == ["Attention", "Attention"]
