@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that its encoding lacks
     if options.command is None:
         return _report_as_json() if options.json else _report()
+    if options.json:
+        parser.error(f"--json must stand without a command, got {options.command}")
     needs = _NEEDS[options.command]
     missing = [name for name, module in needs.items() if find_spec(module) is None]
     if missing:

@@ -433,6 +433,12 @@ def test_self_check_fails_on_a_wrong_backend(wrong, monkeypatch, capsys):
     assert ("RuntimeError: out of order" in said) == (wrong == "raises")
 
 
+def test_json_is_for_the_report_alone(capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["--json", "demo"])
+    assert "--json must stand without a command, got demo" in capsys.readouterr().err
+
+
 def test_unknown_command():
     finished = command("dmeo")
     assert finished.returncode == 2
