@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from cupy_msda.cuda.compile import KernelCompileError
     from cupy_msda.modules import MSDeformAttn
+    from cupy_msda.recording import record
     from cupy_msda.torch import MSDeformAttnFunction, ms_deform_attn_core_pytorch
     from cupy_msda.torch.export import decompositions
 
@@ -42,6 +43,7 @@ _HOMES = {
     "ms_deform_attn_core_pytorch": "cupy_msda.torch",
     "ms_deform_attn_fused": "cupy_msda.api",
     "ms_deform_attn_fused_backward": "cupy_msda.api",
+    "record": "cupy_msda.recording",
     "warmup": "cupy_msda.api",
 }
 
@@ -57,16 +59,19 @@ __all__ = [
     "ms_deform_attn_core_pytorch",
     "ms_deform_attn_fused",
     "ms_deform_attn_fused_backward",
+    "record",
     "warmup",
 ]
 
+_SUBMODULES = ("export", "plot", "torch")  # whose imports need more than NumPy
+
 
 def __getattr__(name: str) -> Any:
-    if name == "torch":  # the submodule, whose import needs torch
-        return import_module("cupy_msda.torch")
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        if name in _SUBMODULES:
+            return import_module(f"cupy_msda.{name}")
         value = getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Without a command: report the environment and the backend of each kind of array, and check "
         "each backend.",
     )
+    parser.add_argument("--json", action="store_true", help="the report as JSON, for bug reports")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_run(commands)
     _add_demo(commands)
@@ -39,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command != "run":  # whose program finds the process as without it
         _prepare()
     if options.command is None:
-        return _report()
+        return _report_as_json() if options.json else _report()
+    if options.json:
+        parser.error(f"--json must stand without a command, got {options.command}")
     needs = _NEEDS[options.command]
     missing = [name for name, module in needs.items() if find_spec(module) is None]
     if missing:
@@ -160,6 +164,15 @@ def _report() -> int:
         print(f"{'self-check':17}{backend}: {verdict}\n{'':17}{figures}")
         failed |= not passed
     return int(failed)
+
+
+def _report_as_json() -> int:
+    """Print the same as JSON."""
+    from cupy_msda import report
+
+    data = report.as_data()
+    print(json.dumps(data, indent=2))
+    return int(not all(row["passed"] for row in data["self_check"]))
 
 
 if __name__ == "__main__":

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-from cupy_msda import MSDeformAttn, budget, ms_deform_attn, ms_deform_attn_core_pytorch, report
+from cupy_msda import (
+    MSDeformAttn,
+    budget,
+    ms_deform_attn,
+    ms_deform_attn_core_pytorch,
+    plot,
+    record,
+    report,
+)
 from cupy_msda.faults import reason
 
 D_MODEL, LEVELS, HEADS, POINTS = 256, 4, 8, 4
@@ -37,10 +42,6 @@ QUERIES_DRAWN = 4
 EDGE = 1e-3  # pixels
 
 PICTURE: Any = resources.files("cupy_msda") / "data" / "coffee.jpg"
-COLOURS = ("#ffe14d", "#3ddc97", "#4cc3ff", "#ff6fb5")
-_DARK = "#16181d"
-WIDTH, FOOTER = 10.24, 0.55  # of the figure, in inches of 100 pixels
-AREA = 1700  # of the mark of a weight of 1, in square points
 
 Core = Callable[[Tensor, Any, Tensor, Tensor], Tensor]
 
@@ -300,41 +301,18 @@ def _synchronise() -> None:
 
 
 def draw(scene: Scene, module: MSDeformAttn, output: Path) -> None:
-    """The picture with the sampling points of a few queries, coloured by level and sized by weight."""
-    height, width = scene.picture.shape[:2]
-    figure = Figure((WIDTH, WIDTH * min(height / width, 2) + FOOTER), dpi=100, facecolor=_DARK)
-    footer = FOOTER / figure.get_figheight()
-    axes = figure.add_axes((0, footer, 1, 1 - footer))
-    grey = scene.picture.mean(-1, keepdims=True)
-    axes.imshow(0.7 * (0.45 * scene.picture + 0.55 * grey), interpolation="bicubic")
-    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    axes.axis("off")
-
-    with torch.no_grad():
-        _, locations, weights = (part[0].cpu().numpy() for part in operator_inputs(module, scene))
-    for query in salient_queries(scene):
-        centre = scene.reference_points[0, query, 0].cpu().numpy() * (width, height) - 0.5
-        points = locations[query] * (width, height) - 0.5
-        for level in reversed(range(LEVELS)):
-            at = points[:, level].reshape(-1, 2)
-            rays = np.stack([np.broadcast_to(centre, at.shape), at], axis=1)
-            axes.add_collection(
-                LineCollection(list(rays), colors=COLOURS[level], linewidths=0.7, alpha=0.5)
-            )
-            areas = AREA * weights[query, :, level].ravel()
-            axes.scatter(
-                at[:, 0],
-                at[:, 1],
-                s=areas,
-                c=COLOURS[level],
-                alpha=0.9,
-                edgecolors=_DARK,
-                linewidths=0.6,
-                zorder=2,
-            )
-        for size, thickness, colour in ((15, 5, _DARK), (13, 2.2, "white")):
-            axes.plot(*centre, marker="+", markersize=size, markeredgewidth=thickness, color=colour)
-    _legend(figure, scene.shapes)
+    """The picture with the sampling points of a few queries, as the module's call is recorded."""
+    with torch.no_grad(), record(module) as calls:
+        forward(module, scene)
+    (call,) = calls
+    figure = plot.sampling_points(
+        scene.picture,
+        call.sampling_locations,
+        call.attention_weights,
+        salient_queries(scene),
+        call.spatial_shapes,
+        reference_points=call.reference_points,
+    )
     try:
         figure.savefig(output, format="png")
     except Exception as error:
@@ -355,43 +333,3 @@ def salient_queries(scene: Scene) -> list[int]:
         chosen.append(start + int(row) * columns + int(column))
         salience[np.hypot(y - row, x - column) < (rows * columns) ** 0.5 / 2.8] = -1
     return chosen
-
-
-def _legend(figure: Figure, shapes: Sequence[tuple[int, int]]) -> None:
-    """Query mark, levels and weights, in one line below the picture."""
-
-    def mark(marker: str, colour: str, size: float, label: str) -> Line2D:
-        return Line2D(
-            [],
-            [],
-            linestyle="",
-            marker=marker,
-            color=colour,
-            markersize=size,
-            mew=2 * (marker == "+"),
-            label=label,
-        )
-
-    levels = zip(COLOURS, STRIDES, shapes, strict=True)
-    handles = [
-        mark("+", "white", 12, "query"),
-        *(
-            mark("o", colour, 11, f"stride {stride} ({h} x {w})")
-            for colour, stride, (h, w) in levels
-        ),
-        *(
-            mark("o", "#c8ccd4", (AREA * weight) ** 0.5, f"weight {weight}")
-            for weight in (0.02, 0.1)
-        ),
-    ]
-    figure.legend(
-        handles=handles,
-        loc="center",
-        bbox_to_anchor=(0.5, FOOTER / 2 / figure.get_figheight()),
-        ncols=len(handles),
-        frameon=False,
-        labelcolor="#e8eaee",
-        fontsize=9,
-        handletextpad=0.3,
-        columnspacing=1.1,
-    )

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -47,6 +48,8 @@ def environment() -> Iterator[tuple[str, str]]:
     for name in ("numpy", "array-api-compat", "numba"):
         yield name, _told(_version, name)
     yield "torch", _told(_torch_version)
+    yield from _hidden_packages()
+    yield from _compiled_extension()
     yield "cupy", _told(_cupy_version)
     yield "nvrtc", _told(_nvrtc_version)
     yield from _devices()
@@ -92,12 +95,7 @@ def _device_obstacle(cupy: Any) -> str | None:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return "the driver offers no CUDA device: see nvidia-smi and CUDA_VISIBLE_DEVICES"
     except Exception as error:
-        text = reason(error)
-        if "cudaError" in text:
-            return (
-                f"no usable NVIDIA driver or device ({text}): install the driver, or use CPU arrays"
-            )
-        return f"CuPy is installed and does not work ({text}): {_cupy_command()}"
+        return _driver_obstacle(cupy, reason(error))
     try:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:
@@ -105,6 +103,21 @@ def _device_obstacle(cupy: Any) -> str | None:
     with suppress(Exception):  # what else is wrong with the device, the self-check tells
         return capability_obstacle(cupy, int(cupy.cuda.Device().compute_capability))
     return None
+
+
+def _driver_obstacle(cupy: Any, text: str) -> str:
+    """What to do about the error of CuPy's first call to the driver."""
+    known = 0  # the CUDA version of the driver, times 1000: none installed is told as one that is too old
+    with suppress(Exception):
+        known = cupy.cuda.runtime.driverGetVersion()
+    if known and "cudaErrorInsufficientDriver" in text:
+        return (
+            f"the NVIDIA driver, for CUDA {known // 1000}.{known % 1000 // 10}, is too old for this CuPy ({text}): "
+            'install a newer driver or, for one of CUDA 12, pip install "cupy-msda[cuda12x]" and a torch of CUDA 12'
+        )
+    if "cudaError" in text:
+        return f"no usable NVIDIA driver or device ({text}): install the driver, or use CPU arrays"
+    return f"CuPy is installed and does not work ({text}): {_cupy_command()}"
 
 
 @cache
@@ -159,9 +172,10 @@ def _torch_cuda() -> str | None:
     """The CUDA that torch is built for; None for other builds, and without a torch that imports."""
     try:
         import torch
-    except Exception:
+
+        return torch.version.cuda
+    except Exception:  # also where another file of that name is imported
         return None
-    return torch.version.cuda
 
 
 def _kernel_sources() -> str:
@@ -213,6 +227,26 @@ def _torch_version() -> str:
     return f"{torch.__version__} ({', '.join(of) or 'CPU build'})"
 
 
+def _hidden_packages() -> Iterator[tuple[str, str]]:
+    """Files such as a torch.py in the current folder, which Python imports in place of a package."""
+    for name in ("torch", "cupy", "numba", "numpy"):
+        with suppress(ValueError):  # a module without a spec
+            spec = find_spec(name)
+            if spec is not None and spec.submodule_search_locations is None:
+                yield f"{name} is hidden", f"by {spec.origin}: rename that file"
+
+
+def _compiled_extension() -> Iterator[tuple[str, str]]:
+    """An extension of Deformable-DETR that is imported or installed, which old code then runs in place of ours."""
+    name, ours = "MultiScaleDeformableAttention", "cupy_msda.integrations.deformable_detr"
+    cure = f"call {ours}.install() before anything imports it"
+    module = sys.modules.get(name)
+    if module is not None and module is not sys.modules.get(ours):
+        yield "extension", f"{name} is imported from {getattr(module, '__file__', None)}: {cure}"
+    elif module is None and (spec := find_spec(name)) is not None:
+        yield "extension", f"{name} is installed in {spec.origin}: {cure}"
+
+
 def _cupy_version() -> str:
     """CuPy's version, the distribution that provides it, and whether that fits torch."""
     if find_spec("cupy") is None:
@@ -237,9 +271,24 @@ def _nvrtc_version() -> str:
     except ImportError:
         return "unknown: CuPy does not import"
     try:
-        return ".".join(map(str, cupy.cuda.nvrtc.getVersion()))
+        number = cupy.cuda.nvrtc.getVersion()
     except Exception as error:
         return f"does not load ({reason(error)}): {_cupy_command()}"
+    return ".".join(map(str, number)) + _nvrtc_lag(cupy, number[0])
+
+
+def _nvrtc_lag(cupy: Any, major: int) -> str:
+    """What to install if the GPU is newer than the compiler, which then compiles for an older one."""
+    with suppress(Exception):  # no device, or a compiler that does not tell
+        known = max(cupy.cuda.nvrtc.getSupportedArchs())
+        capability = int(cupy.cuda.Device().compute_capability)
+        if capability > known:
+            package = "nvidia-cuda-nvrtc" if major >= 13 else f"nvidia-cuda-nvrtc-cu{major}"
+            return (
+                f" (knows GPUs up to compute capability {known / 10}, got {capability / 10}, for which the driver "
+                f"compiles once more: pip install --upgrade {package})"
+            )
+    return ""
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -404,3 +453,13 @@ def _run_torch(case: _Case, device: str) -> tuple[Any, ...]:
     output = api.ms_deform_attn(value, _SHAPES, None, locations, weights)
     gradients = torch.autograd.grad(output, leaves, grad_output)
     return tuple(result.detach().cpu().numpy() for result in (output, *gradients))
+
+
+def as_data() -> dict[str, Any]:
+    """The whole report for a file: environment and plans by label, and the results of the self-check."""
+    names = ("backend", "passed", "figures")
+    return {
+        "environment": {label: text for label, text in environment() if label},
+        "plans": dict(plans()),
+        "self_check": [dict(zip(names, row, strict=True)) for row in self_check()],
+    }

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m cupy_msda: the report with its self-check, and the demo."""
 
+import importlib
 import io
+import json
 import os
 import random
 import re
@@ -18,10 +20,11 @@ import torch
 from PIL import Image, ImageCms, features
 
 import cupy_msda
-from cupy_msda import __main__, demo, report
+from cupy_msda import __main__, demo, plot, report
 from cupy_msda.cpu import backend as cpu
 from cupy_msda.cuda import launch, tuned
 from cupy_msda.cuda.plans import Choice, Device
+from cupy_msda.integrations import deformable_detr
 from tests.processes import ROOT, run
 
 
@@ -242,6 +245,114 @@ def test_report_tells_what_keeps_cupy_from_running(function, replacement, expect
 
 
 @pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        (
+            12040,
+            r"driver, for CUDA 12\.4, is too old .*: install a newer driver or, .* pip install",
+        ),
+        (0, r"no usable NVIDIA driver .*: install the driver"),  # the same error without a driver
+    ],
+)
+def test_report_tells_of_a_driver_that_is_too_old(driver, expected, monkeypatch):
+    runtime = pytest.importorskip("cupy", reason="looks into CuPy").cuda.runtime
+    monkeypatch.setattr(runtime, "getDeviceCount", raising("cudaErrorInsufficientDriver: CUDA"))
+    monkeypatch.setattr(runtime, "driverGetVersion", lambda: driver)
+    assert re.search(expected, report.cupy_obstacle.__wrapped__())
+
+
+@pytest.mark.parametrize(
+    ("number", "package"), [((12, 4), "nvidia-cuda-nvrtc-cu12"), ((13, 0), "nvidia-cuda-nvrtc")]
+)
+def test_report_tells_of_a_compiler_older_than_the_gpu(number, package, monkeypatch):
+    capability = "103"
+    nvrtc = SimpleNamespace(getVersion=lambda: number, getSupportedArchs=lambda: [75, 80, 90])
+    device = lambda: SimpleNamespace(compute_capability=capability)  # noqa: E731 - as a class
+    fake = SimpleNamespace(cuda=SimpleNamespace(nvrtc=nvrtc, Device=device))
+    monkeypatch.setattr(report, "_import_cupy", lambda: fake)
+    monkeypatch.setattr(report, "find_spec", lambda name: True)
+    said = report._nvrtc_version()
+    assert said.startswith(
+        f"{number[0]}.{number[1]} (knows GPUs up to compute capability 9.0, got 10.3"
+    )
+    assert said.endswith(f"pip install --upgrade {package})")
+    capability = "90"
+    assert report._nvrtc_version() == f"{number[0]}.{number[1]}"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (
+            ["cupy-cuda12x 14.2.0"],
+            r"torch is built for CUDA 13\.0: pip install .*cuda13x.* fits it",
+        ),
+        (["cupy-cuda13x 14.2.0"], None),
+        (["cupy-cuda12x 14.2.0", "cupy-cuda13x 14.2.0"], "uninstall all and install one"),
+    ],
+)
+def test_report_tells_of_a_cupy_that_does_not_fit(found, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(report, "find_spec", lambda name: True)
+    monkeypatch.setattr(report, "distributions", lambda: found)
+    said = report._cupy_version()
+    assert said.startswith(" and ".join(found))
+    assert re.search(expected, said) if expected else said == found[0]
+
+
+def test_report_tells_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    pytest.importorskip("cupy", reason="there is no cache without it")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    said = dict(report.environment())["kernel cache"]
+    assert re.search(
+        r"cannot be written \(NotADirectoryError.*set CUPY_CACHE_DIR to a folder", said
+    )
+
+
+def test_report_tells_of_a_file_that_hides_a_package(tmp_path):
+    (tmp_path / "torch.py").write_text("")
+    finished = command(warnings="ignore", PYTHONPATH=str(tmp_path))
+    said = fields(finished.stdout)
+    assert said["torch is hidden"] == f"by {tmp_path / 'torch.py'}: rename that file"
+    assert "Traceback" not in finished.stderr
+
+
+def test_report_tells_of_a_compiled_extension(tmp_path, monkeypatch):
+    name = "MultiScaleDeformableAttention"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert "extension" not in dict(report.environment())
+    path = tmp_path / f"{name}.py"
+    path.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    cure = "call cupy_msda.integrations.deformable_detr.install() before anything imports it"
+    assert dict(report.environment())["extension"] == f"{name} is installed in {path}: {cure}"
+    importlib.import_module(name)
+    assert dict(report.environment())["extension"] == f"{name} is imported from {path}: {cure}"
+    monkeypatch.setitem(sys.modules, name, deformable_detr)
+    assert "extension" not in dict(report.environment())
+
+
+def test_report_as_json(plain_report):
+    finished = command("--json")
+    assert finished.returncode == 0, finished.stderr
+    data = json.loads(finished.stdout)
+    said = fields(plain_report.stdout)
+    assert data["environment"].keys() | data["plans"].keys() == said.keys() - {"self-check"}
+    assert data["environment"]["torch"] == said["torch"]
+    checked = {row["backend"]: row["passed"] for row in data["self_check"]}
+    assert checked.keys() >= {"NumPy arrays", "torch on the CPU"}
+    assert all(checked.values())
+
+
+@pytest.mark.parametrize("output", [[], ["--json"]])
+def test_a_failed_self_check_is_the_exit_status(output, monkeypatch, capsys):
+    monkeypatch.setattr(report, "self_check", lambda: iter([("NumPy arrays", False, "wrong")]))
+    assert __main__.main(output) == 1
+    assert "NumPy arrays" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("cuda", "hip", "available", "expected"),
     [
         (None, None, False, r"is a CPU build: pip install"),
@@ -322,6 +433,12 @@ def test_self_check_fails_on_a_wrong_backend(wrong, monkeypatch, capsys):
     assert ("RuntimeError: out of order" in said) == (wrong == "raises")
 
 
+def test_json_is_for_the_report_alone(capsys):
+    with pytest.raises(SystemExit):
+        __main__.main(["--json", "demo"])
+    assert "--json must stand without a command, got demo" in capsys.readouterr().err
+
+
 def test_unknown_command():
     finished = command("dmeo")
     assert finished.returncode == 2
@@ -372,10 +489,10 @@ def test_demo_draws_points_in_every_colour(demonstrated):
     _, output = demonstrated
     drawn = pixels(output)
     height, width = drawn.shape[:2]
-    assert width == 1024
-    assert abs(height - (1024 * 64 / 96 + 55)) < 1
-    picture = drawn[: height - 60]  # above the legend
-    for colour in demo.COLOURS:
+    assert width == 2 * 768
+    assert abs(height - (768 * 64 / 96 + 55)) < 1
+    picture = drawn[: height - 60, :768]  # above the legend, beside the heat map
+    for colour in plot.COLOURS:
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture - wanted).max(-1) < 40).sum() > 50, colour
     assert (picture.min(-1) > 250).sum() > 50  # the marks of the queries
@@ -396,8 +513,8 @@ def test_demo_takes_any_size(size, tmp_path):
     scene = demo.build_scene(demo.load_picture(tmp_path / "odd.png"), "cpu")
     demo.draw(scene, demo.build_module("cpu"), tmp_path / "out.png")
     height, width, _ = pixels(tmp_path / "out.png").shape
-    assert width == 1024
-    assert 55 < height <= 2 * 1024 + 55
+    assert width == 2 * 768
+    assert 55 < height <= 2 * 768 + 55
 
 
 GREY = np.add.outer(np.arange(0, 96, 2), np.arange(0, 128, 2)).astype(np.uint8)  # 48, 64; to 220

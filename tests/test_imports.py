@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "torch": {
         "torch",
         "distributed.py",
+        "export.py",
         "modules.py",
+        "recording.py",
         "report.py",
         "demo.py",
         "bench",
@@ -28,7 +30,7 @@ MAY_IMPORT = {
     "cupy": {"cuda", "report.py", "bench"},
     "numba": {"cpu"},
     "llvmlite": {"cpu"},
-    "matplotlib": {"demo.py", "bench"},
+    "matplotlib": {"plot.py", "bench"},
     "PIL": {"demo.py"},
 }
 HEAVY = [*MAY_IMPORT, "cupy_backends"]
@@ -103,6 +105,9 @@ LAYERS = {
     "torch": {"cuda", "cpu", "reference", "fused", "contract", "problem", "arrays"},
     "modules": {"torch", "contract"},
     "distributed": {"modules", "torch"},
+    "export": {"torch"},
+    "recording": {"torch"},
+    "plot": {"api", "contract"},
     "api": {"torch", "cuda", "cpu", "fused", "contract", "problem", "arrays"},
 }
 COMMANDS = {"__main__", "report", "run", "demo", "bench", "integrations"}
@@ -116,6 +121,7 @@ TORCH_LAYERS = {
     "operators": {"exchange", "dtensor", "flops", "operands", "fused_operands"},
     "derivatives": {"operators", "flops", "operands"},
     "export": {"operators", "operands", "fused_operands"},
+    "tensorrt": {"operands"},
     "functions": {"derivatives", "export", "operators", "dtensor", "operands"},
     "fused": {
         "functions",
@@ -352,7 +358,10 @@ def test_without_numba_the_reference_runs():
 
 @pytest.mark.parametrize(
     "name",
-    ["MSDeformAttn", "MSDeformAttnFunction", "decompositions", "ms_deform_attn_core_pytorch"],
+    [
+        *("MSDeformAttn", "MSDeformAttnFunction", "decompositions", "export"),
+        *("ms_deform_attn_core_pytorch", "record"),
+    ],
 )
 def test_names_that_need_torch_say_so(name):
     finished = run(f"from cupy_msda import {name}", "torch")

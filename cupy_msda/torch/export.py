@@ -35,7 +35,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     needs this package: whoever loads it, or an AOTInductor package of it, imports `cupy_msda` after
     torch, or `cupy_msda.torch`. It has no gradients, of which torch warns. Decomposed, it runs where
     cupy_msda is not installed, slower, and can be trained. `torch.onnx.export(model, ...)` needs no
-    table; an ExportedProgram has to be decomposed for it::
+    table; an ExportedProgram has to be decomposed for it, which `cupy_msda.export.onnx` does by itself::
 
         program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes)
         portable = program.run_decompositions(cupy_msda.decompositions())
@@ -62,6 +62,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     ----------
     Zhu et al., "Deformable DETR", arXiv:2010.04159.
     """
+    return decompositions_by(forward)
+
+
+def decompositions_by(forward: Callable[[Operands], Tensor]) -> dict[Any, Callable[..., Any]]:
+    """The same with another function for the plain forward, also of what a fused one is composed of."""
     return {
         FORWARD: lambda *arguments: forward(Operands(*arguments)),
         BACKWARD: lambda *arguments: backward(backward_operands(arguments)),

@@ -177,9 +177,11 @@ def ms_deform_attn_fused_backward(  # noqa: PLR0913 - likewise
     return tuple(result.to(tensor.dtype) for result, tensor in zip(found, given, strict=True))
 
 
-def locations_and_weights(*inputs: Any) -> tuple[Tensor, Tensor]:
+def locations_and_weights(
+    *inputs: Any, num_points: Any = None, offset_scale: Any = 0.5
+) -> tuple[Tensor, Tensor]:
     """Sampling locations and attention weights of what `ms_deform_attn_fused` takes by position, differentiable."""
-    operands = _packed(inputs, 0.5, PLAIN, AUTO)
+    operands = _packed(inputs, offset_scale, sampling_by(num_points, BILINEAR, None), AUTO)
     _check_here(operands)
     _, locations, weights = inputs_of(composed(operands))
     return locations, weights
