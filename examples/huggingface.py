@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's D-FINE before and after one added line: the same boxes, and how long each takes."""
+
+import copy
+import statistics
+import time
+
+import torch
+from transformers import DFineConfig, DFineForObjectDetection, ResNetConfig
+
+from cupy_msda.integrations.transformers import patch
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+# Random weights and a small backbone; a checkpoint of `from_pretrained` is patched by the same line.
+backbone = ResNetConfig(
+    embedding_size=16,
+    hidden_sizes=[16, 32, 64, 128],
+    depths=[1, 1, 1, 1],
+    layer_type="basic",
+    out_indices=[2, 3, 4],
+)
+config = DFineConfig(
+    backbone_config=backbone,
+    encoder_in_channels=[32, 64, 128],
+    encoder_hidden_dim=128,
+    decoder_in_channels=[128, 128, 128],
+    d_model=128,
+    decoder_n_points=[3, 6, 3],
+)
+before = DFineForObjectDetection(config).to(device).eval()
+after = copy.deepcopy(before)
+
+patch(after)  # the added line; patch() does it for all models of transformers
+
+picture = torch.rand(1, 3, 320, 320, device=device)
+
+
+def inference(model: DFineForObjectDetection) -> tuple[torch.Tensor, float]:
+    """Boxes, and the seconds that they take."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        boxes: torch.Tensor = model(pixel_values=picture).pred_boxes
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return boxes, time.perf_counter() - start
+
+
+models = {"before": before, "after": after}
+boxes = {name: inference(model)[0] for name, model in models.items()}  # compiles kernels
+times: dict[str, list[float]] = {name: [] for name in models}
+for _ in range(10):
+    for name, model in models.items():
+        times[name].append(inference(model)[1])
+for name, seconds in times.items():
+    print(f"{name}: {statistics.median(seconds) * 1e3:.1f} ms an inference on {device}")
+difference = (boxes["after"] - boxes["before"]).abs().max().item()
+print(f"largest difference of a box: {difference:.0e} of the picture")
