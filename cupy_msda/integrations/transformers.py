@@ -46,11 +46,12 @@ def patch(target: ModuleType | nn.Module | None = None, *, strict: bool = True) 
     Parameters
     ----------
     target : module, torch.nn.Module or None
-        None: the classes and functions of all families that the installed transformers has, for
-        all models, also those that exist; it imports these families. A module, such as
-        `transformers.models.rt_detr`: its classes and functions. A model: that object's parts alone;
-        its copies and pickles are replaced, too, and `undo` does not reach them. A part whose forward
-        another package has replaced, as accelerate's hooks do, stays as it is.
+        None: the classes and functions of all families of the installed transformers, which are
+        imported; models that exist already run them, too. A module, such as
+        `transformers.models.rt_detr`: its classes and functions. A model: that object alone. Copies
+        and pickles of it are patched, too, and `undo` does not reach them; torch.nn.DataParallel
+        needs the classes patched. What another package has put in the place of a forward, as
+        accelerate's hooks do, stays.
     strict : bool
         Whether to raise where nothing is found.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +12,17 @@ from torch import nn
 
 WIDTH, HEADS = 32, 4
 SIZE = 64  # levels of 8 x 8, 4 x 4, 2 x 2
+
+
+def why_not() -> str | None:
+    """Why its models cannot run here, or None where they can."""
+    if find_spec("transformers") is None:
+        return "transformers is not installed"
+    import transformers
+
+    if transformers.is_torch_available():
+        return None
+    return f"transformers {transformers.__version__} refuses torch {torch.__version__}"
 
 
 def build(family: str, **changes: Any) -> nn.Module:

@@ -24,9 +24,11 @@ from cupy_msda.integrations import transformers as integration
 from cupy_msda.integrations.patching import is_ours
 from tests.integrations import hugging_face
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+if reason := hugging_face.why_not():
+    pytest.skip(reason, allow_module_level=True)
+transformers = import_module("transformers")
 
+COMPILES = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 # An older transformers, as of Python 3.10, has not all of them.
 FAMILIES = [
     pytest.param(
@@ -38,6 +40,7 @@ FAMILIES = [
     )
     for family in integration.FAMILIES
 ]
+# With points (x, y), transformers' own forward of these fails: offsets of all levels share one dimension.
 BOXES_ALONE = ("rt_detr_v2", "d_fine", "deimv2")
 SIZES = [(4, 5), (2, 3), (1, 2)]
 
@@ -72,11 +75,14 @@ def tensors(result: Any) -> Iterator[torch.Tensor]:
             yield from tensors(part)
 
 
-def run(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+def run(
+    model: nn.Module, inputs: dict[str, Any], compiled: bool = False
+) -> tuple[list[Any], list[Any]]:
     """Outputs and the gradients of parameters, of a loss that weights all outputs; of a copy, as models cache texts."""
     model = copy.deepcopy(model)
+    call = torch.compile(model, backend="eager") if compiled else model
     torch.manual_seed(2)  # of dropout
-    outputs = [output for output in tensors(model(**inputs)) if output.isfinite().all()]
+    outputs = [output for output in tensors(call(**inputs)) if output.isfinite().all()]
     assert outputs
     generator = torch.Generator().manual_seed(3)
     loss = sum(
@@ -122,6 +128,17 @@ def test_a_model_of_every_family_computes_the_same(family, training, fused_calls
     assert len(fused_calls) >= 2  # one for each layer
 
 
+@COMPILES
+# Of Dynamo itself, where the model breaks its graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_compiled_model_computes_the_same():
+    model, inputs = model_of("rt_detr").eval(), hugging_face.example("rt_detr")
+    theirs = run(model, inputs)
+    with integration.patch(model):
+        ours = run(model, inputs, compiled=True)
+    torch.testing.assert_close(ours, theirs)
+
+
 # --- attention modules ----------------------------------------------------------------------------------
 
 
@@ -132,15 +149,17 @@ def arguments_of(family: str, attention: Any, coordinates: int = 4) -> dict[str,
     width = hugging_face.WIDTH
     levels = 1 if family in BOXES_ALONE else attention.n_levels
     given = {
-        "hidden_states": torch.randn(2, 6, width, dtype=torch.float64),
+        "hidden_states": torch.randn(2, 40, width, dtype=torch.float64),
         "encoder_hidden_states": torch.randn(2, positions, width, dtype=torch.float64),
-        "position_embeddings": torch.randn(2, 6, width, dtype=torch.float64),
-        "reference_points": torch.rand(2, 6, levels, coordinates, dtype=torch.float64),
+        "position_embeddings": torch.randn(2, 40, width, dtype=torch.float64),
+        "reference_points": torch.rand(2, 40, levels, coordinates, dtype=torch.float64),
         "attention_mask": torch.rand(2, positions) < 0.7,
         "spatial_shapes": torch.tensor(sizes),
         "spatial_shapes_list": sizes,
         "level_start_index": torch.tensor([0, 20, 26][: len(sizes)]),
     }
+    if family in ("d_fine", "deimv2"):  # transformers' own forward fails with a mask of this shape
+        del given["attention_mask"]
     known = inspect.signature(attention.forward).parameters
     return {
         name: part.requires_grad_() if torch.is_tensor(part) and part.is_floating_point() else part
@@ -162,17 +181,21 @@ def attend(attention: Any, given: dict[str, Any]) -> dict[str, Any]:
     return {"output": output, "weights": weights, **gradients}
 
 
-@pytest.mark.parametrize("coordinates", [2, 4])
+def gradients(results: dict[str, Any]) -> torch.Tensor:
+    """All in one vector."""
+    parts = [part for name, part in results.items() if name not in ("output", "weights")]
+    return torch.cat([part.flatten() for part in parts])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masks_points_and_boxes_mean_the_same(family, coordinates):
-    if family in BOXES_ALONE and coordinates == 2:
-        pytest.skip("transformers' own forward fails: offsets of all levels have one dimension")
+def test_masks_points_and_boxes_mean_the_same(family):
     attention = attention_of(family)
-    given = arguments_of(family, attention, coordinates)
-    theirs = attend(attention, given)
-    with integration.patch(attention):
-        ours = attend(attention, given)
-    torch.testing.assert_close(ours, theirs)
+    for coordinates in (4,) if family in BOXES_ALONE else (2, 4):
+        given = arguments_of(family, attention, coordinates)
+        theirs = attend(attention, given)
+        with integration.patch(attention):
+            ours = attend(attention, given)
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("family", BOXES_ALONE)
@@ -180,7 +203,7 @@ def test_points_in_a_model_of_boxes_are_refused(family):
     attention = attention_of(family)
     integration.patch(attention)
     given = arguments_of(family, attention, coordinates=2)
-    message = r"reference_points must be boxes .* got shape \(2, 6, 1, 2\)"
+    message = r"reference_points must be boxes .* got shape \(2, 40, 1, 2\)"
     with pytest.raises(ValueError, match=message):
         attention(**given)
 
@@ -222,16 +245,20 @@ def test_autocast(family):
         theirs = attend(attention, narrow)
         with integration.patch(attention):
             ours = attend(attention, narrow)
-    for name, result in exact.items():
-        assert_within_budget(ours[name], theirs[name], result)
+    for name in ("output", "weights"):
+        assert_within_budget(ours[name], theirs[name], exact[name])
+    # All gradients at once: the error of a single bias is a few roundings to bfloat16, large or small by chance.
+    assert_within_budget(*map(gradients, (ours, theirs, exact)))
 
 
-@pytest.mark.parametrize("family", ["deformable_detr", "mask2former", "d_fine"])
-def test_compile(family):
+@COMPILES
+@pytest.mark.parametrize("by", ["class", "object"])
+@pytest.mark.parametrize("family", ["deformable_detr", "d_fine"])
+def test_compile(family, by):
     attention = attention_of(family)
     given = arguments_of(family, attention)
     theirs = attend(attention, given)
-    with integration.patch(attention):
+    with integration.patch(attention if by == "object" else modeling(family)):
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
         ours = attend(compiled, given)
     expected = {name.removeprefix("_orig_mod."): part for name, part in ours.items()}
