@@ -6,20 +6,21 @@ import statistics
 import time
 
 import torch
-from transformers import DFineConfig, DFineForObjectDetection, ResNetConfig
+from transformers import DFineConfig, DFineForObjectDetection
 
 from cupy_msda.integrations.transformers import patch
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 # Random weights and a small backbone; a checkpoint of `from_pretrained` is patched by the same line.
-backbone = ResNetConfig(
-    embedding_size=16,
-    hidden_sizes=[16, 32, 64, 128],
-    depths=[1, 1, 1, 1],
-    layer_type="basic",
-    out_indices=[2, 3, 4],
-)
+backbone = {
+    "model_type": "resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 32, 64, 128],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_indices": [2, 3, 4],
+}
 config = DFineConfig(
     backbone_config=backbone,
     encoder_in_channels=[32, 64, 128],
@@ -28,7 +29,8 @@ config = DFineConfig(
     d_model=128,
     decoder_n_points=[3, 6, 3],
 )
-before = DFineForObjectDetection(config).to(device).eval()
+with torch.device(device):
+    before = DFineForObjectDetection(config)
 after = copy.deepcopy(before)
 
 patch(after)  # the added line; patch() does it for all models of transformers

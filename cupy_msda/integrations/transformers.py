@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from inspect import signature
 from types import ModuleType
@@ -62,21 +61,26 @@ def patch(target: ModuleType | nn.Module | None = None, *, strict: bool = True) 
 
     Raises
     ------
+    ModuleNotFoundError
+        `strict`, no `target`, and transformers is not installed.
     LookupError
-        Nothing is found, and `strict`.
+        `strict`, and nothing is found: so for a Mask2Former, OneFormer or RT-DETRv2 of a transformers
+        newer than 5.24, where only their modules' functions are replaced.
     TypeError
-        `target` is none of these.
+        `target` is something else.
     """
-    if target is None:
-        return apply(_in_modules(_modules("transformers")), "transformers", strict)
+    if isinstance(target, nn.Module):
+        return apply(_in_model(target), f"the model {type(target).__name__}", strict)
     if isinstance(target, ModuleType):
         modules = _modules(target.__name__) or [target]
-        return apply(_in_modules(modules), f"module {target.__name__}", strict)
-    if isinstance(target, nn.Module):
-        return apply(_in_model(target), f"the {type(target).__name__}", strict)
-    raise TypeError(
-        f"target must be None, a module or a torch.nn.Module, got {type(target).__name__}"
-    )
+        return apply(_in_modules(modules), target.__name__, strict)
+    if target is not None:
+        raise TypeError(
+            f"target must be None, a module or a torch module, got {type(target).__name__}"
+        )
+    if strict and find_spec("transformers") is None:
+        raise ModuleNotFoundError("transformers must be installed, found none")
+    return apply(_in_modules(_modules("transformers")), "transformers", strict)
 
 
 # --- what stands in the place of the layer and the functions --------------------------------------------
@@ -273,19 +277,15 @@ _OTHERS = {
 
 
 def _modules(name: str) -> list[ModuleType]:
-    """The families' modules in a package, which need not be loaded."""
-    packages = [f"transformers.models.{family}" for family in FAMILIES]
-    names = [
-        f"{package}.modeling_{family}"
-        for package, family in zip(packages, FAMILIES, strict=True)
-        if f"{package}.modeling_{family}.".startswith(f"{name}.") and _exists(package)
+    """The families' modules in a package, which need not be loaded; an older transformers lacks some."""
+    packages = {family: f"transformers.models.{family}" for family in FAMILIES}
+    return [
+        import_module(f"{package}.modeling_{family}")
+        for family, package in packages.items()
+        if f"{package}.modeling_{family}.".startswith(f"{name}.")
+        and find_spec("transformers")
+        and find_spec(package)
     ]
-    return list(map(import_module, names))
-
-
-def _exists(package: str) -> bool:
-    """Whether the installed transformers has it."""
-    return find_spec("transformers") is not None and find_spec(package) is not None
 
 
 def _in_modules(modules: list[ModuleType]) -> Iterator[Replacement]:
@@ -309,7 +309,7 @@ def _in_modules(modules: list[ModuleType]) -> Iterator[Replacement]:
 def _in_model(model: nn.Module) -> Iterator[Replacement]:
     """The same parts of a model. Partial functions, unlike closures, can be copied and pickled with it."""
     for module in model.modules():
-        ours = _ours(type(module).forward)
+        ours = _ours(getattr(type(module), "forward", None))
         if ours and ("forward" not in vars(module) or is_ours(module.forward)):
             forward = standing_for(module.forward, partial(ours, module))
             yield Replacement(module, "forward", forward)
@@ -321,23 +321,25 @@ def _in_model(model: nn.Module) -> Iterator[Replacement]:
 
 def _ours(forward: Any) -> Callable[..., Any] | None:
     """What takes the place of a class's forward, if anything does."""
-    is_layer = _arguments(forward) == _arguments(_layer) and _is_of(forward, _LAYER)
-    return _layer if is_layer else _around(forward)
+    if _is_of(forward, _LAYER) and _arguments(forward) == _arguments(_layer):
+        return _layer
+    return _around(forward)
 
 
 def _around(forward: Any) -> Callable[..., Any] | None:
     """What takes the place of the forward of a family's attention module, if its arguments are known."""
-    package, _, family = getattr(forward, "__module__", "").rpartition(".modeling_")
-    ours = _FORWARDS.get(family)
-    if ours is None or package != f"transformers.models.{family}" or not _is_compared():
+    if not _is_of(forward, "MultiscaleDeformableAttention"):
+        return None
+    package, _, family = forward.__module__.rpartition(".modeling_")
+    if package != f"transformers.models.{family}" or not _is_compared():
         return None
     known = _NEEDED <= set(_arguments(forward)) <= _NEEDED | _OTHERS
-    return ours if known and _is_of(forward, "MultiscaleDeformableAttention") else None
+    return _FORWARDS.get(family) if known else None
 
 
 def _is_of(forward: Any, name: str) -> bool:
-    """Whether a method belongs to a class whose name ends so."""
-    return str(forward.__qualname__).endswith(f"{name}.forward")
+    """Whether it is the forward of a class whose name ends so."""
+    return str(getattr(forward, "__qualname__", "")).endswith(f"{name}.forward")
 
 
 def _arguments(function: Any) -> tuple[str, ...]:
@@ -357,5 +359,5 @@ def _method(ours: Callable[..., Any]) -> Callable[..., Any]:
 @cache
 def _is_compared() -> bool:
     """Whether the installed transformers is no newer than what was compared."""
-    major, minor = version("transformers").split(".")[:2]
+    major, minor = import_module("transformers").__version__.split(".")[:2]
     return (int(major), int(minor)) <= _NEWEST_COMPARED

@@ -438,7 +438,14 @@ def test_what_has_no_such_attention():
         assert integration.patch(target, strict=False).replaced == ()
 
 
+def test_transformers_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(integration, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="transformers must be installed"):
+        integration.patch()
+    assert integration.patch(strict=False).replaced == ()
+
+
 def test_what_is_no_target():
-    message = "target must be None, a module or a torch.nn.Module, got str"
+    message = "target must be None, a module or a torch module, got str"
     with pytest.raises(TypeError, match=message):
         integration.patch("transformers")
