@@ -64,8 +64,8 @@ def patch(target: ModuleType | nn.Module | None = None, *, strict: bool = True) 
     ModuleNotFoundError
         `strict`, no `target`, and transformers is not installed.
     LookupError
-        `strict`, and nothing is found: so for a Mask2Former, OneFormer or RT-DETRv2 of a transformers
-        newer than 5.24, where only their modules' functions are replaced.
+        `strict`, and nothing is found: so for a Mask2Former, OneFormer or RT-DETRv2 of a version of
+        transformers in which only the functions of their modules can be replaced. Patch these.
     TypeError
         `target` is something else.
     """
@@ -100,6 +100,28 @@ def _layer(
     return ms_deform_attn(
         value, value_spatial_shapes_list, None, sampling_locations, attention_weights
     )
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """The layer for the `kernels` package, which takes a forward from a class that has nothing else."""
+
+    can_torch_compile = True
+    has_backward = True
+    forward = _layer
+
+
+class LayerRepository:
+    """Where `kernels` finds that layer, for models that transformers loads with ``use_kernels=True``.
+
+    ``kernels.use_kernel_mapping({"MultiScaleDeformableAttention": {"cuda": LayerRepository()}})``
+    replaces the layer alone: where `patch` replaces the module around it, less is computed.
+    """
+
+    layer_name = "MultiScaleDeformableAttention"
+
+    def load(self) -> type[nn.Module]:
+        """Return the class."""
+        return MultiScaleDeformableAttention
 
 
 def _function(

@@ -7,6 +7,8 @@ import copy
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib import import_module
@@ -431,11 +433,38 @@ def test_a_subclass_that_computes_otherwise_keeps_its_forward():
         torch.testing.assert_close(attend(attention, given), theirs)
 
 
+def test_the_layer_for_kernels_fits():
+    """By the rules of kernels 0.17.2; 5.24 asks for 0.18.2 or later, which no registry had when this was written."""
+    repository = integration.LayerRepository()
+    ours, theirs = repository.load(), modeling("rt_detr").MultiScaleDeformableAttention
+    assert repository.layer_name == theirs.__name__
+    assert ours.__init__ is nn.Module.__init__
+    more = {name for name, _ in inspect.getmembers(ours)} - set(dir(nn.Module))
+    assert more == {"can_torch_compile", "has_backward"}
+    kinds = [
+        [parameter.kind for parameter in inspect.signature(layer.forward).parameters.values()]
+        for layer in (ours, theirs)
+    ]
+    assert kinds[0] == kinds[1]
+    # It binds the forward to layers that exist.
+    attention = attention_of("rt_detr")
+    given = arguments_of("rt_detr", attention)
+    expected = attend(attention, given)
+    attention.attn.forward = ours.forward.__get__(attention.attn)
+    torch.testing.assert_close(attend(attention, given), expected)
+
+
 def test_what_has_no_such_attention():
     for target in (nn.Linear(2, 2), import_module("transformers.models.bert.modeling_bert")):
         with pytest.raises(LookupError, match="must hold multi-scale deformable attention"):
             integration.patch(target)
         assert integration.patch(target, strict=False).replaced == ()
+
+
+def test_importing_the_integration_does_not_import_transformers():
+    code = f"import sys, {integration.__name__}; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_transformers_that_is_not_installed(monkeypatch):
