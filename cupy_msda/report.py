@@ -456,10 +456,11 @@ def _run_torch(case: _Case, device: str) -> tuple[Any, ...]:
 
 
 def as_data() -> dict[str, Any]:
-    """The whole report for a file: environment and plans by label, and the results of the self-check."""
+    """The whole report for a file: environment, integrations and plans by label, and the results of the self-check."""
     names = ("backend", "passed", "figures")
     return {
         "environment": {label: text for label, text in environment() if label},
-        "plans": dict(plans()),
+        "integrations": {label: text for label, text in integrations() if label},
+        "plans": {label: text for label, text in plans() if label},
         "self_check": [dict(zip(names, row, strict=True)) for row in self_check()],
     }

@@ -338,7 +338,8 @@ def test_report_as_json(plain_report):
     assert finished.returncode == 0, finished.stderr
     data = json.loads(finished.stdout)
     said = fields(plain_report.stdout)
-    assert data["environment"].keys() | data["plans"].keys() == said.keys() - {"self-check"}
+    parts = [data[part] for part in ("environment", "integrations", "plans")]
+    assert set().union(*parts) == said.keys() - {"self-check"}
     assert data["environment"]["torch"] == said["torch"]
     checked = {row["backend"]: row["passed"] for row in data["self_check"]}
     assert checked.keys() >= {"NumPy arrays", "torch on the CPU"}
