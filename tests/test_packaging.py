@@ -80,16 +80,17 @@ def test_sdist_holds_all_that_builds_tests_and_documents(archives):
         ]
     shipped = {name for name in members if "egg-info" not in name} - {"PKG-INFO", "setup.cfg"}
     documents = {
-        ".clang-format", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md",
-        "constraints.txt", "pyproject.toml",
+        ".clang-format", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in",
+        "README.md", "SECURITY.md", "constraints.txt", "mkdocs.yml", "pyproject.toml",
     }  # fmt: skip
     folders = ("benchmarks", "cupy_msda", "docs", "examples", "kernels", "scripts", "tests")
     assert shipped == documents.union(*(files_under(folder) for folder in folders))
 
 
 DOCUMENTS = (
-    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/performance.md",
-    "docs/support.md", "kernels/README.md",
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "docs/models.md",
+    "docs/numerics.md", "docs/performance.md", "docs/support.md", "docs/switching.md",
+    "docs/troubleshooting.md", "kernels/README.md",
 )  # fmt: skip
 
 
@@ -110,6 +111,11 @@ def test_links_lead_to_what_is_shipped(document):
             linked = (file.parent / path).resolve() if path else file
             assert linked.is_file(), target
             assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_citation_names_this_version():
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {cupy_msda.__version__}\n" in text
 
 
 def test_metadata(archives):
