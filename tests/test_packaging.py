@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import cupy_msda
+
 ROOT = Path(__file__).parents[1]
 IGNORED = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 
