@@ -210,21 +210,24 @@ def test_points_in_a_model_of_boxes_are_refused(family):
         attention(**given)
 
 
+@pytest.mark.parametrize("compared", [True, False], ids=["module", "function"])
 @pytest.mark.parametrize("family", BOXES_ALONE)
-def test_discrete_sampling(family):
+def test_discrete_sampling(family, compared, monkeypatch):
+    monkeypatch.setattr(integration, "_is_compared", lambda: compared)
     attention = attention_of(family)
     name = "method" if family == "rt_detr_v2" else "decoder_method"
     setattr(attention, name, "discrete")
     given = arguments_of(family, attention)
     theirs = attend(attention, given)
     assert theirs["sampling_offsets.weight"] is None
-    with integration.patch(attention):
+    with integration.patch(modeling(family)), integration.patch(attention, strict=False):
         torch.testing.assert_close(attend(attention, given), theirs)
 
 
 @pytest.mark.parametrize("family", BOXES_ALONE)
-def test_the_scale_of_a_checkpoint_is_honoured(family):
+def test_the_scales_of_a_model_are_honoured(family):
     attention = attention_of(family)
+    attention.offset_scale = 0.7
     (scale,) = attention.buffers()
     scale.copy_(torch.rand_like(scale))
     given = arguments_of(family, attention)
