@@ -47,6 +47,15 @@ BOXES_ALONE = ("rt_detr_v2", "d_fine", "deimv2")
 SIZES = [(4, 5), (2, 3), (1, 2)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On tensors as small as these, more threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def model_of(family: str) -> nn.Module:
     """One model of a family for all tests, which leave its parameters as they are."""
