@@ -36,7 +36,8 @@ def test_script(script, tmp_path):
     finished = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / script],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # One thread: several that wait for a busy machine's cores cost a model of many small calls minutes.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -47,6 +47,15 @@ BOXES_ALONE = ("rt_detr_v2", "d_fine", "deimv2")
 SIZES = [(4, 5), (2, 3), (1, 2)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On tensors as small as these, more threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def model_of(family: str) -> nn.Module:
     """One model of a family for all tests, which leave its parameters as they are."""
@@ -210,21 +219,24 @@ def test_points_in_a_model_of_boxes_are_refused(family):
         attention(**given)
 
 
+@pytest.mark.parametrize("compared", [True, False], ids=["module", "function"])
 @pytest.mark.parametrize("family", BOXES_ALONE)
-def test_discrete_sampling(family):
+def test_discrete_sampling(family, compared, monkeypatch):
+    monkeypatch.setattr(integration, "_is_compared", lambda: compared)
     attention = attention_of(family)
     name = "method" if family == "rt_detr_v2" else "decoder_method"
     setattr(attention, name, "discrete")
     given = arguments_of(family, attention)
     theirs = attend(attention, given)
     assert theirs["sampling_offsets.weight"] is None
-    with integration.patch(attention):
+    with integration.patch(modeling(family)), integration.patch(attention, strict=False):
         torch.testing.assert_close(attend(attention, given), theirs)
 
 
 @pytest.mark.parametrize("family", BOXES_ALONE)
-def test_the_scale_of_a_checkpoint_is_honoured(family):
+def test_the_scales_of_a_model_are_honoured(family):
     attention = attention_of(family)
+    attention.offset_scale = 0.7
     (scale,) = attention.buffers()
     scale.copy_(torch.rand_like(scale))
     given = arguments_of(family, attention)
