@@ -6,6 +6,10 @@ each layer of the decoder refines their boxes, as in Deformable DETR (arXiv:2010
 tested on fresh pictures, and the loss is drawn. This needs matplotlib (extra `plot`).
 
 python examples/train_detector.py [--steps 1000] [--output loss.png]
+
+The default run took 55 s of CPU time with one thread on an AMD EPYC (OMP_NUM_THREADS=1, torch 2.13.0, 2026-11-27). The
+mean loss fell from 6.180 in the first ten steps to 0.699 in the last ten, by a factor of 8.83; the average precision at
+IoU 0.5 was 0.981 on 500 fresh pictures. Where other work occupies the cores, one thread is faster than several.
 """
 
 from __future__ import annotations
