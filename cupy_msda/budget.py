@@ -3,8 +3,10 @@
 
     error(result) <= 2 * (error(reference in the same dtype) + rounding band)
 
-Both errors are against the reference in float64, and the budget holds in two norms: the largest
-magnitude finds one wrong element, the root mean square finds a loss of accuracy in all elements.
+Both errors are against the reference in float64, and the budget holds in two norms of the whole array:
+the largest magnitude finds one wrong element, the root mean square finds a loss of accuracy in all elements.
+In 16 bits the band of the largest magnitude is so wide that small elements could hold anything. There the
+largest magnitude of every row along the last axis has a budget of its own as well.
 """
 
 from __future__ import annotations
@@ -20,6 +22,10 @@ FACTOR = 2.0
 # The rounding band, in units of rounding at the norm of the exact result: the cost of a sum in
 # another order. A result of zeros has no band, so it must be met exactly.
 ROUNDINGS = 2.0
+# 16-bit results are sums in float32, rounded once: within a row they are off by little more than the row's own
+# rounding, plus this part of the largest magnitude of the whole array. It is 32 roundings of float32: those of the
+# terms that cancel in a row, and of pixel coordinates.
+OF_TERMS = 32 * 2.0**-23
 
 
 def _largest(array: _Array) -> float:
@@ -50,11 +56,23 @@ def used(result: Any, reference: Any, exact: Any) -> float:
     finite = np.isfinite(same) & np.isfinite(truth)
     if (got[infinite] != same[infinite]).any() or not np.isfinite(got[finite]).all():
         return math.inf
-    got, same, truth = got[finite], same[finite], truth[finite]
-    return max(
+    got, same, truth = (np.where(finite, array, 0) for array in (got, same, truth))
+    parts = [
         _quotient(norm(got - truth), FACTOR * (norm(same - truth) + ROUNDINGS * unit * norm(truth)))
         for norm in (_largest, _root_mean_square)
+    ]
+    if unit > np.finfo(np.float32).eps:
+        parts.append(_of_rows(got - truth, same - truth, truth, unit))
+    return max(parts)
+
+
+def _of_rows(error: _Array, own: _Array, truth: _Array, unit: float) -> float:
+    """The largest part that a row's error takes of its budget; `own`: the error of the reference."""
+    error, own, size = (
+        np.max(np.abs(np.atleast_1d(array)), axis=-1, initial=0) for array in (error, own, truth)
     )
+    band = ROUNDINGS * unit * size + OF_TERMS * _largest(truth)
+    return max(map(_quotient, error.ravel(), FACTOR * (own + band).ravel()), default=0)
 
 
 def relative_error(result: Any, exact: Any) -> float:
