@@ -53,11 +53,14 @@ def test_small_elements_of_16_bits_cannot_hold_anything(dtype):
     exact = torch.from_numpy(EXACT.reshape(-1, 20).copy())
     exact[7] *= 1e-3
     same = exact.to(getattr(torch, dtype))
-    assert budget.used(same, same, exact) <= 0.5
+    budget.assert_within_budget(same, same, exact)
     for row in (torch.zeros(20), -same[7], 1.1 * same[7]):
         wrong = same.clone()
         wrong[7] = row
-        assert budget.used(wrong, same, exact) > 1
+        assert budget.used(wrong, same, exact) <= 1
+        assert budget.used_by_rows(wrong, same, exact) > 1
+        with pytest.raises(AssertionError, match="times its budget"):
+            budget.assert_within_budget(wrong, same, exact)
 
 
 def test_sums_that_cancel_in_a_row_have_the_accuracy_of_their_terms():
@@ -67,7 +70,7 @@ def test_sums_that_cancel_in_a_row_have_the_accuracy_of_their_terms():
     same = exact.to(torch.bfloat16)
     other = same.clone()
     other[7] += 4 * EPSILON  # of float32, in which terms of the size of other rows are summed
-    assert budget.used(other, same, exact) <= 1
+    budget.assert_within_budget(other, same, exact)
 
 
 def test_zeros_must_be_met_exactly():
