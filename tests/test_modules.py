@@ -392,12 +392,12 @@ def test_autocast_is_as_close_as_its_layers_allow():
         points = inputs.reference_points[:, :, None, :, None] + offsets / pixels
         weights = logits.softmax(-1).unflatten(-1, (L, P))
         sampled = ms_deform_attn_core_pytorch(value, SIZES, points, weights)
-        expected = module.output_proj(sampled)
+        expected = module.output_proj(sampled.contiguous())
     output.float().sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in module.parameters())
     assert_within_budget(*(tensor.detach() for tensor in (output, expected, exact)))
-    # The layers' rounding is nearly all of the error: what lies between them adds less than one rounding of the result.
-    assert budget.relative_error(output, expected.double()) < torch.finfo(torch.bfloat16).eps
+    # Both round in the layers alike. What lies between these rounds once, here and there to the other neighbour.
+    assert budget.relative_error(output, expected.double()) < torch.finfo(torch.bfloat16).eps / 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
