@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,26 @@ def _seeded() -> None:
     """torch's default generator starts at the same place in every test; NumPy's is never used."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All threads that a call of the CPU kernels may use take part in it, however little there is to do."""
+    from cupy_msda.cpu import kernels
+
+    share_out = kernels._share_out
+
+    def share_out_at_once(kernel: Any, threads: int, *arguments: Any) -> None:
+        barrier = threading.Barrier(threads)
+
+        def kernel_at_once(*given: Any) -> None:
+            barrier.wait(timeout=60)
+            kernel(*given)
+
+        share_out(kernel_at_once, threads, *arguments)
+
+    monkeypatch.setattr(kernels, "_GRAIN", 1)
+    monkeypatch.setattr(kernels, "_share_out", share_out_at_once)
 
 
 @pytest.fixture(params=[True, False], ids=["driver", "raw-kernel"])

@@ -21,6 +21,11 @@ from cupy_msda.cuda.plans import Device
 from tests.emulator.emulator import Emulated
 
 STREAM = 77
+_ALIGNED = launch.SLOT.keys() - {
+    "mask",
+    "sizes",
+    "starts",
+}  # of which kernels load several elements at once
 
 
 class EmulatedDevice:
@@ -79,6 +84,9 @@ class EmulatedDevice:
         kernel = self._kernels[handle]
         self.launched.append(kernel.name.partition("<")[0])
         self.streams.add(stream)
+        pointers = {name: launch.thread_arguments().pointer(name) for name in _ALIGNED}
+        # A CPU would read them all the same; a GPU stops.
+        assert not any(pointer % launch.ALIGNMENT for pointer in pointers.values()), pointers
         if self._runs:
             emulated = Emulated(assemble(kernel.file), kernel.name)
             emulated.launch_kernel(tuple(sizes[:3]), tuple(sizes[3:]), parameters)  # type: ignore[arg-type]

@@ -46,6 +46,33 @@ def test_a_loss_of_accuracy_in_all_elements_is_found():
     assert budget.used(worse, REFERENCE, EXACT) > 1
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_small_elements_of_16_bits_cannot_hold_anything(dtype):
+    """The whole array's band lets 4% of its largest element pass in bfloat16, and half a percent in float16."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    exact = torch.from_numpy(EXACT.reshape(-1, 20).copy())
+    exact[7] *= 1e-3
+    same = exact.to(getattr(torch, dtype))
+    budget.assert_within_budget(same, same, exact)
+    for row in (torch.zeros(20), -same[7], 1.1 * same[7]):
+        wrong = same.clone()
+        wrong[7] = row
+        assert budget.used(wrong, same, exact) <= 1
+        assert budget.used_by_rows(wrong, same, exact) > 1
+        with pytest.raises(AssertionError, match="times its budget"):
+            budget.assert_within_budget(wrong, same, exact)
+
+
+def test_sums_that_cancel_in_a_row_have_the_accuracy_of_their_terms():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    exact = torch.from_numpy(EXACT.reshape(-1, 20).copy())
+    exact[7] *= 1e-6
+    same = exact.to(torch.bfloat16)
+    other = same.clone()
+    other[7] += 4 * EPSILON  # of float32, in which terms of the size of other rows are summed
+    budget.assert_within_budget(other, same, exact)
+
+
 def test_zeros_must_be_met_exactly():
     zeros = np.zeros(3)
     assert budget.used(zeros.astype(np.float32), zeros.astype(np.float32), zeros) == 0

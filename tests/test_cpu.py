@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -198,6 +200,7 @@ def test_points_that_pad_a_level_change_nothing() -> None:
         np.testing.assert_array_equal(actual, same)
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("valid", [None, 0.7])
 @pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)
@@ -397,6 +400,12 @@ def test_levels_that_overlap_or_leave_gaps(lq: int) -> None:
     results = check(make(levels, spatial_size=90, lq=lq))
     assert not results[1][:, :10].any()
     assert not results[1][:, 78:].any()
+
+
+@pytest.mark.parametrize("lq", [3, 200])
+def test_levels_that_share_one_position(lq: int) -> None:
+    """They are one task, since each would write its own sum of that position."""
+    check(make(placed((6, 8, 0), (4, 5, 47), (3, 3, 66)), lq=lq))
 
 
 def test_every_query_on_one_cell() -> None:
@@ -603,6 +612,7 @@ def test_read_only_inputs_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.shares_memory(seen[0], case.value)
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("lq", [40, 800])
 @pytest.mark.parametrize("levels", [DETR, placed((13, 21, 0), (13, 21, 100))])
 def test_results_are_bitwise_identical_for_any_number_of_threads(levels: Levels, lq: int) -> None:
@@ -612,6 +622,32 @@ def test_results_are_bitwise_identical_for_any_number_of_threads(levels: Levels,
     for threads in (2, 3, 8):
         for actual, same in zip(run(case, threads=threads), expected, strict=True):
             np.testing.assert_array_equal(actual, same)
+
+
+def test_a_call_ends_when_its_helpers_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of their tasks may take longer than those of the calling thread."""
+    caller, inside, left = threading.current_thread(), threading.Event(), []
+
+    def kernel(state: Array) -> None:
+        if threading.current_thread() is caller:
+            assert inside.wait(60)
+            return
+        state[kernels._HELPERS_INSIDE] += 1
+        inside.set()
+        time.sleep(0.1)
+        left.append(True)
+        state[kernels._HELPERS_INSIDE] -= 1
+
+    kernels._share_out(kernel, 2)
+    assert left
+
+
+def test_little_work_wakes_no_helper(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = []
+    monkeypatch.setattr(kernels, "_share_out", lambda _, threads, *__: shared.append(threads))
+    run(make(DETR[:1], lq=2), threads=4)
+    run(make(DETR, n=2, m=8, lq=100), threads=4)
+    assert shared == [1, 1, 4, 4]
 
 
 def test_calls_from_several_threads_at_once() -> None:

@@ -154,6 +154,7 @@ def test_reference_points_of_any_shape(
     check(make(p=p, coordinates=coordinates, batch=batch, per_level=per_level))
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("p", [4, (3, 0, 6)])
 @pytest.mark.parametrize("valid", [None, 0.7])
 @pytest.mark.parametrize("interpolation", contract.INTERPOLATIONS)

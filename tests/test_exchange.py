@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,22 @@ def test_misaligned_tensors_are_copied_for_the_kernels(driver_device):
         tensor = getattr(inputs, name)
         shifted[name] = tensor.new_zeros(tensor.numel() + 1)[1:].view_as(tensor).copy_(tensor)
     check_against_reference(inputs, *results(inputs._replace(**shifted)))
+
+
+def test_the_stream_is_torchs_current_one(monkeypatch):
+    """By the exchange API or, where a torch has none, by its function."""
+    arguments = launch.thread_arguments()
+
+    def read(device, address):
+        ctypes.c_uint64.from_address(address).value = 70 + device
+
+    monkeypatch.setattr(exchange, "_read_stream", read)
+    assert exchange.current_stream(3, arguments) == 73
+    monkeypatch.setattr(exchange, "_read_stream", None)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=80 + device)
+    )
+    assert exchange.current_stream(3, arguments) == 83
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])

@@ -13,8 +13,11 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from cupy_msda import MSDeformAttn, ms_deform_attn_core_pytorch
+from cupy_msda import MSDeformAttn, reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.integrations import deformable_detr
+from cupy_msda.problem import Level
+from tests.calls import SIZES, STARTS
 from tests.problems import away_from_edges, check_against_reference, random_inputs
 
 NAME = "MultiScaleDeformableAttention"
@@ -90,12 +93,23 @@ def test_keyword_arguments_have_the_names_of_the_extension(extension):
         "im2col_step": 64,
     }
     output = extension.ms_deform_attn_forward(**arguments)
-    expected = ms_deform_attn_core_pytorch(
-        inputs.value, inputs.sizes, inputs.locations, inputs.weights
-    )
-    torch.testing.assert_close(output, expected)
     gradients = extension.ms_deform_attn_backward(**arguments, grad_output=inputs.grad_output)
-    assert [g.shape for g in gradients] == [t.shape for t in inputs.tensors]
+    check_against_reference(inputs, output, gradients)
+
+
+def test_levels_begin_where_the_caller_says(extension):
+    inputs = random_inputs(SIZES, s=14)
+    tables = torch.tensor(SIZES), torch.tensor(STARTS)
+    output = extension.ms_deform_attn_forward(inputs.value, *tables, *inputs.tensors[1:], 64)
+    arguments = inputs.value, *tables, *inputs.tensors[1:], inputs.grad_output
+    gradients = extension.ms_deform_attn_backward(*arguments, 64)
+    levels = [Level(*size, start) for size, start in zip(SIZES, STARTS, strict=True)]
+    expected = []
+    for wide in (inputs, inputs.to(torch.float64)):
+        given = wide.value, levels, *wide.tensors[1:]
+        expected.append((reference.forward(*given), *reference.backward(wide.grad_output, *given)))
+    for actual, same, exact in zip((output, *gradients), *expected, strict=True):
+        assert_within_budget(actual, same, exact)
 
 
 def test_checkpoints_and_modules_of_forks_agree(their_function):

@@ -21,6 +21,8 @@ from cupy_msda import (
     ms_deform_attn_core_pytorch,
     reference,
 )
+from cupy_msda.bench.correctness import by_reference
+from cupy_msda.budget import assert_within_budget
 from cupy_msda.cpu import backend
 from cupy_msda.problem import Level
 from cupy_msda.torch import operands, operators
@@ -40,6 +42,7 @@ from tests.problems import (
     DTYPES,
     away_from_edges,
     check_against_reference,
+    exactly,
     random_inputs,
 )
 
@@ -74,15 +77,9 @@ def test_grid_sample_formulation_agrees(dtypes):
     arguments = (inputs.value, inputs.shapes(), inputs.locations, inputs.weights)
     output = ms_deform_attn_core_pytorch(*arguments)
     assert output.dtype == dtypes[0]
-    rounding = {
-        torch.float16: 5e-3,
-        torch.bfloat16: 4e-2,
-        torch.float32: 1e-5,
-        torch.float64: 1e-12,
-    }
     if dtypes[1] not in (torch.float16, torch.bfloat16):  # it samples at half coordinates
-        tolerance = max(rounding[dtype] for dtype in dtypes)
-        torch.testing.assert_close(output, call(inputs), rtol=tolerance, atol=tolerance)
+        same, exact = by_reference(inputs)[0], exactly(inputs)[0]
+        assert_within_budget(output.detach(), same, exact)
     if dtypes[1] == torch.float64:
         expected = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
         got = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)

@@ -156,6 +156,21 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.parametrize("moving", [0, 1, 2], ids=["value", "locations", "weights"])
+def test_forward_mode_of_the_gradient_by_one_input(smooth, moving) -> None:
+    """The backward operator gives other gradients without elements, and their tangents must have none either."""
+    along = directions(smooth)[moving]
+    results = []
+    for make in (by_operator, by_reference):
+
+        def loss(tensor, make=make):
+            given = [*smooth.tensors[:moving], tensor, *smooth.tensors[moving + 1 :]]
+            return loss_of(make(smooth))(*given)
+
+        results.append(func.jvp(func.grad(loss), (smooth.tensors[moving],), (along,)))
+    close(*results)
+
+
 @FUNCTIONS
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms_agree_with_those_of_the_reference(smooth, make, transform) -> None:

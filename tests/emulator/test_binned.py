@@ -21,7 +21,7 @@ from tests.emulator.encoders import (
     placed,
 )
 from tests.emulator.launches import backward_binned, checked
-from tests.problems import Inputs
+from tests.problems import Inputs, random_inputs
 
 
 def reference_value(inputs: Inputs, levels: Sequence[Level]) -> torch.Tensor:
@@ -58,6 +58,49 @@ def test_cells_of_another_level_in_the_same_memory() -> None:
     same, exact = (reference_value(case, levels) for case in (inputs, inputs.to(torch.float64)))
     assert problem.spatial_size == same.shape[1]
     assert_within_budget(grad_value, same, exact)
+
+
+def at_one_pixel(column: float) -> Inputs:
+    """All points on one cell of (8, 8), which begins with pixel 9, and on one of (4, 16) in the same memory.
+
+    A quarter of the former lie outside, so that a group comes from the one to the other within its segment of the list.
+    """
+    inputs = random_inputs([(8, 8), (4, 16)], n=1, m=1, d=32, lq=300, p=4)
+    inputs.locations[:, :, :, 0] = torch.tensor([(1.3 + 0.5) / 8, (1.6 + 0.5) / 8])
+    inputs.locations[:, :, :, 0, 0] = -5
+    inputs.locations[:, :, :, 1] = torch.tensor([(column + 0.5) / 16, (0.6 + 0.5) / 4])
+    return inputs
+
+
+def check_at_one_pixel(column: float, source: str | None = None) -> None:
+    """The gradient of value where both levels begin with the first position."""
+    inputs, table = at_one_pixel(column), LevelTable(((8, 8), (4, 16)), (0, 0))
+    grad_value = backward_binned(inputs, table=table, source=source)
+    levels = [level._replace(start=0) for level in inputs.levels]
+    same, exact = (reference_value(case, levels) for case in (inputs, inputs.to(torch.float64)))
+    assert_within_budget(grad_value, same, exact)
+
+
+# The same pixel, and the one to the right of it.
+@pytest.mark.parametrize("column", [9.3, 10.3])
+def test_a_cell_of_another_level_at_the_same_pixel_is_another(column: float) -> None:
+    check_at_one_pixel(column)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "column"),
+    [
+        ("place.x != cell.place.x || place.y != cell.place.y", "place.x != cell.place.x", 9.3),
+        ("next.y == place.y && ", "", 10.3),
+    ],
+)
+def test_a_cell_is_not_known_by_its_first_pixel_alone(
+    right: str, wrong: str, column: float
+) -> None:
+    source = assemble("backward_value_binned.cu")
+    assert source.count(right) == 1
+    with pytest.raises(AssertionError):
+        check_at_one_pixel(column, source.replace(right, wrong))
 
 
 WRONG = [

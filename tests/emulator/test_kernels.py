@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cupy_msda.bench.correctness import by_reference
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import CONSTANTS, Kernel, assemble, kernel_dir
 from tests.emulator.cases import (
@@ -180,6 +181,35 @@ def test_the_edge_is_excluded(d: int) -> None:
     just_inside = edge + torch.tensor([1e-4, -1e-4])
     inputs.locations[:, :2, :, 0, 0, 0] = just_inside[None, :, None]
     assert (backward(inputs)[1][:, :2, ..., 0] != 0).all()
+
+
+def on_pixels(d: int, dtype: torch.dtype) -> Inputs:
+    """Points on pixels, between them and on the edges of a level, the last column and row among them.
+
+    Small integers and binary fractions: no sum in float32 rounds.
+    """
+    inputs = problem(1, ((4, 8), (2, 2)), 2, d, 28, 4, (dtype, dtype))
+    x = torch.tensor([-1, -0.75, -0.5, 0, 0.5, 6, 6.5, 7, 7.25, 7.5, 8])
+    y = torch.tensor([-1, -0.75, -0.5, 0, 0.5, 2, 2.5, 3, 3.25, 4])
+    at = (torch.cartesian_prod(x, y) + 0.5) / torch.tensor([8, 4])
+    at = at.repeat(2, 1)[: 28 * 4].view(1, 28, 1, 1, 4, 2).expand_as(inputs.locations)
+    generator = torch.Generator().manual_seed(0)
+    value, weights, grad_output = (
+        torch.randint(-4, 5, tensor.shape, generator=generator).to(dtype)
+        for tensor in (inputs.value, inputs.weights, inputs.grad_output)
+    )
+    return Inputs(inputs.sizes, value, at.to(dtype).contiguous(), weights / 4, grad_output)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize(
+    ("d", "multiprocessors"), [(32, 0), (32, MANY), (30, 0)], ids=["row", "split-k", "generic"]
+)
+def test_points_on_pixels_and_edges_are_exact(d: int, multiprocessors: int, dtype) -> None:
+    inputs = on_pixels(d, dtype)
+    results = forward(inputs, multiprocessors), *backward(inputs, multiprocessors)
+    for result, exact in zip(results, by_reference(inputs.to(torch.float64)), strict=True):
+        assert torch.equal(result, exact.to(dtype))
 
 
 @pytest.mark.parametrize(("d", "dtype"), [(32, F32), (16, F16), (30, F32)], ids=str)

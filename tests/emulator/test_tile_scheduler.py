@@ -62,6 +62,17 @@ __global__ void ranges(unsigned* begins, const long long* sizes, const Scheduler
   if (threadIdx.x < 2) begins[blockIdx.x + threadIdx.x] = range_begin(shared, p, blockIdx.x + threadIdx.x);
 }
 """
+VISITS = """
+__global__ void visits(int* times, const long long* sizes, const SchedulerParams<4> p) {
+  __shared__ Level levels[4];
+  __shared__ TileScheduler shared;
+  load_levels(levels, sizes, static_cast<const long long*>(nullptr), p);
+  load_scheduler(shared, levels, p);
+  visit_rows<8>(shared, p, [&](unsigned row, unsigned, bool counts) {
+    if (counts && threadIdx.x % 8 == 0) atomicAdd(&times[row], 1);
+  });
+}
+"""
 
 
 def kernel_order(
@@ -75,7 +86,13 @@ def kernel_order(
 
 
 def run_scheduler(
-    source: str, name: str, blocks: int, out: np.ndarray, levels: Sizes | None, grids: Sizes
+    source: str,
+    name: str,
+    blocks: int,
+    out: np.ndarray,
+    levels: Sizes | None,
+    grids: Sizes,
+    threads: int = 256,
 ) -> None:
     """Run a kernel on the scheduler of two heads of as many queries as the grids or levels have."""
     lq = out.size if name == "orders" else queries(grids or levels or ())
@@ -87,7 +104,7 @@ def run_scheduler(
     params["num_grids"] = len(grids)
     sizes = None if levels is None else np.array(levels, np.int64)
     kernel = Emulated(assemble("tile_scheduler.cuh") + source, name)
-    kernel((blocks, 1, 1), (256, 1, 1), [out, sizes, params])
+    kernel((blocks, 1, 1), (threads, 1, 1), [out, sizes, params])
 
 
 @pytest.mark.parametrize(
@@ -124,6 +141,14 @@ def test_ranges_of_queries_that_are_no_grid_are_equal() -> None:
     levels = ((20, 30), (10, 15), (5, 8), (3, 4))
     run_scheduler(RANGES, "ranges", 7, begins, levels, ((1, queries(levels)),))
     assert np.ptp(np.diff(begins.astype(int))) <= 1
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+@pytest.mark.parametrize("levels", [RAGGED, ((2, 3), (1, 1), (0, 4), (3, 1))], ids=str)
+def test_persistent_blocks_visit_every_row_once(levels: Sizes, blocks: int) -> None:
+    times = np.zeros(2 * queries(levels), np.int32)  # of two heads
+    run_scheduler(VISITS, "visits", blocks, times, levels, (), threads=1024)
+    assert (times == 1).all()
 
 
 def test_order_of_one_grid_given_by_the_caller() -> None:
