@@ -23,8 +23,8 @@ FACTOR = 2.0
 # The rounding band, in units of rounding at the norm of the exact result: the cost of a sum in
 # another order. A result of zeros has no band, so it must be met exactly.
 ROUNDINGS = 2.0
-# A 16-bit result is a sum in float32, rounded once. Where terms cancel, a row is small and the rounding of its terms and
-# of pixel coordinates remains: so many units of float32 at the largest magnitude of all rows.
+# A 16-bit result is a sum in float32, rounded once. Where terms cancel, a row is small and the rounding of its terms
+# and of pixel coordinates remains: so many units of float32 at the largest magnitude of all rows.
 OF_TERMS = 32.0
 FLOAT32_UNIT = 2.0**-23
 
