@@ -71,15 +71,13 @@ def test_the_array_function_gives_the_gradients_of_autograd():
         assert torch.equal(gradient, one_expected)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+# It samples at the coordinates as they are: those of 16 bits are too coarse.
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[1].itemsize >= 4], ids=str)
 def test_grid_sample_formulation_agrees(dtypes):
     inputs = with_grad(random_inputs(dtypes=dtypes))
     arguments = (inputs.value, inputs.shapes(), inputs.locations, inputs.weights)
     output = ms_deform_attn_core_pytorch(*arguments)
-    assert output.dtype == dtypes[0]
-    if dtypes[1] not in (torch.float16, torch.bfloat16):  # it samples at half coordinates
-        same, exact = by_reference(inputs)[0], exactly(inputs)[0]
-        assert_within_budget(output.detach(), same, exact)
+    assert_within_budget(output.detach(), by_reference(inputs)[0].detach(), exactly(inputs)[0])
     if dtypes[1] == torch.float64:
         expected = torch.autograd.grad(output, inputs.tensors, inputs.grad_output)
         got = torch.autograd.grad(call(inputs), inputs.tensors, inputs.grad_output)
