@@ -76,7 +76,9 @@ ENDS = {
     "exit 7": "raise SystemExit(7)",
     "error": "1 / 0",
     "pipe": "raise BrokenPipeError('theirs')",
-    "interrupt": "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
+    # Where the tests run in the background of a shell, they have inherited that interrupts are ignored.
+    "interrupt": "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    "os.kill(os.getpid(), signal.SIGINT)",
 }
 
 
