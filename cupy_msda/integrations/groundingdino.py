@@ -3,9 +3,9 @@
 
 ::
 
-    from cupy_msda.integrations import groundingdino
+    from cupy_msda.integrations.groundingdino import patch
 
-    groundingdino.patch()
+    patch()
 
 Models built before or after it use it; parameters and checkpoints stay as they are. The repository's
 extension `groundingdino._C` is not called then, so that it need not be built.

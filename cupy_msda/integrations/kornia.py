@@ -3,9 +3,9 @@
 
 ::
 
-    from cupy_msda.integrations import kornia
+    from cupy_msda.integrations.kornia import patch
 
-    kornia.patch()
+    patch()
 
 Models built before or after it use it; parameters and checkpoints stay as they are.
 """

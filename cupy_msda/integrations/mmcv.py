@@ -3,9 +3,9 @@
 
 ::
 
-    from cupy_msda.integrations import mmcv
+    from cupy_msda.integrations.mmcv import patch
 
-    mmcv.patch()  # before anything imports mmcv.ops, where mmcv._ext is missing
+    patch()  # before anything imports mmcv.ops, where mmcv._ext is missing
 
 Replaced are `multi_scale_deformable_attn_pytorch`, `MultiScaleDeformableAttnFunction.apply`, the registered
 module `MultiScaleDeformableAttention`, and `ms_deform_attn_forward` and `ms_deform_attn_backward` of the

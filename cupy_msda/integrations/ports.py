@@ -3,11 +3,11 @@
 
 ::
 
-    from cupy_msda.integrations import ports
+    from cupy_msda.integrations.ports import patch
 
-    ports.patch()  # every installed package of `TARGETS`
-    ports.patch(src.zoo.dfine.utils)  # the module of a repository that defines deformable_attention_core_func_v2
-    ports.patch(model)  # one model
+    patch()  # every installed package of `TARGETS`
+    patch(src.zoo.dfine.utils)  # the module of a repository that defines deformable_attention_core_func_v2
+    patch(model)  # one model
 
 Replaced is the function that samples, and D-FINE's module around it. Other modules bind the function when
 they are built: patch before that, or patch the model. They compute their locations themselves, from points,

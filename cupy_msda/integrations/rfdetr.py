@@ -3,9 +3,9 @@
 
 ::
 
-    from cupy_msda.integrations import rfdetr
+    from cupy_msda.integrations.rfdetr import patch
 
-    rfdetr.patch()
+    patch()
 
 Models built before or after it use it; parameters and checkpoints stay as they are. A model in export
 mode (`model.export()`) keeps its own code, so that its graph is the one that the package makes.

@@ -3,9 +3,9 @@
 
 ::
 
-    from cupy_msda.integrations import ultralytics
+    from cupy_msda.integrations.ultralytics import patch
 
-    ultralytics.patch()
+    patch()
 
 Models built before or after it use it; parameters and checkpoints stay as they are. Undo it before an
 export to another format than ONNX, which would hold calls of this package.
