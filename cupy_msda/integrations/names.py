@@ -105,9 +105,9 @@ def _holds(package: str, target: Target) -> bool:
     for folder in (spec and spec.submodule_search_locations) or ():
         file = Path(folder, *inside[:-1], f"{inside[-1]}.py")
         if file.is_file():
-            owner = target.name.partition(".")[0]
+            holder = target.name.partition(".")[0]
             text = file.read_text(encoding="utf-8", errors="replace")
-            return re.search(rf"^(class|def) {owner}\b", text, re.MULTILINE) is not None
+            return re.search(rf"^(class|def) {holder}\b", text, re.MULTILINE) is not None
         if any(file.parent.glob(f"{file.stem}.*")):  # compiled
             return True
     return False

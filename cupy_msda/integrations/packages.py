@@ -120,14 +120,14 @@ def _replacements(found: Sequence[tuple[ModuleType | None, Target]]) -> Iterator
     ours_of: dict[int, tuple[_Function, _Function]] = {}  # by the identity of theirs
     for module, target in found:
         *classes, name = target.name.split(".")
-        owner: Any = module
+        holder: Any = module
         for each in classes:
-            owner = getattr(owner, each, None)
-        original = getattr(owner, name, None)
+            holder = getattr(holder, each, None)
+        original = getattr(holder, name, None)
         if original is None:  # another version
             continue
         ours = ours_for(original, target.adapt)
-        yield Replacement(owner, name, ours)
+        yield Replacement(holder, name, ours)
         if not classes:
             ours_of[id(original)] = original, ours
     places = {(target.module, target.name) for _, target in found}

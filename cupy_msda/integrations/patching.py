@@ -18,17 +18,17 @@ _MARK = "_cupy_msda_replaces"
 class Replacement(NamedTuple):
     """An attribute of a module, a class or an object, and the function that takes its place."""
 
-    owner: Any
+    holder: Any
     name: str
     ours: Callable[..., Any]
 
     def __str__(self) -> str:
         """Its name, as `package.module.Class.forward`; an object is named by its class."""
-        if isinstance(self.owner, ModuleType):
-            return f"{self.owner.__name__}.{self.name}"
-        if isinstance(self.owner, type):
-            return f"{self.owner.__module__}.{self.owner.__qualname__}.{self.name}"
-        kind = type(self.owner)
+        if isinstance(self.holder, ModuleType):
+            return f"{self.holder.__name__}.{self.name}"
+        if isinstance(self.holder, type):
+            return f"{self.holder.__module__}.{self.holder.__qualname__}.{self.name}"
+        kind = type(self.holder)
         return f"{kind.__module__}.{kind.__qualname__}.{self.name} of an object"
 
 
@@ -56,22 +56,22 @@ class Patch:
     def __init__(self, replacements: Iterable[Replacement]) -> None:
         """Replace them all."""
         self.replaced = tuple(
-            one for one in replacements if not is_ours(getattr(one.owner, one.name))
+            one for one in replacements if not is_ours(getattr(one.holder, one.name))
         )
-        # An attribute that the owner has inherited is deleted again, not set.
-        self._before = [vars(one.owner).get(one.name) for one in self.replaced]
+        # An attribute that the holder has inherited is deleted again, not set.
+        self._before = [vars(one.holder).get(one.name) for one in self.replaced]
         for one in self.replaced:
-            setattr(one.owner, one.name, one.ours)
+            setattr(one.holder, one.name, one.ours)
 
     def undo(self) -> None:
         """Put everything back; what another has replaced since keeps that. A second call does nothing."""
         for one, before in zip(self.replaced, self._before, strict=True):
-            if vars(one.owner).get(one.name) is not one.ours:
+            if vars(one.holder).get(one.name) is not one.ours:
                 continue
             if before is None:
-                delattr(one.owner, one.name)
+                delattr(one.holder, one.name)
             else:
-                setattr(one.owner, one.name, before)
+                setattr(one.holder, one.name, before)
 
     def __enter__(self) -> Patch:
         """Return the patch, which is in place already."""
