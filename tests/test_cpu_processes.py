@@ -146,6 +146,26 @@ assert forked(lambda: forward().any())
 
 
 @forks
+def test_a_process_forked_while_another_thread_looks_for_the_kernels() -> None:
+    program = """
+import cupy_msda.api
+looking = threading.Event()
+class SlowFinder:
+    def find_spec(name, path, target=None):
+        if name == "cupy_msda.cpu.kernels" and not looking.is_set():
+            looking.set()  # the thread holds the module's lock, and sys.modules lacks it
+            time.sleep(0.3)
+sys.meta_path.insert(0, SlowFinder)
+def forward():
+    return ms_deform_attn(value, [(15, 20)], None, *points)
+threading.Thread(target=forward).start()
+assert looking.wait(60) and "cupy_msda.cpu.kernels" not in sys.modules
+assert forked(lambda: forward().any())
+"""
+    python(FORK + PROGRAM + program)
+
+
+@forks
 def test_a_child_may_compile_for_cuda_though_another_thread_of_its_parent_did() -> None:
     program = """
 from cupy_msda.cuda import compile

@@ -27,7 +27,7 @@ def obstacle() -> str | None:
     if find_spec("numba") is None:
         return 'Numba is not installed: pip install "cupy-msda[cpu]"'
     try:
-        import_module("cupy_msda.cpu.kernels")  # which compiles a small one
+        fork.import_during_call("cupy_msda.cpu.kernels")  # which compiles a small one
     except Exception as error:
         _warn(error)
         return f"Numba is installed and does not work ({reason(error)})"
