@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(BLOCK)
   PointGradientArrays<S, Location, Weight> gradients = {grad_locations, grad_weights, by_location};
   if (POINTS) gradients = gradients.from(index * K);
   backward_points<T, PART>(walk, descriptors, levels, row.member, row.active, row.part * PART,
-                           points.of_image(row.image_start(p)).template of_row<M, G>(index, row.member, references, p),
+                           points.of_image(row.image_start(p)).template of_row<M, G * SPLIT_K>(index, references, p),
                            gradients);
 }
 
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(PERSISTENT_BLOCK, 1)
     const auto image = points.of_image(plane / M);
     if constexpr (S::FUSED) {
       backward_points<T, K>(walk, descriptors, levels, member, counts, 0,
-                            image.template of_row<M, G>(static_cast<size_t>(row), member, references, p), gradients);
+                            image.template of_row<M, G>(static_cast<size_t>(row), references, p), gradients);
     } else {
       const size_t first = static_cast<size_t>(row) * K;  // computed once, or sm_100 spills
       backward_points<T, K>(walk, descriptors, levels, member, counts, 0, image.from(first), gradients.from(first));

@@ -135,7 +135,7 @@ __device__ __forceinline__ void load_rows(Shared<S>& shared, const PointArrays<S
 #pragma unroll 1
     for (int row = threadIdx.x / G; row < BINNED_QUERIES; row += BLOCK / G) {  // as often in every group
       const unsigned index = shared.rows[row] == NONE ? shared.rows[0] : shared.rows[row];
-      const auto of_row = points.template of_row<M, G>(static_cast<size_t>(index), member, references, p);
+      const auto of_row = points.template of_row<M, G>(static_cast<size_t>(index), references, p);
       if (member == 0) {
         shared.references[row] = of_row.row.references;
         shared.softmax[row] = of_row.row.softmax;
@@ -190,7 +190,7 @@ __device__ unsigned sort_points(Shared<S>& shared, const PointArrays<S, Location
     if (row == NONE) continue;
     const Level level = shared.levels[l];
     const auto of_row = of_batch_row(points, shared, id / K);
-    const auto place = of_row.place(static_cast<size_t>(row) * K + k, l);
+    const auto place = of_row.place(points.point(row, k), l);
     const Cell<float> cell = points.template cell<true>(of_row.pixels(place, level, l), level);
     if (cell.corners == 0u) continue;
     const unsigned bin = (l * SIDE + (cell.row & SIDE - 1)) * SIDE + (cell.column & SIDE - 1);
@@ -278,7 +278,7 @@ __device__ __forceinline__ auto fetch(const Shared<S>& shared, unsigned first, u
   if (first + member < end) {
     point.id = shared.list[first + member];
     const unsigned row = point.id / S::K, k = point.id % S::K;
-    const size_t index = static_cast<size_t>(shared.rows[row]) * S::K + k;
+    const auto index = points.point(shared.rows[row], k);
     point.place = of_batch_row(points, shared, row).place(index, S::level_of(k));
     point.weight = points.weight(index);
   }

@@ -41,21 +41,6 @@ __device__ __forceinline__ unsigned reread_thread() {
 #endif
 }
 
-// Optimisation barrier: the compiler keeps x in a register, and neither recomputes it nor splits the sum behind it.
-__device__ __forceinline__ unsigned opaque(unsigned x) {
-#if MSDA_PTX
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
-template <typename T>
-__device__ __forceinline__ T* opaque(T* x) {
-#if MSDA_PTX
-  asm volatile("" : "+l"(x));
-#endif
-  return x;
-}
-
 // The row of a group. Blocks run over queries first, then heads, then images: neighbours in time share a head.
 template <int M, int G, int SPLIT_K>
 struct GroupRow {

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(BLOCK, 4)
   float sum[VEC] = {};
   add_points<PART, G, PIXEL, Value>(
       sum, base, shared.descriptors, shared.levels, opaque(first_descriptor<G>()), row.part * PART,
-      points.of_image(row.image_start(p)).template of_row<M, G>(row.index(p), row.member, references, p));
+      points.of_image(row.image_start(p)).template of_row<M, G * SPLIT_K>(row.index(p), references, p));
 
 #pragma unroll
   for (int offset = G; offset < G * SPLIT_K; offset *= 2)
@@ -173,7 +173,7 @@ __device__ __forceinline__ void forward_row(const Value* value, const PointArray
   float sum[VEC] = {};
   add_points<S::K, G, PIXEL, Value>(
       sum, base, shared.descriptors, shared.levels, first_descriptor<G>(), 0,
-      points.of_image(plane / M).template of_row<M, G>(static_cast<size_t>(row), member, references, p));
+      points.of_image(plane / M).template of_row<M, G>(static_cast<size_t>(row), references, p));
   if (counts) store(output + static_cast<size_t>(row) * D + member * VEC, sum);
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "bilinear.cuh"
+#include "scalar.cuh"
 
 // How a fused kernel samples: as a plain one does, at points from reference points of so many coordinates. BY_LEVEL: a
 // query has one for each level, else one for all.
@@ -40,6 +41,17 @@ __device__ __forceinline__ float exp_not_positive(float x) {
 #endif
 }
 
+// 1 / x for x >= 1, to one unit in the last place: without the steps of a division for results that underflow.
+__device__ __forceinline__ float reciprocal(float x) {
+#if MSDA_PTX
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return 1.0f / x;
+#endif
+}
+
 // The softmax of a row's logits. The largest is subtracted first, so that no finite logit is too large.
 struct Softmax {
   float largest, inverse_sum;
@@ -47,10 +59,16 @@ struct Softmax {
   __device__ float weight(float logit) const { return exp_not_positive(logit - largest) * inverse_sum; }
 };
 
-// Of the K logits of a group's row; every lane of the group gets it.
-template <int K, int G, typename Logit>
-__device__ __forceinline__ Softmax softmax_of(const Logit* logits, unsigned member) {
-  constexpr int OWN = (K + G - 1) / G;
+// How many of LANES lanes share the logits of a row: no more than have one.
+__device__ constexpr int sharing(int num_logits, int lanes) {
+  return lanes > 1 && lanes / 2 >= num_logits ? sharing(num_logits, lanes / 2) : lanes;
+}
+
+// Of the K logits of a row that LANES neighbours have in common; each of them gets it.
+template <int K, int LANES, typename Logit>
+__device__ __forceinline__ Softmax softmax_of(const Logit* logits) {
+  constexpr int G = sharing(K, LANES), OWN = (K + G - 1) / G;
+  const unsigned member = threadIdx.x % G;
   const float nothing = -__int_as_float(0x7f800000);  // infinity: a logit that adds nothing
   float own[OWN], largest = nothing, sum = 0.0f;
 #pragma unroll
@@ -65,7 +83,7 @@ __device__ __forceinline__ Softmax softmax_of(const Logit* logits, unsigned memb
   for (int i = 0; i < OWN; ++i) sum += exp_not_positive(own[i] - largest);
 #pragma unroll
   for (int offset = 1; offset < G; offset *= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
-  return {largest, 1.0f / sum};
+  return {largest, reciprocal(sum)};  // sum >= 1: the largest logit adds 1
 }
 
 // What the points of a row have in common: in a plain call, nothing.
@@ -91,7 +109,9 @@ template <typename S, int M, typename Params>
 __device__ __forceinline__ const typename S::Reference* query_references(const typename S::Reference* references,
                                                                          unsigned row, const Params& p) {
   unsigned query = row / M;
-  if (query >= static_cast<unsigned>(p.reference_rows)) query %= p.reference_rows;
+  // At most once: a loop, since the compiler would compute the remainder of an `if` in any case.
+#pragma unroll 1
+  while (query >= static_cast<unsigned>(p.reference_rows)) query = opaque(query % p.reference_rows);
   return references + static_cast<size_t>(query) * S::QUERY;
 }
 

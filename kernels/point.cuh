@@ -111,9 +111,9 @@ struct PointArrays {
     return {locations, weights, S::MASKED ? mask + position : mask, row};
   }
 
-  // The points of a row among N * Lq * M, which a group of G lanes owns. All lanes of the warp take part.
-  template <int M, int G, typename Index, typename Params>
-  __device__ __forceinline__ PointArrays of_row(Index index, unsigned member, const typename S::Reference* references,
+  // The points of a row among N * Lq * M, which LANES neighbours own. All lanes of the warp take part.
+  template <int M, int LANES, typename Index, typename Params>
+  __device__ __forceinline__ PointArrays of_row(Index index, const typename S::Reference* references,
                                                 const Params& p) const {
     if constexpr (S::FUSED) {
       const unsigned row = static_cast<unsigned>(index), first = row * S::K;
@@ -121,10 +121,18 @@ struct PointArrays {
               weights,
               mask,
               {query_references<S, M>(references, row, p), first, p.offset_scale,
-               softmax_of<S::K, G>(weights + first, member)}};
+               softmax_of<S::K, LANES>(weights + first)}};
     } else {
       return from(index * S::K);
     }
+  }
+
+  // The index of point k of a row among N * Lq * M.
+  __device__ static auto point(unsigned row, unsigned k) {
+    if constexpr (S::FUSED)
+      return row * S::K + k;  // 32 bits, as below
+    else
+      return static_cast<size_t>(row) * S::K + k;
   }
 
   // The place of a point in the arrays. Fused: one index of 32 bits for all, which takes fewer registers than pointers.

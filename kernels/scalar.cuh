@@ -212,3 +212,18 @@ __device__ __forceinline__ void reduce_add(float* to, float a, float b, float c,
   atomicAdd(to + 3, d);
 #endif
 }
+
+// Optimisation barrier: the compiler keeps x in a register, and neither recomputes it nor splits the sum behind it.
+__device__ __forceinline__ unsigned opaque(unsigned x) {
+#if MSDA_PTX
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T* opaque(T* x) {
+#if MSDA_PTX
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}

@@ -84,9 +84,9 @@ def _backward(
         # A lane without a point makes its descriptor without the load of a weight. In fixed point other loads look so.
         mark = r"STS\.128" if fixed else _loads(size)
         return interior._replace(passes=passes | {mark: stages})
-    own = _K // _GROUP  # logits of the row that a lane reads for the softmax
+    own = _K // (_GROUP * split)  # logits of the row that a lane reads for the softmax
     # The gradients of logits need the powers again, which the compiler may have kept.
-    kept = split == 1 and architecture >= 100
+    kept = architecture >= 100
     powers = own + stages + (stages if points and not kept else 0)
     interior = interior._replace(passes=passes | {r"STS\.64": stages, _POWER: powers})
     return _with_references(interior, size, coordinates, stages)

@@ -169,7 +169,7 @@ FAULTS = {
         "uneven-boxes",
     ),
     "height-for-width": ("reference[2] * scale", "reference[3] * scale", "boxes"),
-    "first-query-for-all": ("query %= p.reference_rows", "query = 0", "boxes-of-one-image"),
+    "first-query-for-all": ("opaque(query % p.reference_rows)", "0", "boxes-of-one-image"),
     "first-image-for-all": ("row < all", "row < rows", "boxes-of-one-image"),
     "all-levels-for-each": ("S::BY_LEVEL && level != own", "false", "points"),
     "latest-first": ("gradient[COUNT - 1 - i] - sum", "gradient[i] - sum", "points"),
