@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve an attention layer: compile ahead, then answer requests; on a GPU each request is the replay of a CUDA graph.
+"""Serve an attention layer: compile ahead, then answer requests; on a GPU each request is the replay of a CUDA graph,
+a path that has not run on one yet.
 
 python examples/serving.py
 """

@@ -20,9 +20,16 @@ from tests.integrations import hugging_face
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SAYS = {
-    "deformable_detr_fork.py": r"output \(2, 50, 256\) gradient of value \(2, 750, 8, 32\)",
+    "deformable_detr_fork.py": (
+        r"output \(2, 300, 256\) gradient of value \(2, 5440, 8, 32\)\n"
+        r"a training step on \w+: [\d.]+ ms before, [\d.]+ ms after\n$"
+    ),
     "huggingface.py": r"before: \d+ ms a training step on \w+\nafter: \d+ ms.*\n.* \de-0[5-9]\n",
     "numpy_arrays.py": r"output \(1, 100, 256\) float32\n(gradient of \w+ \(.*\) float32\n){3}",
+    "rfdetr_model.py": (
+        r"inference before: \d+ ms on \w+\ninference after: \d+ ms.*\n.* \de-0[5-9]\n"
+        r"training_step before: \d+ ms on \w+\ntraining_step after: \d+ ms.*\n.* \de-0[5-9]\n$"
+    ),
     "serving.py": r"output \(1, 300, 256\) on \w+\nfirst request [\d.]+ ms, median of the others [\d.]+ ms\n$",
     "torch_training.py": r"mean loss on \w+: 0\.\d+ in the first ten steps, 0\.0\d+ in the last ten",
     "train_detector.py": (
@@ -43,6 +50,8 @@ def test_every_script_is_run():
 def test_script(script, tmp_path):
     if script == "huggingface.py" and (reason := hugging_face.why_not()):
         pytest.skip(reason)
+    if script == "rfdetr_model.py":
+        pytest.importorskip("rfdetr", reason="rfdetr is not installed")
     if script == "train_detector.py":
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     finished = subprocess.run(
