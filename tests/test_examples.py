@@ -169,7 +169,7 @@ def test_readme_example(capsys):
 
 
 def test_readme_equivalent():
-    namespace = {}
+    namespace = {"torch": torch}
     exec(readme_blocks()[1], namespace)
     generator = torch.Generator().manual_seed(0)
     levels, starts = [(5, 7), (3, 4)], [0, 35]
