@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -222,70 +222,89 @@ def test_backward_of_many_queries(inputs: Inputs, choice: str, deterministic: bo
 
 # --- many positions ------------------------------------------------------------------------------
 
-HIGH, WIDE = 2**14, 2**16  # a level of 2^30 pixels, in whose last rows and columns lies a small one
-SMALL = (4, 8)
-IMAGES, SPATIAL = 3, HIGH * WIDE + 100
 START = 100
 
 
-def in_a_corner(d: int) -> Inputs:
-    """Points on 64ths of pixels, right of and below the first one, so that they may be moved to any level exactly."""
-    inputs = random_inputs([SMALL], n=IMAGES, m=2, d=d, lq=5, p=3)
+class Large(NamedTuple):
+    """Points of a level of 4 x 8 pixels that is the last corner of one of `height` x `width`, powers of two.
+
+    They lie on 64ths of pixels, right of and below its first one, so that both levels give the same numbers.
+    """
+
+    inputs: Inputs
+    height: int
+    width: int
+
+    @property
+    def positions(self) -> np.ndarray[Any, Any]:
+        """Where the small level's pixels lie in value."""
+        rows, columns = self.height - 4 + np.arange(4), self.width - 8 + np.arange(8)
+        return (START + rows[:, None] * self.width + columns).reshape(-1)
+
+    @property
+    def locations(self) -> torch.Tensor:
+        """The points as fractions of the large level."""
+        first = torch.tensor([self.width - 8, self.height - 4])
+        pixels = self.inputs.locations * torch.tensor([8, 4]) + first
+        return pixels / torch.tensor([self.width, self.height])
+
+
+def large(height: int, width: int, m: int, d: int, p: int) -> Large:
+    """Random points of such a level."""
+    inputs = random_inputs([(4, 8)], n=3, m=m, d=d, lq=5, p=p)
     pixels = torch.rand(inputs.locations.shape, generator=torch.Generator().manual_seed(3))
     pixels = (pixels * torch.tensor([8 * 64, 4 * 64])).floor() / 64
-    return inputs._replace(locations=(pixels + 0.5) / torch.tensor([8, 4]))
+    locations = (pixels + 0.5) / torch.tensor([8, 4])
+    return Large(inputs._replace(locations=locations), height, width)
 
 
-def of_a_large_level(inputs: Inputs, backward: bool, deterministic: bool = False) -> list[Any]:
-    """The output or the gradients where the level is the last corner of one of 2^30 pixels."""
-    problem, _ = checked(inputs)
-    problem = problem._replace(spatial_size=SPATIAL)
-    table = LevelTable(((HIGH, WIDE),), (START,))
-    case = problem, table, device(1), ()
-    positions = START + (HIGH - 4 + np.arange(4)[:, None]) * WIDE + WIDE - 8 + np.arange(8)
-    positions = positions.reshape(-1)
-    shape = IMAGES, SPATIAL, *inputs.value.shape[2:]
+# As many pixels as a level may have for generic kernels, but for a factor of two, and for specialised ones.
+LARGE = {"generic": large(2**14, 2**16, 2, 6, 3), "specialised": large(2**10, 2**10, 8, 32, 4)}
+on_large = pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
+
+
+def of_a_large_level(case: Large, backward: bool, deterministic: bool = False) -> list[Any]:
+    """The output, or the gradients as those of the small level."""
+    inputs, positions = case.inputs, case.positions
+    problem = checked(inputs)[0]._replace(spatial_size=START + case.height * case.width)
+    plan_of = problem, LevelTable(((case.height, case.width),), (START,)), device(1), ()
+    shape = problem.batch, problem.spatial_size, *inputs.value.shape[2:]
     arrays: dict[str, Any] = {"value": sparse(shape, np.float32)}
     arrays["value"][:, positions] = inputs.value.numpy()
-    scale, first = torch.tensor([WIDE, HIGH]), torch.tensor([WIDE - 8, HIGH - 4])
-    moved = (inputs.locations * torch.tensor([8, 4]) + first) / scale
-    assert torch.equal(
-        moved.double() * scale - first, inputs.locations.double() * torch.tensor([8, 4])
-    )
-    arrays |= {"locations": moved.numpy(), "weights": inputs.weights.numpy()}
+    arrays |= {"locations": case.locations.numpy(), "weights": inputs.weights.numpy()}
     arrays["grad_output"] = inputs.grad_output.numpy()
     arrays["output"] = np.zeros(problem.output_shape, np.float32)
     arrays["grad_value"] = sparse(shape, np.float32)
     arrays["grad_locations"] = np.zeros_like(arrays["locations"])
     arrays["grad_weights"] = np.zeros_like(arrays["weights"])
-    if backward:
-        plan = plans.plan_backward.__wrapped__(*case, deterministic=deterministic)
-        arrays["accumulator"] = sparse((plan.workspace // 8,), np.int64)
-    else:
-        plan = plans.plan_forward(*case)
 
     def blocks(step: Launch) -> Any:
         finish = is_of(step, "msda_fixed_point_finish")
         xs = sorted({int(p) // (BLOCK // WARP) for p in positions}) if finish else None
-        return of_image_heads(step, range(IMAGES * 2), xs)
+        return of_image_heads(step, range(problem.batch * problem.num_heads), xs)
 
-    run(in_one_pass(plan, "msda_fixed_point_finish", SPATIAL), arrays, blocks)
     if not backward:
+        run(plans.plan_forward(*plan_of), arrays, blocks)
         return [torch.from_numpy(arrays["output"])]
-    by_locations = torch.from_numpy(arrays["grad_locations"]) * torch.tensor([8 / WIDE, 4 / HIGH])
+    with patch.object(plans, "MAX_POINTS_TILED", 0):
+        plan = plans.plan_backward.__wrapped__(*plan_of, deterministic=deterministic)
+    arrays["accumulator"] = sparse((plan.workspace // 8,), np.int64)
+    run(in_one_pass(plan, "msda_fixed_point_finish", problem.spatial_size), arrays, blocks)
+    scale = torch.tensor([8 / case.width, 4 / case.height])
+    by_locations = torch.from_numpy(arrays["grad_locations"]) * scale
     by_value = torch.from_numpy(arrays["grad_value"][:, positions])
     return [by_value, by_locations, torch.from_numpy(arrays["grad_weights"])]
 
 
-def test_forward_in_a_large_level() -> None:
-    inputs = in_a_corner(6)
-    check_forward(inputs, *of_a_large_level(inputs, False))
+@on_large
+def test_forward_in_a_large_level(case: Large) -> None:
+    check_forward(case.inputs, *of_a_large_level(case, False))
 
 
+@on_large
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "fixed-point"])
-def test_backward_in_a_large_level(deterministic: bool) -> None:
-    inputs = in_a_corner(6)
-    check_backward(inputs, of_a_large_level(inputs, True, deterministic))
+def test_backward_in_a_large_level(case: Large, deterministic: bool) -> None:
+    check_backward(case.inputs, of_a_large_level(case, True, deterministic))
 
 
 # --- fused, rounded ------------------------------------------------------------------------------
