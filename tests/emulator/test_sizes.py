@@ -19,7 +19,9 @@ from tests.emulator import fused
 from tests.emulator.cases import F16, check_backward, check_forward, same_bits
 from tests.emulator.emulator import Emulated
 from tests.emulator.fused import Fused
-from tests.emulator.launches import checked, device
+from tests.emulator.launches import PLAIN as PLAINLY
+from tests.emulator.launches import Rules, checked, device
+from tests.emulator.sampling import mask_of
 from tests.emulator.sparse import in_one_pass, is_of, of_image_heads, run, scattered, sparse
 from tests.problems import Inputs, random_inputs
 
@@ -37,8 +39,8 @@ def image_heads(images: Sequence[int], heads: int) -> list[int]:
 class Huge:
     """A problem of `batch` images, three of which are those of `inputs`: the first, one amid, the last."""
 
-    def __init__(self, inputs: Inputs, batch: int) -> None:
-        problem, self.table = checked(inputs)
+    def __init__(self, inputs: Inputs, batch: int, rules: Rules = PLAINLY) -> None:
+        problem, self.table = checked(inputs, rules)
         self.inputs, self.problem = inputs, problem._replace(batch=batch)
         self.images = [0, batch // 2 + 1, batch - 1]
         self.image_heads = image_heads(self.images, problem.num_heads)
@@ -47,6 +49,8 @@ class Huge:
             for name, tensor in inputs._asdict().items()
             if name != "sizes"
         }
+        if problem.has_mask:
+            self.arrays["mask"] = scattered(rules["value_mask"], self.images, batch)
 
     def blocks(self, step: Launch) -> Any:
         """The blocks of the three images."""
@@ -97,16 +101,14 @@ class Huge:
         )
 
 
-PLAIN = random_inputs(SIZES, n=3, m=8, d=32, lq=37, p=4)
+PLAIN = random_inputs(((2, 2), (1, 2), (2, 1), (1, 1)), n=3, m=8, d=32, lq=5, p=4)
 PIXEL_QUERIES = random_inputs(SIZES, n=3, m=2, d=32, lq=PIXELS, p=4)
 
 
 @pytest.fixture(scope="module")
 def many_rows() -> Huge:
-    """More than 2^32 rows, more than 65,535 (image, head) in y and more than one z."""
-    huge = Huge(PLAIN, 2**24)
-    assert huge.problem.batch * huge.problem.num_queries * huge.problem.num_heads > 2**32
-    return huge
+    """More than 2^32 rows, and more than 2^31 (image, head): y and z of the grid are nearly as large as they may be."""
+    return Huge(PLAIN, 5 * 10**8)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +131,13 @@ def test_backward(many_rows: Huge, deterministic: bool) -> None:
     check_backward(PLAIN, gradients)
 
 
-def test_tiled(many_rows: Huge) -> None:
+def test_tiled() -> None:
+    """Nearly 2^31 tiles, the most that x takes."""
+    huge = Huge(PLAIN, 2**28 - 1)
+    assert plans.is_tiled(huge.problem)
+    assert not plans.is_tiled(huge.problem._replace(batch=2**28))
     needs = {"needs_points": False, "deterministic": True}
-    check_backward(PLAIN, many_rows.backward("tiled", **needs), (True, False, False))
+    check_backward(PLAIN, huge.backward("tiled", **needs), (True, False, False))
 
 
 @pytest.mark.parametrize("kernel", ["persistent, 1 per multiprocessor", "query tiles"])
@@ -151,6 +157,22 @@ def test_scheduled_gradients_of_points(many_scheduled_rows: Huge) -> None:
     kernel = "persistent, 1 per multiprocessor"
     gradients = many_scheduled_rows.backward(kernel, ON_THE_LEVELS, needs_value=False)
     check_backward(PIXEL_QUERIES, gradients, (False, True, True))
+
+
+@pytest.mark.parametrize(
+    ("d", "choice"), [(32, "plain, split-K 1"), (6, "generic")], ids=["specialised", "generic"]
+)
+def test_masks(d: int, choice: str) -> None:
+    """More than 2^32 positions of masks; what is masked is NaN."""
+    inputs = random_inputs(((7, 9), (3, 5), (2, 2)), n=3, m=2, d=d, lq=5, p=4)
+    rules = {"value_mask": mask_of(inputs)}
+    inputs.value[~rules["value_mask"]] = torch.nan
+    huge = Huge(inputs, 2**26, rules)
+    assert huge.arrays["mask"].size > 2**32
+    check_forward(inputs, huge.forward(choice), rules)
+    with patch.object(plans, "MAX_POINTS_TILED", 0):
+        gradients = huge.backward(choice, deterministic=d == 6)
+    check_backward(inputs, gradients, rules=rules)
 
 
 # --- many queries --------------------------------------------------------------------------------
