@@ -63,13 +63,11 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
   } else if (level < LEVELS && p.levels[level][2] != DERIVED_START) {
     start = p.levels[level][2];
   } else {
-    // A level after one that has no valid size, or ends beyond S, starts nowhere: what it may wrap to is no start.
-    start = 0;
+    unsigned long long sum = 0;  // unsigned: an invalid table may wrap, and is rejected below
 #pragma unroll 1
-    for (int i = 0; i < level && start >= 0; ++i) {
-      const long long h = sizes[2 * i], w = sizes[2 * i + 1];
-      start = (h | w) >> 31 == 0 && h * w <= p.spatial_size - start ? start + h * w : -1;
-    }
+    for (int i = 0; i < level; ++i)
+      sum += static_cast<unsigned long long>(sizes[2 * i]) * static_cast<unsigned long long>(sizes[2 * i + 1]);
+    start = static_cast<long long>(sum);
   }
   const long long largest = 0x7fffffff;
   const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest && width <= largest &&
