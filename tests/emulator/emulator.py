@@ -48,7 +48,7 @@ _SANITIZE_FLAGS = [
 ]
 _RACES_FLAGS = [
     *("-DMSDA_EMULATED_RACES", "-fsanitize=thread", "-shared"),
-    "-O1",  # inlines what takes a struct by value: the read of such an argument is not instrumented
+    "-O1",  # inlines what takes or returns structs by value: a call's own copies are not instrumented
     "-fno-tree-loop-distribute-patterns",  # makes calls of memset, which are not instrumented
     "-fno-threadsafe-statics",  # else their guards are atomics
     "-nodefaultlibs",  # without the sanitizer's own library: races.hpp takes its place
