@@ -112,6 +112,18 @@ struct Random {
   }
 };
 
+// The blocks of a grid that run; all, if `first` is null.
+struct Blocks {
+  const uint3* first;
+  std::uint64_t count;
+
+  uint3 operator[](std::uint64_t i) const {
+    if (first) return first[i];
+    return {static_cast<unsigned>(i % gridDim.x), static_cast<unsigned>(i / gridDim.x % gridDim.y),
+            static_cast<unsigned>(i / gridDim.x / gridDim.y)};
+  }
+};
+
 struct Machine {
   Fiber main;
   Warp warps[32];
@@ -125,6 +137,7 @@ struct Machine {
   unsigned votes;                          // of them, with a true predicate
   std::uint64_t block;                     // number of the block over all launches, from 1
   std::size_t shared_bytes;
+  Blocks blocks;
   Random random;
   void (*body)(void*);
   void* argument;
@@ -200,6 +213,12 @@ inline std::string whereabouts(const uint3& block, const Thread* thread) {
   __builtin_unreachable();
 }
 
+// What the race detector (races.hpp) has to know; in other modes nothing.
+inline void track(const std::string& name, const void* data, std::size_t bytes, std::size_t grain, bool shared);
+inline void track_block();
+inline void track_barrier(const Site& site);
+inline void track_warp_barrier(const Warp& warp, unsigned mask, const Site& site);
+
 inline bool same_operation(const Wait& a, const Wait& b) {
   return a.mask == b.mask && a.op == b.op && a.bytes == b.bytes;
 }
@@ -238,6 +257,7 @@ inline void complete(Warp& warp, const Wait& wait) {
         thread.result = ballot;
     }
   }
+  if (wait.op == Op::syncwarp) track_warp_barrier(warp, wait.mask, wait.site);
   warp.waiting &= ~wait.mask;
   warp.ready |= wait.mask;
   machine.ready |= 1u << warp.number;
@@ -288,6 +308,7 @@ __attribute__((noinline)) inline unsigned barrier(Op op, bool predicate, const S
       machine.ready |= 1u << i;
     }
     machine.arrived = machine.votes = 0;
+    track_barrier(site);
   }
   reschedule();
   return static_cast<unsigned>(self.result);
@@ -350,6 +371,9 @@ inline std::string explain_stall() {
   return text;
 }
 
+// Code that the race detector does not see: its own, and the emulator's accesses to what it watches.
+#define EMU_UNSEEN __attribute__((no_sanitize("thread")))
+
 // A __shared__ variable: storage on the heap, of exactly its size, so that AddressSanitizer knows
 // both ends. It is aligned to what the declaration asks for and no better, so that a vector access
 // to a plain float array shows. The first thread of a block to pass the declaration poisons it:
@@ -359,6 +383,8 @@ class Shared {
   static_assert(__is_trivially_constructible(T), "CUDA does not construct __shared__ variables");
 
  public:
+  constexpr explicit Shared(const char* name) : name_(name) {}
+
   T& get(Site site = Site::here()) {
     if (block_ != machine.block) claim(site);
     return *reinterpret_cast<T*>(data_);
@@ -367,7 +393,7 @@ class Shared {
  private:
   static constexpr std::size_t align = declared < 8 ? 8 : declared;
 
-  void claim(const Site& site) {
+  EMU_UNSEEN void claim(const Site& site) {
     block_ = machine.block;
     machine.shared_bytes += sizeof(T);
     if (machine.shared_bytes > 48 << 10) fail(site, "more than 48 KiB of __shared__ variables");
@@ -380,8 +406,10 @@ class Shared {
 #endif
     }
     for (std::size_t i = 0; i < sizeof(T); ++i) data_[i] = i % 2 ? 0xff : 0xfb;
+    track(name_, data_, sizeof(T), 2, true);
   }
 
+  const char* name_;
   std::uint64_t block_ = 0;
   unsigned char* data_ = nullptr;
 };
@@ -397,6 +425,7 @@ inline void thread_main() {
 
 inline void run_block() {
   ++machine.block;
+  track_block();
   machine.shared_bytes = 0;
   machine.arrived = machine.votes = 0;
   machine.ready = 0;
@@ -419,16 +448,14 @@ inline void run_block() {
   }
 }
 
-// Runs all blocks, in an order that the seed decides.
+// Runs the blocks, in an order that the seed decides.
 inline void run_grid() {
-  const std::uint64_t blocks = std::uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  const std::uint64_t blocks = machine.blocks.count;
   const std::uint64_t start = machine.random() % blocks;
   std::uint64_t stride = machine.random() % blocks + 1;
   while (std::gcd(stride, blocks) != 1) ++stride;
   for (std::uint64_t i = 0, at = start; i < blocks && machine.error.empty(); ++i) {
-    blockIdx.x = static_cast<unsigned>(at % gridDim.x);
-    blockIdx.y = static_cast<unsigned>(at / gridDim.x % gridDim.y);
-    blockIdx.z = static_cast<unsigned>(at / gridDim.x / gridDim.y);
+    blockIdx = machine.blocks[at];
     run_block();
     at = (at + stride) % blocks;
   }
@@ -468,8 +495,9 @@ inline void run_grid_guarded() {
 
 #endif
 
-// Runs body(argument) in every thread of the grid. Returns the error text, empty if all went well.
-inline const std::string& run(dim3 grid, dim3 block, std::uint64_t seed, void (*body)(void*), void* argument) {
+// Runs body(argument) in every thread of these blocks of the grid. Returns the error text, empty if all went well.
+inline const std::string& run(dim3 grid, dim3 block, Blocks blocks, std::uint64_t seed, void (*body)(void*),
+                              void* argument) {
   machine.error.clear();
   const std::uint64_t count = std::uint64_t{block.x} * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
@@ -483,8 +511,10 @@ inline const std::string& run(dim3 grid, dim3 block, std::uint64_t seed, void (*
   const Stacks stacks(count);
   if (!stacks.ok()) return machine.error = "cannot map the stacks of the threads";
 
+  if (!blocks.first) blocks.count = std::uint64_t{grid.x} * grid.y * grid.z;
   gridDim = grid;
   blockDim = block;
+  machine.blocks = blocks;
   machine.thread_count = static_cast<unsigned>(count);
   machine.warp_count = (machine.thread_count + 31) / 32;
   machine.turn = 0;

@@ -8,7 +8,8 @@ Every CUDA thread is a fiber (`fiber.hpp`), one block runs at a time (`block.hpp
 decides the order of blocks and threads, so that a kernel that lacks a barrier computes something
 else under some seed. Errors of synchronisation, of arguments and of the compiler are
 `EmulatorError`s. With `sanitize=True` a launch runs in a program of its own under AddressSanitizer
-and UndefinedBehaviorSanitizer, and their report is the message.
+and UndefinedBehaviorSanitizer, and their report is the message. With `races=True` every access to
+memory is watched (`races.hpp`): a fault of synchronisation is found whether or not its result is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 _HERE = Path(__file__).parent
-_HEADERS = ("fiber.hpp", "block.hpp", "shim.hpp", "launch.hpp")
+_HEADERS = ("fiber.hpp", "block.hpp", "races.hpp", "shim.hpp", "launch.hpp")
 
 _FLAGS = [
     *("-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-fno-exceptions"),
@@ -44,6 +46,14 @@ _SANITIZE_FLAGS = [
     "-fno-omit-frame-pointer",
     "-O1",  # compiles in two thirds of the time and runs as fast
 ]
+_RACES_FLAGS = [
+    *("-DMSDA_EMULATED_RACES", "-fsanitize=thread", "-shared"),
+    "-O1",  # inlines what takes or returns structs by value: a call's own copies are not instrumented
+    "-fno-tree-loop-distribute-patterns",  # makes calls of memset, which are not instrumented
+    "-fno-threadsafe-statics",  # else their guards are atomics
+    "-nodefaultlibs",  # without the sanitizer's own library: races.hpp takes its place
+]
+_LIBRARIES = ["-lstdc++", "-lm", "-lgcc_s", "-lgcc", "-lc", "-ldl"]
 _SANITIZER_OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -62,6 +72,11 @@ class Emulated:
         The kernel with its template arguments, such as ``"scale<float, 4>"``.
     sanitize : bool
         Run each launch under the sanitizers, in a process of its own.
+    races : bool
+        Watch each launch with the race detector (`races.hpp`).
+    blind : str, optional
+        A place such as ``"kernels/levels.cuh:86"``: to the race detector a barrier there orders nothing, and an atomic
+        is a plain write, as if the source lacked them.
     build_dir : Path, optional
         Where compiled code is kept, by a hash of everything it depends on. By default a directory
         of the user below the system's temporary one.
@@ -85,15 +100,19 @@ class Emulated:
         name_expression: str,
         *,
         sanitize: bool = False,
+        races: bool = False,
+        blind: str | None = None,
         build_dir: Path | None = None,
         together: Sequence[str] = (),
     ) -> None:
         names = tuple(together) or (name_expression,)
         self.name_expression = name_expression
         self.sanitize = sanitize
+        self._blind = None if blind is None else blind.encode()
         self._index = names.index(name_expression)
+        flags = _SANITIZE_FLAGS if sanitize else _RACES_FLAGS if races else ["-shared"]
         self._binary, self.warnings = _compile(
-            source, names, sanitize, build_dir, os.environ.get("CXX", "g++")
+            source, names, tuple(flags), build_dir, os.environ.get("CXX", "g++")
         )
 
     def __call__(
@@ -103,6 +122,7 @@ class Emulated:
         args: Sequence[object],
         *,
         seed: int = 0,
+        blocks: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         """Launch the kernel and wait for it.
 
@@ -116,17 +136,25 @@ class Emulated:
             are passed by value.
         seed : int
             Chooses the order in which blocks and threads run.
+        blocks : sequence of three ints
+            The blocks of the grid that run, by default all. Not under the sanitizers.
 
         Raises
         ------
         EmulatorError
             The arguments do not fit the kernel, a thread waits for one that never comes, a lane
-            uses a mask that it is not in, or a sanitizer found a fault.
+            uses a mask that it is not in, or a sanitizer or the race detector found a fault.
         TypeError, ValueError
             An argument of another type, or an array that is not contiguous.
         """
         arguments = [_argument(arg, i) for i, arg in enumerate(args)]
-        launch = _Launch(self._index, grid, block, len(arguments), seed % 2**64)
+        if blocks and self.sanitize:
+            raise ValueError("a sanitized launch must run all blocks")
+        chosen = (ctypes.c_uint32 * 3 * len(blocks))(*blocks) if blocks else None
+        launch = _Launch(
+            *(self._index, grid, block, len(arguments), seed % 2**64),
+            *(ctypes.cast(chosen, ctypes.c_void_p), len(blocks), self._blind),
+        )
         run = _run_program if self.sanitize else _run_library
         error = run(self._binary, launch, arguments)
         if error:
@@ -142,7 +170,7 @@ class Emulated:
         EmulatorError
             As for a call, but that arguments are not checked.
         """
-        launch = _Launch(self._index, grid, block, 0, 0)
+        launch = _Launch(self._index, grid, block)
         pointers = ctypes.c_void_p(parameters)
         text = _load(self._binary).emu_launch(ctypes.byref(launch), None, pointers)
         if text is not None:
@@ -174,6 +202,9 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint32 * 3),
         ("count", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("blocks", ctypes.c_void_p),
+        ("block_count", ctypes.c_uint64),
+        ("blind", ctypes.c_char_p),
     )
 
 
@@ -224,7 +255,20 @@ def _run_library(binary: Path, launch: _Launch, arguments: Sequence[_Argument]) 
     text: bytes | None = _load(binary).emu_launch(
         ctypes.byref(launch), (_Argument * len(arguments))(*arguments), None
     )
-    return None if text is None else text.decode()
+    return None if text is None else _with_places(text.decode(), binary)
+
+
+def _with_places(text: str, binary: Path) -> str:
+    """The text with a place in the sources for each address `<0x...>` in the library, if binutils can tell."""
+
+    def place(match: re.Match[str]) -> str:
+        command = ["addr2line", "-i", "-s", "-e", str(binary), match[1]]
+        if shutil.which(command[0]) is None:
+            return match[0]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return next((x for x in lines.splitlines() if not x.startswith(_HEADERS)), match[0])
+
+    return re.sub("<(0x[0-9a-f]+)>", place, text)
 
 
 @functools.cache
@@ -283,11 +327,11 @@ def _number(array: npt.NDArray[Any], payloads: list[npt.NDArray[Any]]) -> int:
 
 @functools.cache
 def _compile(
-    source: str, names: tuple[str, ...], sanitize: bool, build_dir: Path | None, cxx: str
+    source: str, names: tuple[str, ...], mode: tuple[str, ...], build_dir: Path | None, cxx: str
 ) -> tuple[Path, str]:
     """Compile kernels to a library, or to a program with sanitizers; its path and the warnings."""
     compiler = shlex.split(cxx)
-    flags = [*_FLAGS, *(_SANITIZE_FLAGS if sanitize else ["-shared"])]
+    flags = [*_FLAGS, *mode]
     kernels = ", ".join(f"EMU_KERNEL({name})" for name in names)
     text = "\n".join(
         [
@@ -305,14 +349,14 @@ def _compile(
     if build_dir is None:
         build_dir = Path(tempfile.gettempdir(), f"cupy-msda-emulator-{os.getuid()}")
     build_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    binary = build_dir / (key if sanitize else f"{key}.so")
+    binary = build_dir / (f"{key}.so" if "-shared" in mode else key)
     log = build_dir / f"{key}.log"
     if not binary.exists():
         with tempfile.TemporaryDirectory(dir=build_dir) as directory:
             unit = Path(directory, "unit.cpp")
             unit.write_text(text)
             output = Path(directory, "out")
-            command = [*compiler, *flags, str(unit), "-o", str(output)]
+            command = [*compiler, *flags, str(unit), "-o", str(output), *_LIBRARIES]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise EmulatorError(f"{', '.join(names)} does not compile:\n{done.stderr}")
@@ -364,7 +408,7 @@ def _place_one(match: re.Match[str]) -> str:
     alignment = "".join(f", ({n})" for n in alignments)
     text = (
         f"using {name}_type = {parts['type'].strip()} {parts['extents'].strip()}; "
-        f"static ::emu::Shared<{name}_type{alignment}> {name}_storage; "
+        f'static ::emu::Shared<{name}_type{alignment}> {name}_storage("{name}"); '
         f"auto& {name} = {name}_storage.get();"
     )
     return text + "\n" * (match[0].count("\n") - text.count("\n"))

@@ -31,6 +31,9 @@ struct Launch {
   std::uint32_t block[3];
   std::uint32_t count;
   std::uint64_t seed;
+  const uint3* blocks;  // that run; null: all
+  std::uint64_t block_count;
+  const char* blind;  // for the race detector
 };
 
 // Whether items of a NumPy dtype may be read as T. Structs stand for a whole number of items
@@ -82,6 +85,15 @@ void unpack(T& parameter, const Argument& argument, std::size_t position, std::s
   }
 }
 
+template <class... P>
+std::string run_with(void (*kernel)(P...), const Launch& launch, const std::tuple<P...>& values) {
+  auto body = [&] { std::apply(kernel, values); };
+  return run(
+      {launch.grid[0], launch.grid[1], launch.grid[2]}, {launch.block[0], launch.block[1], launch.block[2]},
+      {launch.blocks, launch.block_count}, launch.seed,
+      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+}
+
 template <class... P, std::size_t... i>
 std::string launch_with(void (*kernel)(P...), const Launch& launch, const Argument* arguments,
                         std::index_sequence<i...>) {
@@ -93,10 +105,13 @@ std::string launch_with(void (*kernel)(P...), const Launch& launch, const Argume
   std::tuple<P...> values{};
   (unpack(std::get<i>(values), arguments[i], i, error), ...);
   if (!error.empty()) return error;
-  auto body = [&] { std::apply(kernel, values); };
-  return run(
-      {launch.grid[0], launch.grid[1], launch.grid[2]}, {launch.block[0], launch.block[1], launch.block[2]},
-      launch.seed, [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+  for (std::size_t n = 0; n < launch.count; ++n) {
+    const Argument& argument = arguments[n];
+    if (argument.passing != by_pointer) continue;
+    const std::size_t grain = argument.item < 4 ? argument.item : 4;
+    track("argument " + std::to_string(n), argument.data, argument.bytes, grain, false);
+  }
+  return run_with(kernel, launch, values);
 }
 
 // Launch as cuLaunchKernel does: one pointer to the bytes of each parameter, of which nothing is known.
@@ -105,10 +120,7 @@ std::string launch_bytes(void (*kernel)(P...), const Launch& launch, const void*
                          std::index_sequence<i...>) {
   std::tuple<P...> values{};
   (std::memcpy(&std::get<i>(values), parameters[i], sizeof(P)), ...);
-  auto body = [&] { std::apply(kernel, values); };
-  return run(
-      {launch.grid[0], launch.grid[1], launch.grid[2]}, {launch.block[0], launch.block[1], launch.block[2]},
-      launch.seed, [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+  return run_with(kernel, launch, values);
 }
 
 // Of described arguments or, where there are none, of parameters.
@@ -118,6 +130,7 @@ template <class... P>
 std::string launch(void (*kernel)(P...), const Launch& launch, const Argument* arguments,
                    const void* const* parameters) {
   constexpr auto indices = std::index_sequence_for<P...>{};
+  track_launch(launch.blind);
   if (arguments == nullptr) return launch_bytes(kernel, launch, parameters, indices);
   return launch_with(kernel, launch, arguments, indices);
 }

@@ -14,7 +14,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "block.hpp"
+#include "races.hpp"
 
 #define __global__
 #define __grid_constant__
@@ -196,7 +196,8 @@ template <class T>
 using same = std::common_type_t<T>;  // not deduced, so that the pointer decides the type
 
 template <class T, class F>
-inline T exchange(T* p, F&& next) {
+EMU_UNSEEN inline T exchange(T* p, const Site& site, F&& next) {
+  track_atomic(p, sizeof(T), site, __builtin_return_address(0));
   const T old = *p;
   *p = next(old);
   return old;
@@ -205,9 +206,9 @@ inline T exchange(T* p, F&& next) {
 }  // namespace emu
 
 template <class T>
-inline T atomicAdd(T* p, emu::same<T> value) {
+inline T atomicAdd(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, unsigned long long, float, double>);
-  return emu::exchange(p, [&](T old) {
+  return emu::exchange(p, site, [&](T old) {
     if constexpr (std::is_same_v<T, int>)
       return int(unsigned(old) + unsigned(value));  // wraps
     else
@@ -215,34 +216,34 @@ inline T atomicAdd(T* p, emu::same<T> value) {
   });
 }
 template <class T>
-inline T atomicMax(T* p, emu::same<T> value) {
+inline T atomicMax(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, long long, unsigned long long>);
-  return emu::exchange(p, [&](T old) { return old < value ? value : old; });
+  return emu::exchange(p, site, [&](T old) { return old < value ? value : old; });
 }
 template <class T>
-inline T atomicMin(T* p, emu::same<T> value) {
+inline T atomicMin(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, long long, unsigned long long>);
-  return emu::exchange(p, [&](T old) { return value < old ? value : old; });
+  return emu::exchange(p, site, [&](T old) { return value < old ? value : old; });
 }
 template <class T>
-inline T atomicOr(T* p, emu::same<T> value) {
+inline T atomicOr(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, unsigned long long>);
-  return emu::exchange(p, [&](T old) { return old | value; });
+  return emu::exchange(p, site, [&](T old) { return old | value; });
 }
 template <class T>
-inline T atomicAnd(T* p, emu::same<T> value) {
+inline T atomicAnd(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, unsigned long long>);
-  return emu::exchange(p, [&](T old) { return old & value; });
+  return emu::exchange(p, site, [&](T old) { return old & value; });
 }
 template <class T>
-inline T atomicExch(T* p, emu::same<T> value) {
+inline T atomicExch(T* p, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, unsigned long long, float>);
-  return emu::exchange(p, [&](T) { return value; });
+  return emu::exchange(p, site, [&](T) { return value; });
 }
 template <class T>
-inline T atomicCAS(T* p, emu::same<T> compare, emu::same<T> value) {
+inline T atomicCAS(T* p, emu::same<T> compare, emu::same<T> value, emu::Site site = emu::Site::here()) {
   static_assert(emu::one_of<T, int, unsigned, unsigned short, unsigned long long>);
-  return emu::exchange(p, [&](T old) { return old == compare ? value : old; });
+  return emu::exchange(p, site, [&](T old) { return old == compare ? value : old; });
 }
 
 // ---- arithmetic
