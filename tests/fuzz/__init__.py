@@ -3,5 +3,6 @@
 
     python -m tests.fuzz --seconds 600 --seed 1
 
-`families.py`: the templates. `cases.py`: a random problem of one. `checks.py`: every candidate of it, against the reference.
+`families.py` has the templates, `cases.py` makes a random problem of one, `checks.py` runs every candidate of it and
+compares.
 """

@@ -15,7 +15,7 @@ from tests.fuzz.families import F16, F64, Family
 from tests.problems import Inputs
 
 Rng = np.random.Generator
-# Of the numbers: "finite"; "non-finite", a few of them; or "bytes", where only faults and differences of candidates show.
+# Of the numbers: finite; a few not; or any bytes, where only faults and differences between candidates show.
 MODES = ("finite", "non-finite", "bytes")
 LARGEST = 2**31 - 1
 
@@ -73,7 +73,7 @@ def make_case(family: Family, seed: int, number: int) -> Case:
         make(rng, _Shape(family, mode, images, queries, table, rules)),
         rules,
         _grids(rng, queries),
-        int(rng.choice([1, 3, 1000])),
+        int(rng.choice([1, 1, 3, 1000])),
         ((True, True), (True, False), (False, True))[rng.integers(3)],
         bool(rng.random() < 0.3),
         int(rng.integers(2**32)),
@@ -137,8 +137,8 @@ def _as_read(sizes: Any, starts: Any, spatial_size: int) -> tuple[list[Level], l
         fits = 0 <= height <= LARGEST and 0 <= width <= LARGEST
         if not (fits and 0 <= start <= spatial_size - height * width):
             bad.append(number)
-            height = 0
-        levels.append(_emptied(Level(height, width, start)))
+        size = (height, width) if number not in bad else (0, 0)
+        levels.append(_emptied(Level(*size, start)))
     return levels, bad
 
 
@@ -184,7 +184,7 @@ class _Shape(NamedTuple):
 
 def _plain(rng: Rng, shape: _Shape) -> Inputs:
     """The arrays of a plain call."""
-    of_value, of_locations, of_weights = shape.family.dtypes
+    _, of_locations, of_weights = shape.family.dtypes
     x, y = _pixels(rng, shape)
     width, height = _sizes_of_points(shape)
     at = np.stack([(x + 0.5) / width, (y + 0.5) / height], axis=-1)
@@ -206,7 +206,9 @@ def _fused(rng: Rng, shape: _Shape) -> Fused:
     levels = len(family.points) if family.by_level else 1
     references = rng.uniform(0.1, 0.9, (images, shape.queries, levels, family.coordinates))
     references = torch.from_numpy(references).to(of_references)
-    centers = references.double().expand(-1, -1, len(family.points), -1).numpy()[:, :, None, numbers]
+    centers = (
+        references.double().expand(-1, -1, len(family.points), -1).numpy()[:, :, None, numbers]
+    )
     offsets = (np.stack([x, y], axis=-1) + 0.5) / sizes - centers[..., :2]
     if family.coordinates == 2:
         offsets = offsets * sizes
@@ -269,18 +271,22 @@ def _with_bytes(rng: Rng, coordinates: Tensor) -> Tensor:
 
 
 def _pixels(rng: Rng, shape: _Shape) -> tuple[Any, Any]:
-    """x and y in pixels: anywhere near the level, on pixels and quarters, crowded in one cell, or far away."""
+    """x and y in pixels: inside, anywhere near the level, on pixels and quarters, crowded in one cell, or far away."""
     far = [np.inf, -np.inf, np.nan, 1e30, -1e30, 2.0**22, 2.0**31, -(2.0**31), 1e-40, 2.0**63]
 
     def along(size: Any) -> Any:
+        inside = rng.uniform(0, np.maximum(size - 1, 0))
         near = rng.uniform(-1.5, size + 0.5)
         quarters = np.floor(rng.uniform(-8, 4 * size + 8)) / 4
         crowd = np.minimum(rng.uniform(0, 3, shape.points), size) - 0.5
         special = rng.choice(far, shape.points)
-        shares = rng.choice([0, 1, 4], 4) + [1, 0, 0, 0]
-        chosen = rng.choice(4, shape.points, p=shares / shares.sum())
-        return np.choose(chosen, [near, quarters, crowd, special])
+        chosen = rng.choice(5, shape.points, p=shares)
+        return np.choose(chosen, [inside, near, quarters, crowd, special])
 
+    # One kind alone in half of the cases: where all points of a warp lie inside, it takes another path.
+    mixed = rng.choice([0, 1, 4], 5) + np.eye(5)[1]
+    kinds = mixed if rng.random() < 0.5 else np.eye(5)[rng.integers(4)]
+    shares = kinds / kinds.sum()
     width, height = _sizes_of_points(shape)
     return along(width), along(height)
 

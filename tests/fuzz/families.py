@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel is compiled for. A run takes few families, since each costs its compilations, and many cases of each."""
+"""What kernels are compiled for. A run takes few families, since each costs compilations, and many cases of each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ FAMILIES = {
     "generic-seventeen-levels": Family(1, 8, (1,) * 17),
     "fused-d16": Family(2, 16, (4, 4), (F32,) * 4, coordinates=2),
     "fused-boxes-f16": Family(2, 16, (2, 3), (F16, F32, F16, F16), coordinates=4),
-    "fused-one-reference": Family(1, 32, (3, 3), (BF16, F32, F32, F32), coordinates=2, by_level=False),
+    "fused-one-reference": Family(
+        1, 32, (3, 3), (BF16, F32, F32, F32), coordinates=2, by_level=False
+    ),
     "fused-boxes-nearest-masked": Family(
         2, 8, (1, 2), (F32,) * 4, nearest=True, masked=True, coordinates=4
     ),

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""At the edges of levels, grids and formats: nothing beyond is read, written or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from cupy_msda.cuda import plans
+from cupy_msda.cuda.compile import assemble
+from cupy_msda.cuda.plans import Choice, Plan
+from tests.emulator import launches
+from tests.emulator.cases import (
+    BF16,
+    F16,
+    F32,
+    GENERIC,
+    TABLES,
+    UNKNOWN,
+    bits,
+    check_backward,
+    check_forward,
+    check_value,
+    copied,
+    on,
+    problem,
+)
+from tests.emulator.emulator import Emulated
+from tests.emulator.launches import backward, backward_fixed_point, backward_tiled, forward
+from tests.problems import Inputs
+
+# --- levels --------------------------------------------------------------------------------------
+
+
+@on(TABLES)
+def test_a_level_that_ends_one_position_too_late_gives_nan(inputs: Inputs) -> None:
+    starts = inputs.starts()
+    starts[-1] += 1
+    assert forward(inputs, table=UNKNOWN, tables=(inputs.shapes(), starts)).isnan().all()
+
+
+def on_the_last_row_and_column(d: int, dtype: torch.dtype) -> Inputs:
+    """Points on the last row or column, where NaN follows in memory: from the next row on, and after the level."""
+    inputs = problem(1, ((4, 8),), 2, d, 40, 4, (dtype, F32))
+    value = torch.full((1, 48, 2, d), torch.nan, dtype=dtype)
+    value[:, :32] = inputs.value
+    value.view(1, 6, 8, 2, d)[:, 1:, 0] = torch.nan
+    x, y = torch.tensor([7, 7, 2.25, 5.5]), torch.tensor([0.25, 3, 3, 3])
+    at = (torch.stack([x, y], -1) + 0.5) / torch.tensor([8, 4])
+    return inputs._replace(value=value, locations=at.expand_as(inputs.locations).contiguous())
+
+
+@pytest.mark.parametrize(("d", "dtype"), [(32, F32), (16, F16), (30, F32)], ids=str)
+def test_points_on_the_last_row_and_column_read_nothing_beyond(d: int, dtype: torch.dtype) -> None:
+    inputs = on_the_last_row_and_column(d, dtype)
+    output = forward(inputs)
+    assert output.isfinite().all()
+    check_forward(inputs, output)
+    check_backward(inputs, backward(inputs))
+
+
+def test_cells_at_the_seam_of_two_tiles() -> None:
+    """Every cell of a level of two tiles, which hold 128 positions each."""
+    inputs = problem(1, ((12, 20),), 1, 32, 70, 4)
+    x, y = torch.meshgrid(torch.arange(-1, 20), torch.arange(-1, 12), indexing="ij")
+    cells = torch.stack([x, y], -1).reshape(-1, 2) + 0.25
+    at = (cells + 0.5) / torch.tensor([20, 12])
+    locations = at.repeat(2, 1)[: 70 * 4].view_as(inputs.locations)
+    inputs = inputs._replace(locations=locations.contiguous())
+    check_value(inputs, backward_tiled(inputs))
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+# Two levels that are the queries' grids, so that every kernel of rows has a plan.
+SPECIALISED = problem(6, ((5, 7), (2, 3)), 3, 8, 41, 2)
+GENERIC_SHAPE = problem(6, ((5, 7), (2, 3)), 3, 5, 41, 2)
+ON_PADDED_GRIDS: dict[str, tuple[Inputs, Callable[..., Plan], str]] = {
+    "msda_forward": (SPECIALISED, plans.plan_forward, "plain, split-K 1"),
+    "msda_forward_query_tiles": (SPECIALISED, plans.plan_forward, "query tiles"),
+    "msda_forward_generic": (GENERIC_SHAPE, plans.plan_forward, "generic, D = 5"),
+    "msda_backward": (SPECIALISED, plans.plan_backward, "plain, split-K 1"),
+    "msda_backward_value_binned": (
+        SPECIALISED,
+        plans.plan_backward,
+        "binned; points plain, split-K 1",
+    ),
+    "msda_backward_generic": (GENERIC_SHAPE, plans.plan_backward, "generic, D = 5"),
+}
+
+
+@pytest.mark.parametrize("kernel", ON_PADDED_GRIDS)
+def test_a_padded_grid_writes_nothing_outside(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 pairs of image and head on a grid of 4 x 4; in memory a sixth image follows, which must not change."""
+    inputs, plan_of, candidate = ON_PADDED_GRIDS[kernel]
+    monkeypatch.setattr(plans, "MAX_GRID_YZ", 4)
+    five = Inputs(inputs.sizes, *(tensor[:5] for tensor in inputs[1:]))
+    case = *launches.checked(five), launches.device(1), None
+    plan = plan_of.__wrapped__(*case, choice=Choice(candidate, "test"))
+    planned = {step.kernel.name.partition("<")[0]: step for step in launches_of(plan)}
+    assert planned[kernel].grid[1:] == (4, 4)
+    arrays = {
+        "output": launches.poisoned(inputs.grad_output),
+        "grad_value": launches.poisoned(inputs.value),
+        "grad_locations": launches.poisoned(inputs.locations),
+        "grad_weights": launches.poisoned(inputs.weights),
+    }
+    given = {"sizes": None, "starts": None, "grad_output": five.grad_output}
+    given |= {"value": five.value, "locations": five.locations, "weights": five.weights}
+    launches.run(plan, given | {name: array[:5] for name, array in arrays.items()})
+    if plan_of is plans.plan_forward:
+        check_forward(five, arrays["output"][:5])
+    else:
+        check_backward(five, tuple(array[:5] for name, array in arrays.items() if name != "output"))
+    assert all(array[5].isnan().all() for array in arrays.values())
+
+
+def launches_of(plan: Plan) -> list[plans.Launch]:
+    """The kernel launches of a plan."""
+    return [step for step in plan.launches if isinstance(step, plans.Launch)]
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_vectors_of_halves_widen_exactly(dtype: torch.dtype) -> None:
+    """By the instructions that take several at a time; one by one, test_kernels.py has them."""
+    name = "half_t" if dtype is F16 else "bfloat16_t"
+    kernel = f"""
+template <int COUNT>
+__device__ void convert(const {name}* from, float* to, int i) {{
+  float wide[COUNT];
+  load(wide, from + i);
+  for (int c = 0; c < COUNT; ++c) to[i + c] = wide[c];
+}}
+__global__ void convert_all(const {name}* from, float* by_2, float* by_4, float* by_8) {{
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  for (int c = 0; c < 8; c += 2) convert<2>(from, by_2, i + c);
+  for (int c = 0; c < 8; c += 4) convert<4>(from, by_4, i + c);
+  convert<8>(from, by_8, i);
+}}
+"""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    # Each number meets others in its word.
+    mixed = every[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))]
+    results = torch.zeros(3, 2**16)
+    arrays = [mixed.numpy(), *(result.numpy() for result in results)]
+    Emulated(assemble("scalar.cuh") + kernel, "convert_all")((32, 1, 1), (256, 1, 1), arrays)
+    expected = mixed.view(dtype).float().expand(3, -1)
+    assert ((bits(results) == bits(expected)) | (results.isnan() & expected.isnan())).all()
+
+
+@pytest.mark.parametrize("loud", ["lane", "query"])
+def test_the_unit_is_that_of_the_loudest(loud: str) -> None:
+    """Fixed point: one gradient of the output is 2^40 times as large as the others, which must not overflow."""
+    inputs = copied(GENERIC["d30"])
+    if loud == "lane":
+        inputs.grad_output.view(2, 11, 3, 30)[..., 20] *= 2**40
+    else:
+        inputs.grad_output[:, 2] *= 2**40
+    check_value(inputs, backward_fixed_point(inputs)[0])
