@@ -12,22 +12,32 @@ The tests of all chosen faults must pass on the unchanged copy first. Exit statu
 from __future__ import annotations
 
 import argparse
+import importlib
+import math
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import pytest
 
 from tests.mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("cupy_msda", "kernels", "tests", "pyproject.toml", "README.md")
+IMPORTED = ("numpy", "torch", "hypothesis")  # by most tests
 SECONDS = 300  # a fault may also make its tests hang
-PASSED, FAILED = 0, 1  # exit status of pytest; any other is no verdict
+PASSED, FAILED, HUNG = (
+    0,
+    1,
+    -1,
+)  # exit status of pytest, or that it took too long; any other is no verdict
 
 
 class Case(NamedTuple):
@@ -76,48 +86,65 @@ def copy_tree(to: Path) -> None:
 
 
 def run_tests(tree: Path, tests: Sequence[str], scratch: Path | None) -> tuple[int, str]:
-    """Run tests in the tree: pytest's exit status, -1 after the time limit, and the output.
+    """Run tests in the tree: pytest's exit status, or HUNG, and the output.
 
-    `scratch`: where compiled kernels go, those of Numba among them, which no other run may find.
+    `scratch`: of a mutation, where compiled kernels go, those of Numba among them, which no other run may find.
     """
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    if scratch is not None:
-        scratch.mkdir(parents=True)
-        environment |= {"TMPDIR": str(scratch), "NUMBA_CACHE_DIR": str(scratch / "numba")}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
+    with tempfile.TemporaryFile() as log:
+        sys.stdout.flush()
+        process = (
+            os.fork()
+        )  # of a process that has imported what takes seconds, and nothing of the tree
+        if process == 0:
+            _run_forked(tree, tests, scratch, log.fileno())
+        status = _wait(process, None if scratch is None else SECONDS)
+        log.seek(0)
+        return status, log.read().decode(errors="replace")
+
+
+def _run_forked(tree: Path, tests: Sequence[str], scratch: Path | None, log: int) -> NoReturn:
+    """Be a process that runs tests."""
+    status: int = HUNG
     try:
-        done = subprocess.run(
-            [*command, *tests],
-            cwd=tree,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return -1, ""
-    return done.returncode, done.stdout + done.stderr
+        os.setsid()
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(tree)
+        # A file of the same second and length would be taken for the one that was compiled before.
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
+        if scratch is not None:
+            scratch.mkdir(parents=True)
+            os.environ |= {"TMPDIR": str(scratch), "NUMBA_CACHE_DIR": str(scratch / "numba")}
+            tempfile.tempdir = None
+        sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+        status = int(pytest.main([*options, *tests]))
+        sys.stdout.flush()
+    except BaseException:  # this process must not go on as the tool
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def is_killed(case: Case, tree: Path, scratch: Path) -> bool:
-    """Whether the tests of a mutation fail with it, or hang.
+def _wait(process: int, seconds: float | None) -> int:
+    """The exit status of a process; HUNG, after an end to all that it started, if it takes longer."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return HUNG
 
-    Raises
-    ------
-    RuntimeError
-        They did not run.
-    """
+
+def verdict(case: Case, tree: Path, scratch: Path) -> str:
+    """What becomes of it: "killed" if its tests fail or hang, "SURVIVED", or "NO VERDICT" if they did not run."""
     path, text = tree / case.file, (ROOT / case.file).read_text(encoding="utf-8")
     path.write_text(mutated(case), encoding="utf-8")
     try:
@@ -125,14 +152,19 @@ def is_killed(case: Case, tree: Path, scratch: Path) -> bool:
     finally:
         path.write_text(text, encoding="utf-8")
         shutil.rmtree(scratch, ignore_errors=True)
-    if status not in {PASSED, FAILED, -1}:
-        raise RuntimeError(f"{case}: its tests must run, got pytest's status {status}:\n{output}")
-    return status != PASSED
+    if status in {FAILED, HUNG} or status < 0:  # a signal ended them
+        return "killed"
+    if status == PASSED:
+        return "SURVIVED"
+    print(output)
+    return "NO VERDICT"
 
 
 def run(cases: Sequence[Case]) -> list[Case]:
     """Print what becomes of each mutation; those that do not do what the list says."""
     wrong = []
+    for name in IMPORTED:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         tree = Path(folder, "tree")
         tree.mkdir()
@@ -143,11 +175,10 @@ def run(cases: Sequence[Case]) -> list[Case]:
             raise RuntimeError(f"the tests must pass without a fault:\n{output}")
         for number, case in enumerate(cases):
             begin = time.monotonic()
-            killed = is_killed(case, tree, Path(folder, "scratch", str(number)))
-            verdict = "killed" if killed else "SURVIVED"
+            found = verdict(case, tree, Path(folder, "scratch", str(number)))
             known = f" (known: {case.mutation.survives})" if case.mutation.survives else ""
-            print(f"{verdict:8} {time.monotonic() - begin:5.1f} s  {case}{known}", flush=True)
-            if killed == bool(case.mutation.survives):
+            print(f"{found:10} {time.monotonic() - begin:5.1f} s  {case}{known}", flush=True)
+            if found != ("SURVIVED" if case.mutation.survives else "killed"):
                 wrong.append(case)
     return wrong
 

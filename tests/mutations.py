@@ -32,6 +32,7 @@ _FIXED, _FUSED = f"{_EMULATOR}fixed_point.py::test_", f"{_EMULATOR}fused.py::tes
 _SCHEDULER, _FINITE = f"{_EMULATOR}tile_scheduler.py::test_", f"{_EMULATOR}non_finite.py::test_"
 _ROUND, _EDGES = f"{_EMULATOR}round.py::test_", f"{_EMULATOR}edges.py::test_"
 _FUZZ = f"{_EMULATOR}fuzz.py::test_random_cases"
+_LIMITS = "tests/test_plan_limits.py::test_"
 _PLANS, _LAUNCH, _CPU = (
     "tests/test_plans.py::test_",
     "tests/test_launch.py::test_",
@@ -55,7 +56,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "negative-start-unchecked",
             "start >= 0 && height <= largest",
             "height <= largest",
-            f"{_KERNELS}level_start_that_does_not_fit_gives_nan[-1-generic]",
+            f"{_KERNELS}level_start_that_does_not_fit_gives_nan[-1099511627776-generic]",
         ),
         _fault(
             "end-of-a-level-unchecked",
@@ -73,7 +74,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "width-of-an-empty-level",
             "if (height == 0 || width == 0) return {0, 1, 0};",
             "",
-            f"{_KERNELS}an_empty_level_may_have_any_width[generic]",
+            f"{_KERNELS}an_empty_level_may_have_any_width[specialised]",
         ),
         _fault(
             "derived-start-of-the-level-before",
@@ -111,14 +112,13 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "interior-up-to-the-last-column",
             "static_cast<float>(level.width) - 1.0f, last_row",
             "static_cast<float>(level.width), last_row",
-            f"{_EXACT}[row-torch.float32]",
+            f"{_EDGES}points_on_the_last_row_or_column_read_nothing_beyond[column-32-torch.float32]",
         ),
         _fault(
             "interior-on-the-last-row",
             "< __float_as_uint(last_row)",
             "<= __float_as_uint(last_row)",
-            f"{_EXACT}[row-torch.float32]",
-            f"{_EDGES}points_on_the_last_row_and_column_read_nothing_beyond",
+            f"{_EDGES}points_on_the_last_row_or_column_read_nothing_beyond[row-32-torch.float32]",
         ),
         _fault(
             "right-column-beyond-the-level",
@@ -155,7 +155,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "nearest-pixel-of-another-rounding",
             "{ return __fadd_rn(__fmul_rn(u, size), 0.5f); }",
             "{ return __fmaf_rn(u, size, 0.5f); }",
-            f"{_SAMPLING}the_nearest_pixel[8-torch.float32]",
+            f"{_EDGES}the_nearest_pixel_is_rounded_twice",
         ),
         _fault(
             "mask-of-the-lower-row",
@@ -173,7 +173,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "width-for-height",
             "static_cast<Real>(level.height) * weight * unit.y",
             "static_cast<Real>(level.width) * weight * unit.y",
-            _ROW_BACK,
+            f"{_KERNELS}specialised_backward[msda-triton]",
         ),
         _fault(
             "nan-for-infinity-in-gradients",
@@ -231,6 +231,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "weight = is_finite(weight) ? weight * factor : 0.0f;",
             "weight = weight * factor;",
             f"{_FIXED}non_finite_inputs_show[weights-inf-specialised]",
+            survives="the poison that follows every such addend replaces whatever was added",
         ),
         _fault(
             "stale-descriptor",
@@ -872,13 +873,13 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "positions-beyond-32-bits",
             "most = max(problem.num_queries, problem.spatial_size)",
             "most = problem.num_queries",
-            f"{_PLANS}persistent_kernels_number_rows_in_32_bits",
+            f"{_LIMITS}persistent_kernels_number_positions_in_32_bits",
         ),
         _fault(
             "bytes-of-an-accumulator",
             'return "accumulator", 4 * problem.value_elements',
             'return "accumulator", 2 * problem.value_elements',
-            f"{_PLANS}arguments_around_an_accumulator",
+            f"{_LIMITS}a_16_bit_gradient_is_accumulated_in_float32",
         ),
         _fault(
             "words-of-the-units",
@@ -896,7 +897,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "one-point-too-many-for-the-list",
             "problem.row_points <= MAX_BINNED_POINTS",
             "problem.row_points <= MAX_BINNED_POINTS + 1",
-            f"{_PLANS}binned_points_have_room_for_few_levels_and_points",
+            f"{_LIMITS}a_list_of_points_has_room_for_32_of_a_row",
         ),
         _fault(
             "one-level-too-many-for-the-bins",
@@ -920,7 +921,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "one-point-too-many-for-tiles",
             "max(problem.level_points) <= MAX_POINTS_TILED",
             "max(problem.level_points) <= MAX_POINTS_TILED + 1",
-            f"{_PLANS}tiles_take_few_points_of_what_the_specialised_kernels_take",
+            f"{_LIMITS}tiles_take_8192_points_of_a_level",
         ),
         _fault(
             "points-of-the-first-level",
@@ -974,13 +975,13 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "rows-of-a-small-block",
             "rows = candidate.threads // (group * candidate.number)",
             "rows = BLOCK // (group * candidate.number)",
-            f"{_KERNELS}specialised_forward[d8]",
+            f"{_KERNELS}split_k_forward[detr-decoder]",
         ),
         _fault(
-            "a-grid-that-leaves-rows-out",
+            "no-block-for-few-rows",
             "min(blocks, -(-rows // (BLOCK // WARP)))",
             "min(blocks, rows // (BLOCK // WARP))",
-            f"{_PLANS}grids_of_the_passes_over_memory_fill_the_device_or_cover_the_rows",
+            f"{_LIMITS}passes_over_few_rows_have_a_block",
         ),
         _fault(
             "no-mask",
@@ -1010,9 +1011,9 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             f"{_LAUNCH}level_tables_on_the_device",
         ),
         _fault(
-            "one-table-for-all-launches",
-            "*launch.block, 0), id(launch)",
-            "*launch.block, 0), 0",
+            "arguments-of-the-first-launch",
+            "table = arguments.tables.get(key) or",
+            "table = next(iter(arguments.tables.values()), 0) or",
             f"{_LAUNCH}arrays_reach_the_kernels_and_results_come_back[driver-half]",
         ),
         _fault(
@@ -1082,7 +1083,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "right-column-beyond-the-level",
             "near, far = column >= 0, column + 1 < columns\n                cell = row",
             "near, far = column >= 0, column + 1 <= columns\n                cell = row",
-            f"{_CPU}infinite_cells_beyond_the_border_are_not_read",
+            f"{_CPU}shapes_of_models",
         ),
         _fault(
             "first-row-not-counted",
@@ -1170,7 +1171,6 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "return real(0) if x < lowest else power",
             "return power",
             f"{_CPU_FUSED}logits_of_any_size",
-            f"{_CPU_FUSED}powers_are_zero_below_the_least_normal_number",
         ),
         _fault(
             "low-part-of-a-logarithm",
@@ -1221,13 +1221,13 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "misaligned-arrays",
             "return array if array.flags.aligned else array.copy()",
             "return array",
-            f"{_CPU}arrays_that_are_not_aligned",
+            f"{_CPU}one_compilation_whatever_the_layout_of_the_inputs",
         ),
         _fault(
             "mask-with-gaps",
             "mask = np.ascontiguousarray(_numpy(mask))",
             "mask = _numpy(mask)",
-            f"{_CPU}masks_of_any_layout",
+            f"{_CPU}one_compilation_for_an_interpolation_with_a_mask_or_without",
         ),
         _fault(
             "float32-for-float64",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,20 +42,29 @@ def test_a_level_that_ends_one_position_too_late_gives_nan(inputs: Inputs) -> No
     assert forward(inputs, table=UNKNOWN, tables=(inputs.shapes(), starts)).isnan().all()
 
 
-def on_the_last_row_and_column(d: int, dtype: torch.dtype) -> Inputs:
-    """Points on the last row or column, where NaN follows in memory: from the next row on, and after the level."""
+# (x, y) of a row's points in a level of 4 x 8; none lies elsewhere, so that all of a warp are interior if one is.
+LAST = {
+    "row": [(2.25, 3.0), (5.5, 3.0), (1.75, 3.0), (3.0, 3.0)],
+    "column": [(7.0, 0.25), (7.0, 1.5), (7.0, 2.0), (7.0, 1.75)],
+}
+
+
+def on_the_last(side: str, d: int, dtype: torch.dtype) -> Inputs:
+    """Points on the last row or column, which NaN follows in memory: in the next row, and after the level."""
     inputs = problem(1, ((4, 8),), 2, d, 40, 4, (dtype, F32))
     value = torch.full((1, 48, 2, d), torch.nan, dtype=dtype)
     value[:, :32] = inputs.value
     value.view(1, 6, 8, 2, d)[:, 1:, 0] = torch.nan
-    x, y = torch.tensor([7, 7, 2.25, 5.5]), torch.tensor([0.25, 3, 3, 3])
-    at = (torch.stack([x, y], -1) + 0.5) / torch.tensor([8, 4])
+    at = (torch.tensor(LAST[side]) + 0.5) / torch.tensor([8, 4])
     return inputs._replace(value=value, locations=at.expand_as(inputs.locations).contiguous())
 
 
 @pytest.mark.parametrize(("d", "dtype"), [(32, F32), (16, F16), (30, F32)], ids=str)
-def test_points_on_the_last_row_and_column_read_nothing_beyond(d: int, dtype: torch.dtype) -> None:
-    inputs = on_the_last_row_and_column(d, dtype)
+@pytest.mark.parametrize("side", LAST)
+def test_points_on_the_last_row_or_column_read_nothing_beyond(
+    side: str, d: int, dtype: torch.dtype
+) -> None:
+    inputs = on_the_last(side, d, dtype)
     output = forward(inputs)
     assert output.isfinite().all()
     check_forward(inputs, output)
@@ -70,6 +80,17 @@ def test_cells_at_the_seam_of_two_tiles() -> None:
     locations = at.repeat(2, 1)[: 70 * 4].view_as(inputs.locations)
     inputs = inputs._replace(locations=locations.contiguous())
     check_value(inputs, backward_tiled(inputs))
+
+
+def test_the_nearest_pixel_is_rounded_twice() -> None:
+    """Half a pixel from the left edge, where one rounding of u * W + 1/2 would give another pixel."""
+    u = np.nextafter(np.float32(0.5 / 19), np.float32(0))
+    twice, once = u * np.float32(19) + np.float32(0.5), np.float32(float(u) * 19 + 0.5)
+    assert np.floor(twice) != np.floor(once)
+    inputs = problem(1, ((2, 19),), 1, 8, 16, 2)
+    inputs.locations[..., 0] = torch.tensor(u)
+    rules = {"interpolation": "nearest"}
+    check_forward(inputs, forward(inputs, rules=rules), rules)
 
 
 # --- grids ---------------------------------------------------------------------------------------
