@@ -31,7 +31,7 @@ _ORDERED = f"{_EMULATOR}binned_deterministic.py::test_"
 _FIXED, _FUSED = f"{_EMULATOR}fixed_point.py::test_", f"{_EMULATOR}fused.py::test_"
 _SCHEDULER, _FINITE = f"{_EMULATOR}tile_scheduler.py::test_", f"{_EMULATOR}non_finite.py::test_"
 _ROUND, _EDGES = f"{_EMULATOR}round.py::test_", f"{_EMULATOR}edges.py::test_"
-_FUZZ = f"{_EMULATOR}fuzz.py::test_random_cases"
+_FUZZ = f"{_EMULATOR}fuzz.py::test_random_outputs[d8]"
 _LIMITS = "tests/test_plan_limits.py::test_"
 _PLANS, _LAUNCH, _CPU = (
     "tests/test_plans.py::test_",
@@ -43,6 +43,9 @@ _CPU_FUSED, _CPU_PROCESSES = "tests/test_cpu_fused.py::test_", "tests/test_cpu_p
 _EXACT = f"{_KERNELS}points_on_pixels_and_edges_are_exact"
 _SPLIT = f"{_KERNELS}split_k_forward[d8-f16]"
 _ROW, _ROW_BACK = f"{_KERNELS}specialised_forward[d8]", f"{_KERNELS}specialised_backward[d8]"
+
+# Dropped barriers and lost atomics, for a detector of races to find.
+_RACE = "the emulator runs another thread at a barrier only, so that it does not see this race"
 
 MUTATIONS: dict[str, tuple[Mutation, ...]] = {
     "kernels/levels.cuh": (
@@ -364,8 +367,9 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "  addends += addends >> 10;\n",
             "",
             f"{_ORDERED}a_crowd_of_one_sign_reaches_no_limit",
-            f"{_FIXED}the_largest_sum_of_the_most_addends_does_not_wrap",
-            survives="",
+            f"{_FIXED}the_largest_sum_of_the_most_addends_does_not_wrap[1-255-1-torch.float32]",
+            survives="no margin is needed: rounding is monotonic, so that a float sum of n addends, each at most "
+            "2^bits, is at most n * 2^bits, which a float holds",
         ),
         _fault(
             "one-bit-more-for-sums",
@@ -533,7 +537,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "places[padded(j)]);\n  __syncwarp();",
             "places[padded(j)]);",
             f"{_KERNELS}any_order_of_the_lanes",
-            survives="race",
+            survives=_RACE,
         ),
     ),
     "kernels/backward.cu": (
@@ -565,13 +569,13 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "idle-rows-as-interior",
             "|| (active && member >= COUNT));",
             "|| member >= COUNT || !active);",
-            _FUZZ,
+            f"{_EDGES}idle_rows_read_nothing_outside",
         ),
         _fault(
             "lost-stage-of-points",
             "first + G <= end; first += G)",
             "first + G < end; first += G)",
-            _ROW_BACK,
+            f"{_KERNELS}specialised_backward[msda-triton]",
         ),
         _fault(
             "lost-tail-of-points",
@@ -590,14 +594,14 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "active && member >= COUNT));\n  __syncwarp();",
             "active && member >= COUNT));",
             f"{_KERNELS}any_order_of_the_lanes[specialised]",
-            survives="race",
+            survives=_RACE,
         ),
         _fault(
             "descriptors-of-gradients-written-early",
             "  __syncwarp();\n  if constexpr (T::S::FUSED && T::POINTS) {\n    kept",
             "  if constexpr (T::S::FUSED && T::POINTS) {\n    kept",
             f"{_KERNELS}any_order_of_the_lanes[specialised]",
-            survives="race",
+            survives=_RACE,
         ),
     ),
     "kernels/generic.cu": (
@@ -739,7 +743,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "return get(atomicAdd(&words[bin / 2], points << bin % 2 * 16), bin);",
             "words[bin / 2] += points << bin % 2 * 16;\n    return get(words[bin / 2], bin) - points;",
             f"{_BINNED}gradient_of_value[d8]",
-            survives="race",
+            survives=_RACE,
         ),
         _fault(
             "rows-beyond-the-batch",
@@ -821,7 +825,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "pair.of_row[(cell.row + down) & 1]",
             "pair.of_row[down]",
             f"{_TILED}tiles[detr-decoder]",
-            survives="race",
+            survives=_RACE,
         ),
     ),
     "kernels/round.cu": (
@@ -1222,6 +1226,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "return array if array.flags.aligned else array.copy()",
             "return array",
             f"{_CPU}one_compilation_whatever_the_layout_of_the_inputs",
+            survives="Numba takes such arrays, and x86 reads from any address; other processors may not",
         ),
         _fault(
             "mask-with-gaps",

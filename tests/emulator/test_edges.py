@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cupy_msda import reference
 from cupy_msda.cuda import plans
 from cupy_msda.cuda.compile import assemble
 from cupy_msda.cuda.plans import Choice, Plan
@@ -88,9 +89,12 @@ def test_the_nearest_pixel_is_rounded_twice() -> None:
     twice, once = u * np.float32(19) + np.float32(0.5), np.float32(float(u) * 19 + 0.5)
     assert np.floor(twice) != np.floor(once)
     inputs = problem(1, ((2, 19),), 1, 8, 16, 2)
-    inputs.locations[..., 0] = torch.tensor(u)
+    inputs.locations[..., 0] = float(u)
     rules = {"interpolation": "nearest"}
-    check_forward(inputs, forward(inputs, rules=rules), rules)
+    same = reference.forward(inputs.value, inputs.levels, inputs.locations, inputs.weights, **rules)
+    torch.testing.assert_close(
+        forward(inputs, rules=rules), same
+    )  # in float64 it is the other pixel
 
 
 # --- grids ---------------------------------------------------------------------------------------
@@ -141,6 +145,12 @@ def test_a_padded_grid_writes_nothing_outside(kernel: str, monkeypatch: pytest.M
 def launches_of(plan: Plan) -> list[plans.Launch]:
     """The kernel launches of a plan."""
     return [step for step in plan.launches if isinstance(step, plans.Launch)]
+
+
+def test_idle_rows_read_nothing_outside() -> None:
+    """Of a warp all of whose points are interior: a path of its own."""
+    inputs = problem(1, ((9, 9),), 1, 8, 5, 2, reach=-0.2)
+    check_backward(inputs, backward(inputs, sanitize=True))
 
 
 # --- formats -------------------------------------------------------------------------------------
