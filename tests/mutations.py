@@ -652,7 +652,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "any-descriptors-written-early",
             "visit(own[j], j);\n    __syncwarp();",
             "visit(own[j], j);",
-            f"{_KERNELS}any_order_of_the_lanes[generic]",
+            f"{_EDGES}a_stage_of_points_ends_before_the_next_begins",
         ),
     ),
     "kernels/tile_scheduler.cuh": (
