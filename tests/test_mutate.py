@@ -53,7 +53,7 @@ def test_tests_that_do_not_run_are_no_verdict(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_text_that_is_not_found_once_is_refused() -> None:
-    for old, found in (("no such text", 0), ("def ", 9)):
+    for old, found in (("no such text", 0), ("\ndef ", 10)):
         case = Case(BUDGET, Mutation("stale", old, "", CHEAP))
         with pytest.raises(ValueError, match=f"stale must find its text once, got {found}"):
             mutated(case)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -42,6 +43,25 @@ def test_a_level_that_ends_one_position_too_late_gives_nan(inputs: Inputs) -> No
     starts = inputs.starts()
     starts[-1] += 1
     assert forward(inputs, table=UNKNOWN, tables=(inputs.shapes(), starts)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("place", "bad"), [((1, 0), -1), ((1, 1), 2**31), ((1, 1), 2**62)], ids=str
+)
+@on(TABLES)
+def test_a_height_or_width_that_no_level_has_gives_nan(
+    inputs: Inputs, place: tuple[int, int], bad: int
+) -> None:
+    sizes = inputs.shapes()
+    sizes[place] = bad
+    assert forward(inputs, table=UNKNOWN, tables=(sizes, inputs.starts())).isnan().all()
+
+
+def test_starts_of_more_levels_than_the_host_could_pass_are_derived() -> None:
+    inputs = problem(1, ((2, 3), (1, 2)) * 170, 1, 30, 2, 1)
+    options = {"table": UNKNOWN, "tables": (inputs.shapes(), None)}
+    check_forward(inputs, forward(inputs, **options))
+    check_backward(inputs, backward(inputs, **options))
 
 
 # (x, y) of a row's points in a level of 4 x 8; none lies elsewhere, so that all of a warp are interior if one is.
@@ -103,17 +123,20 @@ def test_the_nearest_pixel_is_rounded_twice() -> None:
 # Two levels that are the queries' grids, so that every kernel of rows has a plan.
 SPECIALISED = problem(6, ((5, 7), (2, 3)), 3, 8, 41, 2)
 GENERIC_SHAPE = problem(6, ((5, 7), (2, 3)), 3, 5, 41, 2)
+FORWARD, BACKWARD = plans.plan_forward.__wrapped__, plans.plan_backward.__wrapped__
+DETERMINISTIC = partial(BACKWARD, deterministic=True)
 ON_PADDED_GRIDS: dict[str, tuple[Inputs, Callable[..., Plan], str]] = {
-    "msda_forward": (SPECIALISED, plans.plan_forward, "plain, split-K 1"),
-    "msda_forward_query_tiles": (SPECIALISED, plans.plan_forward, "query tiles"),
-    "msda_forward_generic": (GENERIC_SHAPE, plans.plan_forward, "generic, D = 5"),
-    "msda_backward": (SPECIALISED, plans.plan_backward, "plain, split-K 1"),
+    "msda_forward": (SPECIALISED, FORWARD, "plain, split-K 1"),
+    "msda_forward_query_tiles": (SPECIALISED, FORWARD, "query tiles"),
+    "msda_forward_generic": (GENERIC_SHAPE, FORWARD, "generic, D = 5"),
+    "msda_backward": (SPECIALISED, BACKWARD, "plain, split-K 1"),
     "msda_backward_value_binned": (
         SPECIALISED,
-        plans.plan_backward,
+        BACKWARD,
         "binned; points plain, split-K 1",
     ),
-    "msda_backward_generic": (GENERIC_SHAPE, plans.plan_backward, "generic, D = 5"),
+    "msda_backward_generic": (GENERIC_SHAPE, BACKWARD, "generic, D = 5"),
+    "msda_fixed_point_finish": (GENERIC_SHAPE, DETERMINISTIC, "generic, D = 5"),
 }
 
 
@@ -124,7 +147,7 @@ def test_a_padded_grid_writes_nothing_outside(kernel: str, monkeypatch: pytest.M
     monkeypatch.setattr(plans, "MAX_GRID_YZ", 4)
     five = Inputs(inputs.sizes, *(tensor[:5] for tensor in inputs[1:]))
     case = *launches.checked(five), launches.device(1), None
-    plan = plan_of.__wrapped__(*case, choice=Choice(candidate, "test"))
+    plan = plan_of(*case, choice=Choice(candidate, "test"))
     planned = {step.kernel.name.partition("<")[0]: step for step in launches_of(plan)}
     assert planned[kernel].grid[1:] == (4, 4)
     # No NaN, to which anything may be added unseen.
@@ -137,7 +160,7 @@ def test_a_padded_grid_writes_nothing_outside(kernel: str, monkeypatch: pytest.M
     given = {"sizes": None, "starts": None, "grad_output": five.grad_output}
     given |= {"value": five.value, "locations": five.locations, "weights": five.weights}
     launches.run(plan, given | {name: array[:5] for name, array in arrays.items()})
-    if plan_of is plans.plan_forward:
+    if plan_of is FORWARD:
         check_forward(five, arrays["output"][:5])
     else:
         check_backward(five, tuple(array[:5] for name, array in arrays.items() if name != "output"))
