@@ -1124,8 +1124,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "infinite-weight-of-a-masked-point",
             "if not touched:",
             "if False:",
-            f"{_CPU}a_point_on_masked_positions_alone_is_outside",
-            f"{_CPU}non_finite_inputs",
+            f"{_CPU}a_point_on_masked_positions_alone_is_outside[bilinear]",
         ),
         _fault(
             "sign-of-the-gradient-in-y",
