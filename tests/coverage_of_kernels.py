@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which lines and branches of kernels/ the emulator's tests run, by gcov: writes kernels/COVERAGE.md.
 
-    python -m tests.coverage_of_kernels              all tests of tests/emulator, about a quarter of an hour
+    python -m tests.coverage_of_kernels              all tests of tests/emulator but sanitized ones
     python -m tests.coverage_of_kernels -k binned    arguments go to pytest; then nothing is written
 
 Exit status 1: fewer than 95% of the branches, or one that is missed without a reason in `REASONS`.
@@ -38,7 +38,7 @@ REASONS = {
 class Line(NamedTuple):
     """A line of a kernel file: how often it ran, and how often each of its branches was taken."""
 
-    count: int
+    runs: int
     branches: tuple[int, ...]
 
     @property
@@ -86,7 +86,7 @@ def merged(lines: Sequence[Line]) -> Line:
     most = max(len(line.branches) for line in lines)
     same = [line.branches for line in lines if len(line.branches) == most]
     return Line(
-        sum(line.count for line in lines),
+        sum(line.runs for line in lines),
         tuple(max(counts) for counts in zip(*same, strict=True)),
     )
 
@@ -110,18 +110,18 @@ def report(lines: Lines) -> tuple[str, bool]:
     for file, of_file in rows:
         branches = sum(len(line.branches) for line in of_file)
         taken = branches - sum(line.missed for line in of_file)
-        run = sum(line.count > 0 for line in of_file)
+        run = sum(line.runs > 0 for line in of_file)
         text.append(
             f"| {file} | {len(of_file)} | {run} | {branches} | {_percent(taken, branches)} |"
         )
     share = taken / branches if branches else 1.0
     for (file, number), line in lines.items():
-        if line.count and not line.missed:
+        if line.runs and not line.missed:
             continue
         code = (ROOT / file).read_text(encoding="utf-8").splitlines()[number - 1].strip()
         reason = REASONS.get((file, code), "")
         unexplained |= not reason
-        what = f"{line.missed} of {len(line.branches)} branches" if line.count else "the line"
+        what = f"{line.missed} of {len(line.branches)} branches" if line.runs else "the line"
         missed.append(f"- `{file}:{number}`, {what}: `{code}`  \n  {reason or 'no reason given'}")
     text += ["", "## What no test runs", "", *(missed or ["Nothing."]), ""]
     return "\n".join(text), share >= LEAST and not unexplained

@@ -37,5 +37,5 @@ def test_counters_of_a_run(tmp_path: Path) -> None:
     (loop,) = [line for line in lines.values() if len(line.branches) == 2 and 0 in line.branches][
         :1
     ]
-    assert loop.count > 0
+    assert loop.runs > 0
     assert max(loop.branches) > 0

@@ -152,7 +152,8 @@ def _grids(rng: Rng, queries: int) -> Grids:
     kind = rng.random()
     if kind < 0.5:
         return None if kind < 0.3 else ()
-    grids, left = [], queries
+    grids: list[tuple[int, int]] = []
+    left = queries
     while left and len(grids) < 15:
         height = int(rng.integers(1, left + 1))
         width = int(rng.integers(1, left // height + 1))
