@@ -31,7 +31,7 @@ _ORDERED = f"{_EMULATOR}binned_deterministic.py::test_"
 _FIXED, _FUSED = f"{_EMULATOR}fixed_point.py::test_", f"{_EMULATOR}fused.py::test_"
 _SCHEDULER, _FINITE = f"{_EMULATOR}tile_scheduler.py::test_", f"{_EMULATOR}non_finite.py::test_"
 _ROUND, _EDGES = f"{_EMULATOR}round.py::test_", f"{_EMULATOR}edges.py::test_"
-_FUZZ = f"{_EMULATOR}fuzz.py::test_random_outputs[d8]"
+_FUZZ = f"{_EMULATOR}fuzz.py::test_random_outputs"
 _LIMITS = "tests/test_plan_limits.py::test_"
 _PLANS, _LAUNCH, _CPU = (
     "tests/test_plans.py::test_",

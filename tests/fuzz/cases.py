@@ -210,18 +210,18 @@ def _fused(rng: Rng, shape: _Shape) -> Fused:
     centers = (
         references.double().expand(-1, -1, len(family.points), -1).numpy()[:, :, None, numbers]
     )
-    offsets = (np.stack([x, y], axis=-1) + 0.5) / sizes - centers[..., :2]
-    if family.coordinates == 2:
-        offsets = offsets * sizes
-    else:
-        of_level = np.array([family.points[number] for number in numbers])[:, None]
-        offsets = offsets * of_level / (centers[..., 2:] * 0.5)
+    of_level = np.array([family.points[number] for number in numbers])[:, None]
+    step = 1 / sizes if family.coordinates == 2 else centers[..., 2:] * 0.5 / of_level
+    at = (np.stack([x, y], axis=-1) + 0.5) / sizes - centers[..., :2]
+    offsets = _with_bytes(rng, torch.from_numpy(at / step).to(of_offsets))
+    # As `_is_settled`, of a sum that kernels and reference round in other places.
+    pixels = (centers[..., :2] + offsets.double().numpy() * step) * sizes + 0.5
+    offsets[torch.from_numpy(np.abs(pixels - np.round(pixels)) < 1e-3)] = 1e4
     value, grad_output = _value_and_grad(rng, shape)
     logits = _numbers(rng, shape.mode, shape.points, of_logits, most=4)
     return Fused(
         *(shape.table.sizes, _levels_of(shape.table), value, references),
-        *(_with_bytes(rng, torch.from_numpy(offsets).to(of_offsets)), logits),
-        *(grad_output, shape.rules),
+        *(offsets, logits, grad_output, shape.rules),
     )
 
 

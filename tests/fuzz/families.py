@@ -29,6 +29,7 @@ ALL_F16, ALL_BF16, ALL_F64 = (F16,) * 3, (BF16,) * 3, (F64,) * 3
 FAMILIES = {
     "d32": Family(8, 32, (4, 4, 4, 4)),
     "d8": Family(2, 8, (2, 2)),
+    "d8-one-point": Family(2, 8, (1,)),
     "d16-masked-f16": Family(2, 16, (3, 0, 2), (F16, F32, F16), masked=True),
     "d16-nearest-bf16": Family(2, 16, (4, 4), ALL_BF16, nearest=True),
     "d8-f16": Family(1, 8, (8,), ALL_F16),
