@@ -216,7 +216,8 @@ def _fused(rng: Rng, shape: _Shape) -> Fused:
     offsets = _with_bytes(rng, torch.from_numpy(at / step).to(of_offsets))
     # As `_is_settled`, of a sum that kernels and reference round in other places.
     pixels = (centers[..., :2] + offsets.double().numpy() * step) * sizes + 0.5
-    offsets[torch.from_numpy(np.abs(pixels - np.round(pixels)) < 1e-3)] = 1e4
+    with np.errstate(invalid="ignore"):  # of infinities
+        offsets[torch.from_numpy(np.abs(pixels - np.round(pixels)) < 1e-3)] = 1e4
     value, grad_output = _value_and_grad(rng, shape)
     logits = _numbers(rng, shape.mode, shape.points, of_logits, most=4)
     return Fused(
