@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutation testing: put one fault after another into a copy of the tree, and see that its tests fail.
 
-    python -m tests.mutate                 all faults of mutations.py
+    python -m tests.mutate                 all faults of tests/mutations
     python -m tests.mutate --sample 5      some, evenly spread over the list
     python -m tests.mutate bias lost-tail  those with these names
     python -m tests.mutate --list
