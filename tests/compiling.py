@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,29 +58,3 @@ class _Module:
 
     def _set_mapping(self, mapping: dict[str, str]) -> None:
         self.mapping = mapping
-
-
-def in_processes(function: Callable[[], object], count: int = 8) -> None:
-    """Run a function in forked processes at once; an error in any is one here."""
-    reading, writing = os.pipe()
-    children = []
-    for _ in range(count):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.close(writing)
-                os.read(reading, 1)  # until the parent closes its end: all begin together
-                function()
-                status = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    os.close(reading)
-    os.close(writing)
-    failed = [child for child in children if os.waitpid(child, 0)[1]]
-    assert not failed, f"{len(failed)} of {count} processes failed"

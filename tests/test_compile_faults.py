@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong while a kernel compiles: CuPy's cache on disk, NVRTC, an interrupt. By CuPy itself, without a device."""
+"""A kernel that cannot be compiled or kept: CuPy's cache on disk, NVRTC, an interrupt; by CuPy, without a device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ import os, sys, warnings
 from pathlib import Path
 from cupy_msda.cuda import compile as compiler
 from cupy_msda.cuda.importing import in_memory
-from tests.compiling import ROUND, in_processes, without_device
+from tests.compiling import ROUND, without_device
+from tests.processes import in_processes
 compiled = without_device()
 folder = Path(os.environ["CUPY_CACHE_DIR"])
 def load():
@@ -130,9 +131,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.delenv(IN_MEMORY, raising=False)
     monkeypatch.setattr(compiler, "_functions", {})
     device = SimpleNamespace(compute_capability="90")
-    cuda = SimpleNamespace(
-        Device=lambda: device, nvrtc=SimpleNamespace(getVersion=lambda: (12, 9))
-    )
+    cuda = SimpleNamespace(Device=lambda: device, nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)))
     fake = SimpleNamespace(cuda=cuda, failures=[], modes=[])
 
     def raw_module(**_: object) -> SimpleNamespace:
