@@ -68,7 +68,9 @@ class Call(NamedTuple):
 
     def of(self, *tensors: torch.Tensor) -> torch.Tensor:
         """The same call on other tensors."""
-        return self._replace(tensors=tensors)()
+        return Call(
+            tensors, self.grad_output, self.keywords
+        )()  # `_replace` is not traced by torch 2.4
 
     def to(self, *dtypes: torch.dtype) -> Call:
         """In the dtypes of value and of the rest, as new leaves."""
