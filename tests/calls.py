@@ -18,7 +18,7 @@ BACKWARD = torch.ops.cupy_msda.ms_deform_attn_backward.default
 IGNORE_DEPRECATIONS = [
     pytest.mark.filterwarnings(f"ignore:{message}")
     for message in (
-        ".*torch.jit.* is deprecated:DeprecationWarning",
+        ".*torch.jit.* is deprecated",
         ".*should not be instantiated:DeprecationWarning",
         ".*treespec, LeafSpec.* is deprecated:FutureWarning",
     )

@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,27 @@ def run(
         env={**os.environ, **environment},
         timeout=180,
     )
+
+
+def in_processes(function: Callable[[], object], count: int = 8) -> None:
+    """Run a function in forked processes at once; an error in any is one here."""
+    reading, writing = os.pipe()
+    children = []
+    for _ in range(count):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.close(writing)
+                os.read(reading, 1)  # until the parent closes its end: all begin together
+                function()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    os.close(reading)
+    os.close(writing)
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    assert not failed, f"{len(failed)} of {count} processes failed"

@@ -390,7 +390,7 @@ def test_fx_keeps_the_order(order):
 
 
 @COMPILES
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_inductor_calls_the_operators():
     inputs = with_grad(random_inputs())
     step = step_through("function", inputs, inputs.sizes)

@@ -351,6 +351,69 @@ def test_a_full_disk_costs_one_warning(tmp_path: Path) -> None:
     assert str(tmp_path) in said.stderr
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs /proc, where not even root can make a file"
+)
+def test_a_folder_that_cannot_be_written_costs_one_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "CACHE_DIR", "/proc/self/task")
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR .* got '/proc/self/task'"):
+        compiled()
+    compiled()
+
+
+@forks
+def test_eight_processes_that_compile_at_once_share_a_cache(tmp_path: Path) -> None:
+    program = """
+from tests import test_cpu_processes as tests
+from tests.processes import in_processes
+def compile_all():
+    return [tests.found(tests.compiled(name, step)) for step, name in enumerate(("one", "two", "three"))]
+in_processes(compile_all)
+assert all(compile_all())
+"""
+    python(program, "-W", "error", NUMBA_CACHE_DIR=str(tmp_path))
+
+
+INTERRUPTED = ["typeinfer.TypeInferer.propagate", "codegen.CPUCodeLibrary.finalize",
+               "caching.IndexDataCacheFile.save", "caching.IndexDataCacheFile.load"]  # fmt: skip
+
+
+def interrupted(*_: Any, **__: Any) -> Any:
+    """A function during which a user presses Control-C."""
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("function", INTERRUPTED)
+def test_an_interrupt_passes_and_the_next_call_compiles(
+    function: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(f"numba.core.{function}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compiled()
+    compiled()
+    assert found(compiled())
+
+
+def test_a_call_that_was_interrupted_runs_the_kernels_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    value, levels = np.ones((1, 6, 1, 43), np.float32), [(2, 3)]  # D that no other test has
+    points = np.full((1, 1, 1, 1, 1, 2), 0.5, np.float32), np.ones((1, 1, 1, 1, 1), np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_compiled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ms_deform_attn(value, levels, None, *points)
+    ran = []
+    monkeypatch.setattr(
+        kernels, "forward", lambda *a, f=kernels.forward, **k: ran.append(1) or f(*a, **k)
+    )
+    assert (ms_deform_attn(value, levels, None, *points) == 1).all()
+    assert ran
+
+
 # --- a Numba that does not work --------------------------------------------------------------------
 
 

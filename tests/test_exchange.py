@@ -165,6 +165,10 @@ def test_deterministic_algorithms_on_an_empty_problem(driver_device, determinist
 # --- what a backward recognises --------------------------------------------------------------------
 
 
+# A capsule, as torch had alone before 2.10, has shapes in memory of its own: then each backward is checked again.
+RECOGNISES = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
+
 @pytest.fixture
 def checks(driver_device, monkeypatch):
     """How many tensors were looked at whether the check accepts them."""
@@ -179,7 +183,7 @@ def checks(driver_device, monkeypatch):
 def test_a_backward_on_the_tensors_of_its_forward_is_not_checked_again(checks):
     inputs = random_inputs(d=32)
     check_against_reference(inputs, *results(inputs, inputs.shapes(), inputs.starts()))
-    assert len(checks) == 1
+    assert len(checks) == (1 if RECOGNISES else 2)
 
 
 @pytest.mark.parametrize("table", ["host", "sizes only"])
@@ -192,7 +196,7 @@ def test_another_call_in_between_does_not_matter(table, checks):
     ms_deform_attn(other.value, other.shapes(), other.starts(), *other.tensors[1:])
     gradients = torch.autograd.grad(output, leaves.tensors, inputs.grad_output)
     check_against_reference(inputs, output, gradients)
-    assert len(checks) == 2  # the two forwards
+    assert len(checks) == (2 if RECOGNISES else 3)  # the two forwards
 
 
 def test_saved_tensors_that_hooks_replace_are_checked_again(checks):
@@ -325,7 +329,7 @@ def test_calls_with_other_masks_in_between_do_not_matter(checks):
         gradients = torch.autograd.grad(output, one.tensors, inputs.grad_output)
         for got, expected in zip(gradients, by_reference(inputs, mask)[1:], strict=True):
             torch.testing.assert_close(got, expected)
-    assert len(checks) == 2  # the two forwards
+    assert len(checks) == (2 if RECOGNISES else 4)  # the two forwards
 
 
 # --- threads, nested calls and torch's own machinery -----------------------------------------------

@@ -666,7 +666,7 @@ def test_the_old_onnx_exporter_is_refused_for_a_traced_model(tmp_path):
 # --- AOTInductor -----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_packages_of_compiled_code(tmp_path):
     """With the operator as one node, and by standard operators, where this package is absent."""
     if shutil.which("g++") is None:

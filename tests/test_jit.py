@@ -18,7 +18,7 @@ from tests.problems import random_inputs
 
 pytestmark = [
     # torch 2.13 deprecates torch.jit, part by part.
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated"),
     # A trace holds what the checks saw of its example: that shapes fit each other.
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]

@@ -428,7 +428,10 @@ def modules(monkeypatch):
         def get_function(self, name):
             return object()
 
-    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(compute_capability="90"))
+    cuda = SimpleNamespace(
+        Device=lambda: SimpleNamespace(compute_capability="90"),
+        nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
+    )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=Module, cuda=cuda))
     return made
 

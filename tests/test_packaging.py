@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is shipped, and that what is shipped is found."""
 
+import hashlib
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -134,7 +136,82 @@ def test_metadata(archives):
     assert always == ["array-api-compat", "numpy"]
     assert extras == {"cuda12x", "cuda13x", "torch", "cpu", "plot", "dev"}
     assert "\nName: cupy-msda\n" in metadata
-    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0 AND CC0-1.0\n" in metadata
+
+
+def test_the_archives_pass_the_checks_of_the_registry(archives):
+    pytest.importorskip("twine", reason="checks with twine")
+    run(sys.executable, "-m", "twine", "check", "--strict", *archives, cwd=archives[0].parent)
+
+
+def test_licence_texts_are_in_both_archives(archives):
+    licences = [(ROOT / name).read_bytes() for name in ("LICENSE", "cupy_msda/data/README.txt")]
+    with zipfile.ZipFile(archives[0]) as wheel:
+        names = [name for name in wheel.namelist() if "dist-info/licenses/" in name]
+        assert sorted(map(wheel.read, names)) == sorted(licences)
+    with tarfile.open(archives[1]) as sdist:
+        (member,) = (
+            one
+            for one in sdist.getmembers()
+            if one.name.count("/") == 1 and one.name.endswith("/LICENSE")
+        )
+        assert sdist.extractfile(member).read() == licences[0]
+    assert b"CC0 1.0" in licences[1]
+
+
+SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.hpp", "*.toml", "*.yml", "*.cff", "scripts/*")
+
+
+def test_every_source_names_its_licence():
+    """In one of its first two lines."""
+    tops = [
+        ROOT / "scripts",
+        *(ROOT / name for name in ("cupy_msda", "kernels", "tests", "examples")),
+    ]
+    found = {file for top in tops for pattern in SOURCES[:-1] for file in top.rglob(pattern)}
+    found |= {file for pattern in SOURCES for file in ROOT.glob(pattern)}
+    texts = {file: file.read_text(encoding="utf-8") for file in found if file.is_file()}
+    without = [
+        file.relative_to(ROOT)
+        for file, text in texts.items()
+        if text and "SPDX-License-Identifier: Apache-2.0" not in "".join(text.splitlines()[:2])
+    ]
+    assert len(texts) > 200
+    assert not without
+
+
+def test_the_bill_of_materials_is_what_the_wheel_holds_and_requires(archives):
+    command = sys.executable, ROOT / "scripts" / "sbom", archives[0]
+    text = run(*command, cwd=archives[0].parent)
+    assert run(*command, cwd=archives[0].parent) == text
+    bill = json.loads(text)
+    package = bill["metadata"]["component"]
+    assert (package["name"], package["version"]) == ("cupy-msda", cupy_msda.__version__)
+    files = {item["name"]: item for item in bill["components"] if item["type"] == "file"}
+    with zipfile.ZipFile(archives[0]) as wheel:
+        assert files.keys() == set(wheel.namelist())
+        for name, item in files.items():
+            assert item["hashes"][0]["content"] == hashlib.sha256(wheel.read(name)).hexdigest()
+    licences = {name: item["licenses"][0]["license"]["id"] for name, item in files.items()}
+    others = {name: licence for name, licence in licences.items() if licence != "Apache-2.0"}
+    assert others == {"cupy_msda/data/coffee.jpg": "CC0-1.0"}
+    scopes = {
+        item["name"]: item["scope"] for item in bill["components"] if item["type"] == "library"
+    }
+    required = {name for name, scope in scopes.items() if scope == "required"}
+    assert required == {"array-api-compat", "numpy"}
+    assert {"torch", "numba", "cupy-cuda12x", "nvidia-cuda-nvrtc"} <= scopes.keys()
+    assert not {"pytest", "twine"} & scopes.keys()
+
+
+def test_the_version_stands_in_one_place():
+    """Other files take it from there, or are compared with it above."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'dynamic = ["version"]' in pyproject
+    version = re.compile(rf"(?<![\d.]){re.escape(cupy_msda.__version__)}(?![\d.])")
+    files = [ROOT / "pyproject.toml", ROOT / "mkdocs.yml", *(ROOT / "cupy_msda").rglob("*.py")]
+    found = [file.name for file in files if version.search(file.read_text(encoding="utf-8"))]
+    assert found == ["__init__.py"]
 
 
 # Asked from a folder that holds neither package nor kernels. Without `site`, so that no installation of this project in

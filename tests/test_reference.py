@@ -431,6 +431,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecat
 
 
 @forward_mode
+@pytest.mark.filterwarnings("ignore:Please use `torch.vmap`")  # torch 2.4's gradcheck does not
 def test_first_derivatives_in_both_modes(smooth_problem):
     assert torch.autograd.gradcheck(*smooth_problem, check_forward_ad=True, check_batched_grad=True)
 

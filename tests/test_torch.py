@@ -541,6 +541,9 @@ def test_the_most_that_is_remembered(checks, monkeypatch):
 
 # The Function around the operators has the gradient; torch says that they have none themselves.
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch 2.15's opcheck
 @pytest.mark.parametrize("table", ["tensors", "integers"])
 @pytest.mark.parametrize("layout", [torch.clone, strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize(
@@ -559,6 +562,9 @@ def test_operators_pass_opcheck(table, layout, needed):
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch 2.15's opcheck
 @pytest.mark.parametrize("order", [None, [], [5, 1], [1, 2, 3, 1]], ids=str)
 def test_operators_with_an_order_pass_opcheck(order):
     inputs = random_inputs(n=1, d=3, p=1)

@@ -25,7 +25,7 @@ from tests.problems import Inputs, away_from_edges, random_inputs  # noqa: E402
 
 # torch scripts its own forward-mode decompositions on first use, and its linearize warns of its own graph.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 

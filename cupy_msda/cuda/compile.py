@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from cupy_msda.cuda.importing import (
+    fitting,
     fork_safe_lock,
     in_memory,
     require_cupy,
@@ -132,7 +133,7 @@ def _compile(kernel: Kernel) -> Any:
     """Compile for CuPy's current device, or find it in CuPy's disk cache, which is given up if it fails."""
     cupy = require_cupy()
     arch = int(cupy.cuda.Device().compute_capability)
-    obstacle = capability_obstacle(cupy, arch)
+    obstacle = _nvrtc_obstacle(cupy) or capability_obstacle(cupy, arch)
     if obstacle is not None:
         raise KernelCompileError(obstacle)
     try:
@@ -156,6 +157,15 @@ def _build(cupy: Any, kernel: Kernel) -> Any:
         code=assemble(kernel.file), options=OPTIONS, name_expressions=(kernel.name,)
     )
     return module.get_function(kernel.name)
+
+
+def _nvrtc_obstacle(cupy: Any) -> str | None:
+    """Why the compiler cannot be loaded; None if it can."""
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        return f"CuPy must load the compiler NVRTC, and did not ({reason(error)}): pip install {fitting()}"
+    return None
 
 
 def capability_obstacle(cupy: Any, capability: int) -> str | None:

@@ -48,7 +48,7 @@ def require_cupy(torch_cuda: str | None = None) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
             raise ModuleNotFoundError(
                 "the CUDA kernels run through CuPy, which is not installed: pip install "
-                + _fitting(torch_cuda),
+                + fitting(torch_cuda),
                 name="cupy",
             ) from error
         raise ImportError(
@@ -59,7 +59,7 @@ def require_cupy(torch_cuda: str | None = None) -> Any:
     return cupy
 
 
-def _fitting(torch_cuda: str | None) -> str:
+def fitting(torch_cuda: str | None = None) -> str:
     """What to install for a torch of this CUDA version."""
     if torch_cuda is None:
         return '"cupy-msda[cuda12x]" or, for a driver and torch of CUDA 13, "cupy-msda[cuda13x]"'
@@ -72,7 +72,7 @@ def _remedy(torch_cuda: str | None) -> str:
     found = distributions()
     if len(found) > 1:
         return f"{' and '.join(found)} overwrite each other: uninstall all and install one"
-    return f"install it anew, for this NumPy and CUDA: pip install --force-reinstall {_fitting(torch_cuda)}"
+    return f"install it anew, for this NumPy and CUDA: pip install --force-reinstall {fitting(torch_cuda)}"
 
 
 def distributions() -> list[str]:

@@ -42,6 +42,7 @@ from cupy_msda.torch.operands import (
     AUTO,
     BILINEAR,
     PLAIN,
+    Operands,
     Sampling,
     given_of,
     inputs_of,
@@ -300,14 +301,17 @@ class _Fused(Function):
             result if need else None
             for result, need in zip(results, differentiable_of(needed), strict=True)
         ]
-        return _argument_gradients(needed, *wanted)
+        return _argument_gradients(*wanted)
 
 
-def _argument_gradients(needed: FusedOperands, *results: Any) -> tuple[Any, ...]:
+# Made here: torch 2.4's Dynamo does not trace how.
+_NO_GRADIENTS = Operands(*(None for _ in Operands._fields))
+
+
+def _argument_gradients(*results: Any) -> tuple[Any, ...]:
     """The gradients in the places of the operator's arguments."""
     value, references, offsets, logits = results
-    nothing = needed.given._replace(**dict.fromkeys(needed.given._fields))
-    given = with_inputs(nothing, value, offsets, logits)
+    given = with_inputs(_NO_GRADIENTS, value, offsets, logits)
     return flat(FusedOperands(references, given, None))
 
 

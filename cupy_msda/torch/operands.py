@@ -296,9 +296,10 @@ def _with_sampling(operands: Operands, sampling: Sampling, check: _Check) -> Ope
     num_points = contract.check_num_points(num_points)
     if mask is not None and not isinstance(mask, Tensor):
         check(*given_of(operands), **sampling._asdict())
-    return operands._replace(
-        value_mask=mask, num_points=num_points, interpolation=str(interpolation)
-    )
+    # Not by `_replace`, which torch 2.4's Dynamo does not trace.
+    tensors, constants = tensors_of(operands), constants_of(operands)
+    rules = num_points, str(interpolation)
+    return joined((*tensors[:-1], mask), (*constants[: -len(rules)], *rules))
 
 
 def pack_traced(*arguments: Any) -> Operands:

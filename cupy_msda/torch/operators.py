@@ -366,8 +366,11 @@ def to_tensor(array: Any, dtype: torch.dtype) -> Tensor:
 # --- registration --------------------------------------------------------------------------------
 
 
-def _refuse_old_exporter(*_: Any) -> None:
-    """What the old exporter to ONNX calls for an operator in the graph of a traced module."""
+def _refuse_old_exporter(*_: object) -> None:
+    """What the old exporter to ONNX calls for an operator in the graph of a traced module.
+
+    Not of `Any`: torch 2.4 asks whether the annotation is a subclass, and on Python 3.10 `Any` is no class.
+    """
     raise RuntimeError(NO_OLD_EXPORTER)
 
 

@@ -156,6 +156,10 @@ def test_tables_that_are_accepted_give_the_same(values, table, half):
     for call in calls(VALUES[values]()):
         results, expected = call(**{half: ACCEPTED[table](HALVES[half])}), call()
         if values == "strict":
+            if np.lib.NumpyVersion(np.__version__) < "2.1.0":
+                pytest.skip(
+                    "NumPy before 2.1 makes such results read-only, which it cannot hand out"
+                )
             results, expected = map(np.from_dlpack, results), map(np.from_dlpack, expected)
         assert same(results, expected)
 

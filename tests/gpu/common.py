@@ -31,7 +31,7 @@ in_float_and_half = pytest.mark.parametrize("dtypes", [FLOAT, HALF], ids=str)
 # torch.func.jvp still use TorchScript (deprecated in 2.11, "not supported" on Python 3.14).
 torch_deprecations = pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning",
-    r"ignore:.*`torch\.jit\.script(_method)?` is (deprecated|not supported):DeprecationWarning",
+    r"ignore:.*`torch\.jit\.script(_method)?` is (deprecated|not supported)",
 )
 
 MODELS: dict[str, tuple[list[tuple[int, int]], dict[str, int]]] = {
