@@ -24,6 +24,7 @@ TAKEN = {
     "CHANGELOG.md": "CHANGELOG.md",
     "kernels/README.md": "kernels/README.md",
     "kernels/BUDGET.md": "kernels/BUDGET.md",
+    "kernels/COVERAGE.md": "kernels/COVERAGE.md",
     "benchmarks/README.md": "benchmarks/README.md",
     "benchmarks/results/cpu.png": "benchmarks/results/cpu.png",
 }
