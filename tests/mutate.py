@@ -33,11 +33,8 @@ ROOT = Path(__file__).parents[1]
 PARTS = ("cupy_msda", "kernels", "tests", "pyproject.toml", "README.md")
 IMPORTED = ("numpy", "torch", "hypothesis")  # by most tests
 SECONDS = 300  # a fault may also make its tests hang
-PASSED, FAILED, HUNG = (
-    0,
-    1,
-    -1,
-)  # exit status of pytest, or that it took too long; any other is no verdict
+PASSED, FAILED = 0, 1  # exit status of pytest; any other but this is no verdict
+HUNG = -1  # it took too long
 
 
 class Case(NamedTuple):
@@ -92,9 +89,7 @@ def run_tests(tree: Path, tests: Sequence[str], scratch: Path | None) -> tuple[i
     """
     with tempfile.TemporaryFile() as log:
         sys.stdout.flush()
-        process = (
-            os.fork()
-        )  # of a process that has imported what takes seconds, and nothing of the tree
+        process = os.fork()  # of one that has imported what takes seconds, and nothing of the tree
         if process == 0:
             _run_forked(tree, tests, scratch, log.fileno())
         status = _wait(process, None if scratch is None else SECONDS)

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
-from tests import mutate
-from tests.mutate import Case, every_case, mutated, run, sample
+from tests import mutate, processes
+from tests.mutate import Case, every_case, mutated, sample
 from tests.mutations import Mutation
 
 CASES = every_case()
@@ -29,27 +29,43 @@ def test_there_are_enough_of_them_and_each_has_a_name() -> None:
     assert max(Counter(map(str, CASES)).values()) == 1
 
 
+# The tool forks, which a process with threads, such as one of these tests, must not do.
+FAULTS = """
+from tests.mutate import Case, run
+from tests.mutations import Mutation
+def fault(name, new, **known):
+    return Case("cupy_msda/budget.py", Mutation(name, "FACTOR = 2.0", new, ("tests/test_budget.py",), **known))
+"""
+
+
 @NEEDS_FORK
 def test_a_sample_is_killed() -> None:
-    assert run(sample([case for case in CASES if not case.mutation.survives], 3)) == []
+    finished = processes.run(
+        "import sys; from tests.mutate import main; sys.exit(main())", arguments=["--sample", 3]
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("killed") == 3
 
 
 @NEEDS_FORK
-def test_a_survivor_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """And a wrong entry: a fault that is said to survive, and does not."""
-    harmless = Case(BUDGET, Mutation("harmless", "FACTOR = 2.0", "FACTOR = 2.0 + 0", CHEAP))
-    fault = Mutation("fault", "FACTOR = 2.0", "FACTOR = 20.0", CHEAP)
-    wrong = Case(BUDGET, fault._replace(name="wrong", survives="so it is said"))
-    assert run([harmless, Case(BUDGET, fault), wrong]) == [harmless, wrong]
-    verdicts = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+def test_a_survivor_is_told_and_a_fault_that_is_said_to_survive_and_does_not() -> None:
+    program = """
+harmless = fault("harmless", "FACTOR = 2.0 + 0")
+wrong = fault("wrong", "FACTOR = 20.0", survives="so it is said")
+assert run([harmless, fault("fault", "FACTOR = 20.0"), wrong]) == [harmless, wrong]
+"""
+    finished = processes.run(FAULTS + program)
+    assert finished.returncode == 0, finished.stderr
+    verdicts = [line.split()[0] for line in finished.stdout.splitlines()]
     assert verdicts == ["SURVIVED", "killed", "killed"]
 
 
 @NEEDS_FORK
-def test_tests_that_do_not_run_are_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
-    case = Case(BUDGET, Mutation("broken", "FACTOR = 2.0", "FACTOR = ", CHEAP))
-    assert run([case]) == [case]
-    assert "NO VERDICT" in capsys.readouterr().out
+def test_tests_that_do_not_run_are_no_verdict() -> None:
+    finished = processes.run(FAULTS + 'print(len(run([fault("broken", "FACTOR = ")])))')
+    assert finished.returncode == 0, finished.stderr
+    assert "NO VERDICT" in finished.stdout
+    assert finished.stdout.endswith("\n1\n")
 
 
 def test_a_text_that_is_not_found_once_is_refused() -> None:
