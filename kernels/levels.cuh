@@ -63,11 +63,11 @@ __device__ inline Level read_level(int level, const long long* sizes, const long
   } else if (level < LEVELS && p.levels[level][2] != DERIVED_START) {
     start = p.levels[level][2];
   } else {
-    unsigned long long sum = 0;  // unsigned: an invalid table may wrap, and is rejected below
+    double sum = 0;  // exact for every table that fits; what does not fit can neither wrap nor cancel
 #pragma unroll 1
     for (int i = 0; i < level; ++i)
-      sum += static_cast<unsigned long long>(sizes[2 * i]) * static_cast<unsigned long long>(sizes[2 * i + 1]);
-    start = static_cast<long long>(sum);
+      sum += fabs(static_cast<double>(sizes[2 * i]) * static_cast<double>(sizes[2 * i + 1]));
+    start = sum <= p.spatial_size ? static_cast<long long>(sum) : -1;
   }
   const long long largest = 0x7fffffff;
   const bool fits = height >= 0 && width >= 0 && start >= 0 && height <= largest && width <= largest &&

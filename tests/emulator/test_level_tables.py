@@ -47,10 +47,10 @@ def read(
 def expected(
     sizes: Sizes, starts: Sequence[int] | None, spatial_size: int
 ) -> list[tuple[int, int, int]]:
-    """The same by Python's integers; a level that has no place starts at -1. Derived starts wrap at 64 bits."""
+    """The same by Python's integers; a level that has no place starts at -1. A negative size takes up as much as its amount."""
     levels, start = [], 0
     for i, (height, width) in enumerate(sizes):
-        at = (start + 2**63) % 2**64 - 2**63 if starts is None else starts[i]
+        at = start if starts is None else starts[i]
         is_size = 0 <= height < 2**31 and 0 <= width < 2**31
         if not is_size or at < 0 or at + height * width > spatial_size:
             levels.append((0, 1, -1))
@@ -58,7 +58,7 @@ def expected(
             levels.append((0, 1, 0))
         else:
             levels.append((height, width, at))
-        start += height * width
+        start += abs(height * width)
     return levels
 
 
