@@ -192,7 +192,7 @@ MUTATIONS: dict[str, tuple[Mutation, ...]] = {
             "descriptors-of-gradients-written-early",
             "  __syncwarp();\n  if constexpr (T::S::FUSED && T::POINTS) {\n    kept",
             "  if constexpr (T::S::FUSED && T::POINTS) {\n    kept",
-            f"{RACES}[gradients-rounded]",
+            f"{RACES}[binned-and-persistent]",
         ),
     ),
     "kernels/generic.cu": (
