@@ -47,7 +47,7 @@ def read(
 def expected(
     sizes: Sizes, starts: Sequence[int] | None, spatial_size: int
 ) -> list[tuple[int, int, int]]:
-    """The same by Python's integers; a level that has no place starts at -1. A negative size takes up as much as its amount."""
+    """The same by Python's integers; a level without a place starts at -1. Of negative sizes the amounts count."""
     levels, start = [], 0
     for i, (height, width) in enumerate(sizes):
         at = start if starts is None else starts[i]
