@@ -87,6 +87,21 @@ def same(results: Results, expected: Results) -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def as_cupy(argument: Any) -> Any:
+    """A tensor as a CuPy array on the same memory; anything else as it is."""
+    import cupy
+
+    return cupy.from_dlpack(argument.detach()) if isinstance(argument, torch.Tensor) else argument
+
+
+def on_device(rules: dict[str, Any]) -> dict[str, Any]:
+    """The same rules of sampling with the mask on the GPU."""
+    return {
+        name: rule.to(DEVICE) if isinstance(rule, torch.Tensor) else rule
+        for name, rule in rules.items()
+    }
+
+
 def forward_kernels(inputs: Inputs, grids: Grids) -> list[str]:
     """The names of the kernels that a forward launches on this GPU."""
     problem, table = contract.check(

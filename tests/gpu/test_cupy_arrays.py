@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from cupy_msda import ms_deform_attn, ms_deform_attn_backward
-from tests.gpu.common import DELAY, DEVICE, NAN, run, same
+from tests.gpu.common import DELAY, DEVICE, NAN, as_cupy, run, same
 from tests.problems import DTYPES, check_against_reference, random_inputs
 
 pytestmark = pytest.mark.gpu
-
-
-def as_cupy(tensor):
-    """The same memory as a CuPy array."""
-    import cupy
-
-    return cupy.from_dlpack(tensor.detach())
 
 
 CUPY_DTYPES = [pair for pair in DTYPES if torch.bfloat16 not in pair]

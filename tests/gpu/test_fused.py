@@ -8,8 +8,8 @@ import torch
 
 from cupy_msda import ms_deform_attn_fused, ms_deform_attn_fused_backward
 from tests.emulator.fused import CASES, check_backward, check_forward, composed, fused
-from tests.gpu.common import DEVICE, same, torch_deprecations
-from tests.gpu.test_sampling import ENCODER, on_device
+from tests.gpu.common import DEVICE, as_cupy, on_device, same, torch_deprecations
+from tests.gpu.test_sampling import ENCODER
 
 pytestmark = pytest.mark.gpu
 
@@ -28,17 +28,17 @@ def arguments(inputs, shapes):
     }
 
 
-def gradients_of(output, inputs, given):
+def gradients_of(output, given, grad_output):
     """The gradients of what has one."""
     value, _, _, *points = given
-    return torch.autograd.grad(output, (value, *points), inputs.grad_output.to(DEVICE))
+    return torch.autograd.grad(output, (value, *points), grad_output)
 
 
 def run(inputs, shapes):
     """The output and the four gradients through autograd, on the host."""
     given, keywords = arguments(inputs, shapes)
     output = ms_deform_attn_fused(*given, **keywords)
-    gradients = gradients_of(output, inputs, given)
+    gradients = gradients_of(output, given, inputs.grad_output.to(DEVICE))
     return output.detach().cpu(), [gradient.cpu() for gradient in gradients]
 
 
@@ -52,6 +52,7 @@ def test_output_and_gradients(name):
     same(run(inputs, torch.tensor(inputs.sizes, device=DEVICE)), (output, gradients))
 
 
+# The error budget needs a wider type than float64.
 def test_double():
     inputs = fused((2, 2, 2), 4, dtypes=(torch.float64,) * 4)
     output, *gradients = composed(inputs, torch.float64)
@@ -72,7 +73,6 @@ def test_deterministic_gradients(name, deterministic):
 @pytest.mark.parametrize("name", ["points", "uneven-boxes", "boxes-of-one-image"])
 def test_gradients_of_some_inputs_alone(name):
     inputs = ALL_CASES[name]
-    every = run(inputs, inputs.sizes)[1]
     for needed in range(4):
         given, keywords = arguments(inputs, inputs.sizes)
         value, *_, references, offsets, logits = given
@@ -82,28 +82,29 @@ def test_gradients_of_some_inputs_alone(name):
         output = ms_deform_attn_fused(*given, **keywords)
         grad_output = inputs.grad_output.to(DEVICE)
         (gradient,) = torch.autograd.grad(output, tensors[needed], grad_output)
-        torch.testing.assert_close(gradient.cpu(), every[needed])
+        check_backward(inputs, [gradient.cpu() if i == needed else None for i in range(4)])
 
 
 @pytest.mark.parametrize("name", ["points", "boxes"])
 def test_a_graph_follows_its_inputs(name):
     inputs = ALL_CASES[name]
     given, keywords = arguments(inputs, inputs.sizes)
+    grad_output = inputs.grad_output.to(DEVICE)  # a capture takes no copy from the host
     stream = torch.cuda.Stream(DEVICE)
     stream.wait_stream(torch.cuda.current_stream(DEVICE))
     with torch.cuda.stream(stream):
-        gradients_of(ms_deform_attn_fused(*given, **keywords), inputs, given)
+        gradients_of(ms_deform_attn_fused(*given, **keywords), given, grad_output)
     torch.cuda.current_stream(DEVICE).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = ms_deform_attn_fused(*given, **keywords)
-        gradients = gradients_of(output, inputs, given)
+        gradients = gradients_of(output, given, grad_output)
     with torch.no_grad():
         for tensor in (given[0], *given[3:]):
             tensor.mul_(0.75)
     graph.replay()
     expected = ms_deform_attn_fused(*given, **keywords)
-    same((output, gradients), (expected, gradients_of(expected, inputs, given)))
+    same((output, gradients), (expected, gradients_of(expected, given, grad_output)))
 
 
 @torch_deprecations
@@ -112,7 +113,8 @@ def test_compiled(name):
     inputs = ALL_CASES[name]
     given, keywords = arguments(inputs, inputs.sizes)
     output = torch.compile(ms_deform_attn_fused, fullgraph=True)(*given, **keywords)
-    gradients = [gradient.cpu() for gradient in gradients_of(output, inputs, given)]
+    gradients = gradients_of(output, given, inputs.grad_output.to(DEVICE))
+    gradients = [gradient.cpu() for gradient in gradients]
     same((output.detach().cpu(), gradients), run(inputs, inputs.sizes))
 
 
@@ -132,12 +134,3 @@ def test_cupy_arrays(name):
     output, *gradients = (torch.from_dlpack(result).cpu() for result in (output, *gradients))
     check_forward(inputs, output)
     check_backward(inputs, gradients)
-
-
-def as_cupy(argument):
-    """A tensor as a CuPy array on the same memory; anything else as it is."""
-    import cupy
-
-    if not isinstance(argument, torch.Tensor):
-        return argument
-    return cupy.from_dlpack(argument.detach())
